@@ -1,0 +1,66 @@
+# `make` lists the targets. Each makes or reuses the virtual environment VENV, installs what it
+# needs and builds; stamp files in VENV make the next time quick.
+VENV ?= .venv
+PYTHON ?= $(firstword $(foreach p,python3.11 python3,$(shell $(p) -c 'print("$(p)")' 2>/dev/null)) python3)
+ARGS ?=
+
+IN_VENV := $(VENV)/bin/python
+PIP := $(IN_VENV) -m pip --disable-pip-version-check
+BUILD_FILES := CMakeLists.txt setup.py pyproject.toml requirements.txt \
+  $(wildcard build_backend/*.py csrc/*.* csrc/*/*.* cuda/*.*)
+CXX_FILES = $(wildcard csrc/*.h csrc/*.cc csrc/*/*.h csrc/*/*.cc cuda/*.h cuda/*.cu cuda/*.cuh)
+LINTERS = $(shell grep -oE '(ruff|clang-format)==[0-9.]+' pyproject.toml)
+
+# Two pips at once in one environment spoil it; Ninja uses all cores all the same.
+.NOTPARALLEL:
+.PHONY: help demo test bench lint format clean
+.PRECIOUS: $(VENV)/.installed-%
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
+	@echo "Overridable: PYTHON=$(PYTHON) VENV=$(VENV) ARGS= (passed to the program that test, bench or demo runs)"
+
+demo: $(VENV)/.installed-demo  ## train three real tasks, pictures in demo_output/
+	$(IN_VENV) -m examples $(ARGS)
+
+test: $(VENV)/.installed-test  ## run the tests
+	$(IN_VENV) -m pytest tests $(ARGS)
+
+bench: $(VENV)/.installed-bench  ## run the benchmarks: the table and the plots
+	$(IN_VENV) -m bench $(ARGS)
+
+lint: $(VENV)/.linters  ## check style, change nothing
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/.linters  ## apply the style
+	$(VENV)/bin/ruff check --fix --exit-zero
+	$(VENV)/bin/ruff format
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+clean:  ## remove what was built, but not the virtual environment
+	rm -rf build dist demo_output *.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -f tf_center_loss_op/*.so tf_center_loss_op/_build.json $(VENV)/.installed-*
+
+$(IN_VENV):
+	@$(PYTHON) -c '' || { echo "No Python: apt install python3, or make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual \
+	environments: apt install $$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.linters: pyproject.toml | $(IN_VENV)
+	$(PIP) install $(LINTERS)
+	@touch $@
+
+# What the build needs goes into the environment itself: pip's build isolation would fetch it anew
+# each time, at another path each time, and so compile everything again.
+$(VENV)/.requirements: requirements.txt Makefile | $(IN_VENV)
+	$(PIP) install -r requirements.txt 'setuptools>=77' pybind11 cmake ninja
+	@touch $@
+
+# Without a native library no stamp: the next run tries again, by then perhaps with a compiler.
+$(VENV)/.installed-%: $(BUILD_FILES) $(VENV)/.requirements
+	$(PIP) install --no-build-isolation --editable '.[$*]'
+	@if grep -q '"native": true' tf_center_loss_op/_build.json; then touch $@; \
+	else echo "Going on without the native library:"; grep '"reason"' tf_center_loss_op/_build.json; fi

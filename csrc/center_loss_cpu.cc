@@ -1,0 +1,303 @@
+// The center loss step on the CPU.
+//
+// Work: labels are grouped (label_groups.h), groups are cut into items of at most kItemMembers
+// samples, and items are shared out over the threads by the samples they hold. An item reads its
+// samples' features and the class's center once, writes their residuals and sums them in batch
+// order. A group that is one item moves its center at once: features and center are still in the
+// first-level cache. The sums of a larger group are kept and folded in order when all items are
+// done, in parallel over groups and columns, so that a batch of one label keeps every thread busy.
+//
+// Bytes moved, all labels distinct: B D (features + center read + center written + residual).
+//
+// Deterministic: which sums are formed, and in which order, follows from the labels alone.
+
+#include "csrc/center_loss_cpu.h"
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "csrc/center_loss_math.h"
+#include "csrc/label_groups.h"
+
+namespace tcl {
+namespace {
+
+// Long enough that the sums of a split group are a 1/64th of what is read to form them, short
+// enough that a batch of a few hundred samples of one label can be shared out.
+constexpr int64_t kItemMembers = 64;
+
+// The finishing pass is cut by columns in blocks of whole cache lines.
+constexpr int64_t kColumnBlock = 256;
+
+struct Item {
+  int64_t group;
+  int64_t begin;    // into groups.order()
+  int64_t partial;  // row of the partial sums, -1 where the group is a single item
+};
+
+// A group of several items.
+struct SplitGroup {
+  int64_t group;
+  int64_t first_partial;
+  int64_t partials;
+};
+
+template <typename Feature, typename Label>
+class Step {
+ public:
+  using Center = CenterType<Feature>;
+
+  Step(const StepArguments<Feature, Label>& step, const ParallelFor& parallel_for, Isa isa)
+      : step_(step), loops_(GetRowLoops<Feature>(isa)), parallel_for_(parallel_for) {}
+
+  int64_t Run() {
+    const StepOptions<Center>& options = step_.options;
+    const int64_t bad = groups_.Build(step_.labels, step_.batch, step_.classes,
+                                      options.has_ignore_label, options.ignore_label);
+    if (bad >= 0) return bad;
+    // With alpha = 0 no center moves, so none is touched.
+    moves_ = options.update_centers && options.alpha != 0;
+    sample_scale_ = ReductionScale(options.reduction, options.weight, groups_.counted());
+    CutIntoItems();
+    if (step_.loss != nullptr && options.reduction != Reduction::kNone) {
+      sample_loss_.reset(new Center[static_cast<size_t>(step_.batch)]);
+    }
+    const int64_t row_bytes =
+        step_.dim * static_cast<int64_t>(sizeof(Feature) + 3 * sizeof(Center));
+    parallel_for_(step_.batch, row_bytes, [this](int64_t begin, int64_t end) {
+      RunItems(begin, end);
+      ZeroIgnored(begin, end);
+    });
+    FinishSplitGroups();
+    ReduceLoss();
+    return -1;
+  }
+
+ private:
+  int64_t ItemEnd(int64_t item) const {
+    return item + 1 < static_cast<int64_t>(items_.size())
+               ? items_[static_cast<size_t>(item + 1)].begin
+               : groups_.counted();
+  }
+
+  void CutIntoItems() {
+    items_.reserve(static_cast<size_t>(groups_.size() + step_.batch / kItemMembers));
+    int64_t partials = 0;
+    for (int64_t g = 0; g < groups_.size(); ++g) {
+      const int64_t begin = groups_.begin(g), end = groups_.begin(g + 1);
+      const int64_t items = (end - begin + kItemMembers - 1) / kItemMembers;
+      const bool split = moves_ && items > 1;
+      if (split) split_groups_.push_back({g, partials, items});
+      for (int64_t k = 0; k < items; ++k) {
+        items_.push_back({g, begin + k * kItemMembers, split ? partials++ : -1});
+      }
+    }
+    partial_sums_.reset(new Center[static_cast<size_t>(partials * step_.dim)]);
+    partial_counts_.reset(new int64_t[static_cast<size_t>(partials)]);
+  }
+
+  const Center* CenterOf(int64_t item) const {
+    if (step_.features_are_residuals) return nullptr;
+    return step_.centers + groups_.label(items_[static_cast<size_t>(item)].group) * step_.dim;
+  }
+
+  // Items that begin in [begin, end) of the grouped order.
+  void RunItems(int64_t begin, int64_t end) {
+    const auto first = std::lower_bound(items_.begin(), items_.end(), begin,
+                                        [](const Item& a, int64_t b) { return a.begin < b; });
+    std::unique_ptr<Center[]> scratch(moves_ ? new Center[static_cast<size_t>(step_.dim)]
+                                             : nullptr);
+    for (int64_t k = first - items_.begin();
+         k < static_cast<int64_t>(items_.size()) && items_[static_cast<size_t>(k)].begin < end;
+         ++k) {
+      RunItem(k, scratch.get());
+    }
+  }
+
+  void RunItem(int64_t index, Center* scratch) {
+    const Item& item = items_[static_cast<size_t>(index)];
+    const int64_t end = ItemEnd(index);
+    Center* const sum = item.partial < 0 ? scratch : partial_sums_.get() + item.partial * step_.dim;
+    const Center* const center = CenterOf(index);
+    const Center* const next_center =
+        index + 1 < static_cast<int64_t>(items_.size()) ? CenterOf(index + 1) : center;
+
+    int64_t count = end - item.begin;
+    for (int64_t k = item.begin; k < end; ++k) {
+      const int64_t i = groups_.order()[k];
+      const int64_t next = k + 1 < groups_.counted() ? groups_.order()[k + 1] : i;
+      const Center weight = step_.sample_weight == nullptr ? 1 : step_.sample_weight[i];
+      const Sum mode = !moves_ ? Sum::kNone : k == item.begin ? Sum::kStart : Sum::kAdd;
+      const Center squares =
+          loops_.residual(Features(i), center, weight * sample_scale_,
+                          step_.residual == nullptr ? nullptr : step_.residual + i * step_.dim,
+                          mode, sum, Features(next), k + 1 < end ? center : next_center, step_.dim);
+      StoreLoss(i, weight * (squares / 2));
+      // Finite squares prove finite features; only otherwise the row itself has to be asked.
+      if (!IsFinite(squares) && !loops_.all_finite(Features(i), step_.dim)) --count;
+    }
+    if (!moves_) return;
+    if (count != end - item.begin) SumFiniteMembers(item, end, center, sum);
+    if (item.partial >= 0) {
+      partial_counts_[static_cast<size_t>(item.partial)] = count;
+    } else if (count > 0) {
+      MoveCenter(item.group, count, sum, 0, step_.dim);
+    }
+  }
+
+  // The sum of the item's residuals again, without the members that hold a NaN or an infinity.
+  void SumFiniteMembers(const Item& item, int64_t end, const Center* center, Center* sum) {
+    std::fill_n(sum, step_.dim, Center{0});
+    for (int64_t k = item.begin; k < end; ++k) {
+      const Feature* const features = Features(groups_.order()[k]);
+      if (!loops_.all_finite(features, step_.dim)) continue;
+      loops_.residual(features, center, 0, nullptr, Sum::kAdd, sum, features, center, step_.dim);
+    }
+  }
+
+  void MoveCenter(int64_t group, int64_t count, const Center* sum, int64_t column,
+                  int64_t columns) {
+    const StepOptions<Center>& options = step_.options;
+    loops_.move(step_.centers + groups_.label(group) * step_.dim + column,
+                StepScale(options.rule, options.alpha, count, groups_.counted()), sum, columns);
+  }
+
+  void FinishSplitGroups() {
+    if (split_groups_.empty()) return;
+    const int64_t blocks = (step_.dim + kColumnBlock - 1) / kColumnBlock;
+    const int64_t bytes = kItemMembers * kColumnBlock * static_cast<int64_t>(sizeof(Center));
+    parallel_for_(static_cast<int64_t>(split_groups_.size()) * blocks, bytes,
+                  [this, blocks](int64_t begin, int64_t end) {
+                    for (int64_t k = begin; k < end; ++k) {
+                      FinishColumns(split_groups_[static_cast<size_t>(k / blocks)],
+                                    k % blocks * kColumnBlock);
+                    }
+                  });
+  }
+
+  void FinishColumns(const SplitGroup& split, int64_t column) {
+    const int64_t columns = std::min(kColumnBlock, step_.dim - column);
+    Center sum[kColumnBlock] = {};
+    int64_t count = 0;
+    for (int64_t p = split.first_partial; p < split.first_partial + split.partials; ++p) {
+      // An item without one finite member has nothing in its sum.
+      loops_.add(sum, partial_sums_.get() + p * step_.dim + column, columns);
+      count += partial_counts_[static_cast<size_t>(p)];
+    }
+    if (count > 0) MoveCenter(split.group, count, sum, column, columns);
+  }
+
+  void StoreLoss(int64_t i, Center loss) {
+    if (sample_loss_ != nullptr) {
+      sample_loss_[static_cast<size_t>(i)] = loss;
+    } else if (step_.loss != nullptr) {
+      step_.loss[i] = loss * sample_scale_;
+    }
+  }
+
+  void ZeroIgnored(int64_t begin, int64_t end) {
+    for (int64_t k = std::max(begin, groups_.counted()); k < end; ++k) {
+      const int64_t i = groups_.order()[k];
+      StoreLoss(i, 0);
+      if (step_.residual != nullptr) {
+        std::fill_n(step_.residual + i * step_.dim, step_.dim, Center{0});
+      }
+    }
+  }
+
+  // In batch order and in double: the loss is rounded once.
+  void ReduceLoss() {
+    if (sample_loss_ == nullptr) return;
+    double sum = 0;
+    for (int64_t i = 0; i < step_.batch; ++i) sum += sample_loss_[static_cast<size_t>(i)];
+    sum *= step_.options.weight;
+    if (step_.options.reduction == Reduction::kMean) {
+      sum = groups_.counted() == 0 ? 0 : sum / static_cast<double>(groups_.counted());
+    }
+    *step_.loss = static_cast<Center>(sum);
+  }
+
+  const Feature* Features(int64_t i) const { return step_.features + i * step_.dim; }
+
+  const StepArguments<Feature, Label>& step_;
+  const RowLoops<Feature>& loops_;
+  const ParallelFor& parallel_for_;
+  LabelGroups groups_;
+  bool moves_ = false;
+  Center sample_scale_ = 0;
+  std::vector<Item> items_;
+  std::vector<SplitGroup> split_groups_;
+  std::unique_ptr<Center[]> partial_sums_;  // [partials, D]
+  std::unique_ptr<int64_t[]> partial_counts_;
+  std::unique_ptr<Center[]> sample_loss_;  // [B], unless the caller takes them one by one
+};
+
+}  // namespace
+
+template <typename Feature, typename Label>
+int64_t CenterLossOnCpu(const StepArguments<Feature, Label>& step, const ParallelFor& parallel_for,
+                        Isa isa) {
+  return Step<Feature, Label>(step, parallel_for, isa).Run();
+}
+
+template <typename Feature>
+void BackwardOnCpu(const CenterType<Feature>* upstream, bool per_sample,
+                   const CenterType<Feature>* residual, Feature* gradient, int64_t batch,
+                   int64_t dim, const ParallelFor& parallel_for, Isa isa) {
+  const RowLoops<Feature>& loops = GetRowLoops<Feature>(isa);
+  const int64_t row_bytes =
+      dim * static_cast<int64_t>(sizeof(Feature) + sizeof(CenterType<Feature>));
+  parallel_for(batch, row_bytes, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      loops.scale(residual + i * dim, upstream[per_sample ? i : 0], gradient + i * dim, dim);
+    }
+  });
+}
+
+bool Supported(Isa isa) {
+#if defined(TCL_HAVE_X86_ISAS)
+  switch (isa) {
+    case Isa::kBaseline:
+      return true;
+    case Isa::kAvx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    case Isa::kAvx512:
+      return Supported(Isa::kAvx2) && __builtin_cpu_supports("avx512f") &&
+             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512vl");
+  }
+#endif
+  return isa == Isa::kBaseline;
+}
+
+Isa BestIsa() {
+  static const Isa best = Supported(Isa::kAvx512) ? Isa::kAvx512
+                          : Supported(Isa::kAvx2) ? Isa::kAvx2
+                                                  : Isa::kBaseline;
+  return best;
+}
+
+template <typename Feature>
+const RowLoops<Feature>& GetRowLoops(Isa isa) {
+#if defined(TCL_HAVE_X86_ISAS)
+  if (isa == Isa::kAvx512) return avx512::Loops<Feature>();
+  if (isa == Isa::kAvx2) return avx2::Loops<Feature>();
+#endif
+  return baseline::Loops<Feature>();
+}
+
+#define TCL_INSTANTIATE_STEP(Feature, Label) \
+  template int64_t CenterLossOnCpu(const StepArguments<Feature, Label>&, const ParallelFor&, Isa);
+#define TCL_INSTANTIATE(Feature)                                                            \
+  TCL_INSTANTIATE_STEP(Feature, int32_t)                                                    \
+  TCL_INSTANTIATE_STEP(Feature, int64_t)                                                    \
+  template void BackwardOnCpu(const CenterType<Feature>*, bool, const CenterType<Feature>*, \
+                              Feature*, int64_t, int64_t, const ParallelFor&, Isa);
+
+TCL_INSTANTIATE(float)
+TCL_INSTANTIATE(double)
+TCL_INSTANTIATE(Half)
+TCL_INSTANTIATE(BFloat16)
+
+}  // namespace tcl

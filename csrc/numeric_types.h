@@ -1,0 +1,106 @@
+// The element types of features, on the host and on the device, without a framework: IEEE float32
+// and float64, and the two 16-bit formats as their bits. Conversions from 16 bits are exact; to 16
+// bits they round once, to nearest, ties to even.
+
+#ifndef TF_CENTER_LOSS_OP_CSRC_NUMERIC_TYPES_H_
+#define TF_CENTER_LOSS_OP_CSRC_NUMERIC_TYPES_H_
+
+#include <cstdint>
+#include <cstring>
+
+// Forced inlining is more than speed: row_loops.cc is compiled once per instruction set, and a
+// function left out of line would be merged by the linker with its twin of another one.
+#if defined(__CUDACC__)
+#define TCL_INLINE __host__ __device__ __forceinline__
+#else
+#define TCL_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace tcl {
+
+struct Half {
+  uint16_t bits;
+};
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// Features and centers are paired: float64 goes with float64, every other type with float32.
+template <typename Feature>
+struct CenterTypeOf {
+  using type = float;
+};
+template <>
+struct CenterTypeOf<double> {
+  using type = double;
+};
+template <typename Feature>
+using CenterType = typename CenterTypeOf<Feature>::type;
+
+TCL_INLINE uint32_t BitsOf(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+TCL_INLINE float FloatOf(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+TCL_INLINE float Widen(float value) { return value; }
+TCL_INLINE double Widen(double value) { return value; }
+TCL_INLINE float Widen(BFloat16 value) { return FloatOf(static_cast<uint32_t>(value.bits) << 16); }
+TCL_INLINE float Widen(Half value) {
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
+  const uint32_t magnitude = value.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return FloatOf(sign | 0x7f800000u | (magnitude << 13));  // inf, NaN
+  // Scaling by 2^112 moves the exponent from bias 15 to bias 127, subnormals included, exactly.
+  return FloatOf(sign | BitsOf(FloatOf(magnitude << 13) * FloatOf(0x77800000u)));
+}
+
+template <typename Feature>
+TCL_INLINE Feature Round(CenterType<Feature> value) {
+  return value;
+}
+template <>
+TCL_INLINE BFloat16 Round<BFloat16>(float value) {
+  const uint32_t bits = BitsOf(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) {  // a NaN stays one: rounding could carry it to inf
+    return {static_cast<uint16_t>((bits >> 16) | 0x0040u)};
+  }
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+template <>
+TCL_INLINE Half Round<Half>(float value) {
+  const uint32_t sign = (BitsOf(value) >> 16) & 0x8000u;
+  const uint32_t magnitude = BitsOf(value) & 0x7fffffffu;
+  uint32_t rounded;
+  if (magnitude > 0x7f800000u) {
+    rounded = 0x7e00u | ((magnitude >> 13) & 0x03ffu);  // NaN
+  } else if (magnitude >= 0x477ff000u) {
+    rounded = 0x7c00u;  // 65520 and above round to infinity
+  } else if (magnitude < 0x38800000u) {
+    // Below 2^-14 the result is subnormal: adding 0.5 leaves its 10 bits at the end of the float,
+    // rounded by the addition itself.
+    rounded = BitsOf(FloatOf(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    rounded = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+  }
+  return {static_cast<uint16_t>(sign | rounded)};
+}
+
+TCL_INLINE bool IsFinite(float value) { return (BitsOf(value) & 0x7f800000u) != 0x7f800000u; }
+TCL_INLINE bool IsFinite(double value) {
+  uint64_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return (bits & 0x7ff0000000000000u) != 0x7ff0000000000000u;
+}
+TCL_INLINE bool IsFinite(Half value) { return (value.bits & 0x7c00u) != 0x7c00u; }
+TCL_INLINE bool IsFinite(BFloat16 value) { return (value.bits & 0x7f80u) != 0x7f80u; }
+
+}  // namespace tcl
+
+#endif  // TF_CENTER_LOSS_OP_CSRC_NUMERIC_TYPES_H_

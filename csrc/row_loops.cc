@@ -1,0 +1,249 @@
+// Compiled once per instruction set; TCL_ISA names it (baseline, avx2 or avx512). Nothing here may
+// leave an inline function of a shared header out of line: the linker would keep one copy for all
+// instruction sets. Hence the anonymous namespace, and no standard library.
+
+#include "csrc/row_loops.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace tcl {
+namespace {
+
+constexpr int kLanes = 16;
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+// kLanes numbers in as many vector registers as they take.
+template <typename Center>
+struct Lanes {
+  typedef Center Vector __attribute__((vector_size(kVectorBytes)));
+  typedef Center Unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(Center))));
+  static constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(Center));
+  static constexpr int kVectors = kLanes / kWidth;
+
+  Vector v[kVectors];
+
+  static TCL_INLINE Lanes Zero() {
+    Lanes out;
+    for (int k = 0; k < kVectors; ++k) out.v[k] = Vector{};
+    return out;
+  }
+  static TCL_INLINE Lanes Load(const Center* p) {
+    Lanes out;
+    for (int k = 0; k < kVectors; ++k) {
+      out.v[k] = *reinterpret_cast<const Unaligned*>(p + k * kWidth);
+    }
+    return out;
+  }
+  TCL_INLINE void Store(Center* p) const {
+    for (int k = 0; k < kVectors; ++k) *reinterpret_cast<Unaligned*>(p + k * kWidth) = v[k];
+  }
+  TCL_INLINE Lanes operator+(const Lanes& other) const {
+    Lanes out;
+    for (int k = 0; k < kVectors; ++k) out.v[k] = v[k] + other.v[k];
+    return out;
+  }
+  TCL_INLINE Lanes operator-(const Lanes& other) const {
+    Lanes out;
+    for (int k = 0; k < kVectors; ++k) out.v[k] = v[k] - other.v[k];
+    return out;
+  }
+  TCL_INLINE Lanes operator*(const Lanes& other) const {
+    Lanes out;
+    for (int k = 0; k < kVectors; ++k) out.v[k] = v[k] * other.v[k];
+    return out;
+  }
+  TCL_INLINE Lanes operator*(Center factor) const {
+    Lanes out;
+    for (int k = 0; k < kVectors; ++k) out.v[k] = v[k] * factor;
+    return out;
+  }
+};
+
+TCL_INLINE Lanes<float> WidenLanes(const float* p) { return Lanes<float>::Load(p); }
+TCL_INLINE Lanes<double> WidenLanes(const double* p) { return Lanes<double>::Load(p); }
+template <typename Feature>
+TCL_INLINE Lanes<float> WidenLanes(const Feature* p) {
+  float wide[kLanes];
+  for (int l = 0; l < kLanes; ++l) wide[l] = Widen(p[l]);
+  return Lanes<float>::Load(wide);
+}
+
+TCL_INLINE void RoundLanes(const Lanes<float>& lanes, float* p) { lanes.Store(p); }
+TCL_INLINE void RoundLanes(const Lanes<double>& lanes, double* p) { lanes.Store(p); }
+template <typename Feature>
+TCL_INLINE void RoundLanes(const Lanes<float>& lanes, Feature* p) {
+  float wide[kLanes];
+  lanes.Store(wide);
+  for (int l = 0; l < kLanes; ++l) p[l] = Round<Feature>(wide[l]);
+}
+
+#if defined(__F16C__)
+// F16C converts as Widen and Round do, eight numbers at a time.
+template <>
+TCL_INLINE Lanes<float> WidenLanes<Half>(const Half* p) {
+  float wide[kLanes];
+  for (int l = 0; l < kLanes; l += 8) {
+    _mm256_storeu_ps(wide + l,
+                     _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + l))));
+  }
+  return Lanes<float>::Load(wide);
+}
+template <>
+TCL_INLINE void RoundLanes<Half>(const Lanes<float>& lanes, Half* p) {
+  float wide[kLanes];
+  lanes.Store(wide);
+  for (int l = 0; l < kLanes; l += 8) {
+    _mm_storeu_si128(
+        reinterpret_cast<__m128i*>(p + l),
+        _mm256_cvtps_ph(_mm256_loadu_ps(wide + l), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+}
+#endif
+
+// The same tree for every instruction set.
+template <typename Center>
+TCL_INLINE Center Fold(Center* lane) {
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
+  }
+  return lane[0];
+}
+
+template <typename Feature, bool kCenters, bool kResidual, Sum kSum>
+TCL_INLINE CenterType<Feature> ResidualRow(const Feature* features,
+                                           const CenterType<Feature>* centers,
+                                           CenterType<Feature> factor,
+                                           CenterType<Feature>* residual, CenterType<Feature>* sum,
+                                           const Feature* next_features,
+                                           const CenterType<Feature>* next_centers, int64_t dim) {
+  using Center = CenterType<Feature>;
+  using L = Lanes<Center>;
+  constexpr int kLine = 64;
+  L squares = L::Zero();
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) {
+    for (int k = 0; k < kLanes; k += kLine / static_cast<int>(sizeof(Center))) {
+      if (kCenters) __builtin_prefetch(next_centers + d + k, 1);
+      __builtin_prefetch(next_features + d + k, 0);
+    }
+    L value = WidenLanes(features + d);
+    if (kCenters) value = value - L::Load(centers + d);
+    squares = squares + value * value;
+    if (kResidual) (value * factor).Store(residual + d);
+    if (kSum == Sum::kStart) value.Store(sum + d);
+    if (kSum == Sum::kAdd) (L::Load(sum + d) + value).Store(sum + d);
+  }
+  Center lane[kLanes];
+  squares.Store(lane);
+  for (int l = 0; d + l < dim; ++l) {
+    Center value = Widen(features[d + l]);
+    if (kCenters) value -= centers[d + l];
+    lane[l] += value * value;
+    if (kResidual) residual[d + l] = value * factor;
+    if (kSum == Sum::kStart) sum[d + l] = value;
+    if (kSum == Sum::kAdd) sum[d + l] += value;
+  }
+  return Fold(lane);
+}
+
+template <typename Feature, bool kCenters, bool kResidual>
+CenterType<Feature> ResidualRow(const Feature* features, const CenterType<Feature>* centers,
+                                CenterType<Feature> factor, CenterType<Feature>* residual, Sum mode,
+                                CenterType<Feature>* sum, const Feature* next_features,
+                                const CenterType<Feature>* next_centers, int64_t dim) {
+  switch (mode) {
+    case Sum::kStart:
+      return ResidualRow<Feature, kCenters, kResidual, Sum::kStart>(
+          features, centers, factor, residual, sum, next_features, next_centers, dim);
+    case Sum::kAdd:
+      return ResidualRow<Feature, kCenters, kResidual, Sum::kAdd>(
+          features, centers, factor, residual, sum, next_features, next_centers, dim);
+    case Sum::kNone:
+      break;
+  }
+  return ResidualRow<Feature, kCenters, kResidual, Sum::kNone>(
+      features, centers, factor, residual, sum, next_features, next_centers, dim);
+}
+
+template <typename Feature>
+CenterType<Feature> Residual(const Feature* features, const CenterType<Feature>* centers,
+                             CenterType<Feature> factor, CenterType<Feature>* residual, Sum mode,
+                             CenterType<Feature>* sum, const Feature* next_features,
+                             const CenterType<Feature>* next_centers, int64_t dim) {
+  if (centers == nullptr) {
+    return ResidualRow<Feature, false, false>(features, centers, factor, residual, mode, sum,
+                                              next_features, next_centers, dim);
+  }
+  if (residual == nullptr) {
+    return ResidualRow<Feature, true, false>(features, centers, factor, residual, mode, sum,
+                                             next_features, next_centers, dim);
+  }
+  return ResidualRow<Feature, true, true>(features, centers, factor, residual, mode, sum,
+                                          next_features, next_centers, dim);
+}
+
+template <typename Center>
+void Move(Center* centers, Center scale, const Center* sum, int64_t dim) {
+  using L = Lanes<Center>;
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) {
+    (L::Load(centers + d) + L::Load(sum + d) * scale).Store(centers + d);
+  }
+  for (; d < dim; ++d) centers[d] += sum[d] * scale;
+}
+
+template <typename Center>
+void Add(Center* sum, const Center* other, int64_t dim) {
+  using L = Lanes<Center>;
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) {
+    (L::Load(sum + d) + L::Load(other + d)).Store(sum + d);
+  }
+  for (; d < dim; ++d) sum[d] += other[d];
+}
+
+template <typename Feature>
+void Scale(const CenterType<Feature>* residual, CenterType<Feature> factor, Feature* out,
+           int64_t dim) {
+  using L = Lanes<CenterType<Feature>>;
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) RoundLanes(L::Load(residual + d) * factor, out + d);
+  for (; d < dim; ++d) out[d] = Round<Feature>(residual[d] * factor);
+}
+
+template <typename Feature>
+bool AllFinite(const Feature* features, int64_t dim) {
+  for (int64_t d = 0; d < dim; ++d) {
+    if (!IsFinite(features[d])) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+namespace TCL_ISA {
+
+template <typename Feature>
+const RowLoops<Feature>& Loops() {
+  using Center = CenterType<Feature>;
+  static constexpr RowLoops<Feature> loops = {Residual<Feature>, Move<Center>, Add<Center>,
+                                              Scale<Feature>, AllFinite<Feature>};
+  return loops;
+}
+
+template const RowLoops<float>& Loops();
+template const RowLoops<double>& Loops();
+template const RowLoops<Half>& Loops();
+template const RowLoops<BFloat16>& Loops();
+
+}  // namespace TCL_ISA
+}  // namespace tcl

@@ -1,0 +1,181 @@
+// Signatures and shape functions of the ops. Features are [B, D] here: Python flattens [..., D].
+
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "tensorflow/core/framework/common_shape_fns.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/shape_inference.h"
+
+namespace tcl {
+namespace {
+
+using tensorflow::shape_inference::DimensionHandle;
+using tensorflow::shape_inference::InferenceContext;
+using tensorflow::shape_inference::ShapeHandle;
+
+struct BatchShape {
+  DimensionHandle batch;
+  DimensionHandle dim;
+};
+
+absl::Status Mismatch(InferenceContext* c, const char* name, ShapeHandle got,
+                      const std::string& expected) {
+  return absl::InvalidArgumentError(
+      absl::StrCat(name, ": expected shape ", expected, ", got ", c->DebugString(got)));
+}
+
+// features [B, D] and labels [B] agree with each other and with centers [C, D] as far as known.
+absl::Status CheckBatch(InferenceContext* c, int centers, int features, int labels,
+                        BatchShape* out) {
+  ShapeHandle feature_shape, label_shape;
+  if (!c->WithRank(c->input(features), 2, &feature_shape).ok()) {
+    return Mismatch(c, "features", c->input(features), "[B, D]");
+  }
+  if (!c->WithRank(c->input(labels), 1, &label_shape).ok() ||
+      !c->Merge(c->Dim(feature_shape, 0), c->Dim(label_shape, 0), &out->batch).ok()) {
+    return Mismatch(c, "labels", c->input(labels),
+                    absl::StrCat("[B] of features ", c->DebugString(feature_shape)));
+  }
+  out->dim = c->Dim(feature_shape, 1);
+  if (centers < 0) return absl::OkStatus();
+
+  const auto* handle = c->input_handle_shapes_and_types(centers);
+  if (handle == nullptr || handle->empty()) return absl::OkStatus();
+  ShapeHandle center_shape;
+  if (!c->WithRank((*handle)[0].shape, 2, &center_shape).ok() ||
+      !c->Merge(c->Dim(center_shape, 1), out->dim, &out->dim).ok()) {
+    return Mismatch(c, "centers", (*handle)[0].shape,
+                    absl::StrCat("[C, D] of features ", c->DebugString(feature_shape)));
+  }
+  tensorflow::DataType expected;
+  TF_RETURN_IF_ERROR(c->GetAttr("Tcenters", &expected));
+  const tensorflow::DataType got = (*handle)[0].dtype;
+  if (got != expected && got != tensorflow::DT_INVALID) {
+    return absl::InvalidArgumentError(absl::StrCat("centers: expected dtype ",
+                                                   tensorflow::DataTypeString(expected), ", got ",
+                                                   tensorflow::DataTypeString(got)));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckScalar(InferenceContext* c, int input, const char* name) {
+  ShapeHandle unused;
+  if (c->WithRank(c->input(input), 0, &unused).ok()) return absl::OkStatus();
+  return Mismatch(c, name, c->input(input), "[]");
+}
+
+absl::Status CheckSampleWeight(InferenceContext* c, int input, DimensionHandle batch) {
+  if (input >= c->num_inputs()) return absl::OkStatus();
+  ShapeHandle unused;
+  if (c->Merge(c->input(input), c->Vector(batch), &unused).ok()) return absl::OkStatus();
+  return Mismatch(c, "sample_weight", c->input(input), c->DebugString(c->Vector(batch)));
+}
+
+absl::Status SetLossAndResidual(InferenceContext* c, const BatchShape& shape) {
+  std::string reduction;
+  TF_RETURN_IF_ERROR(c->GetAttr("reduction", &reduction));
+  c->set_output(0, reduction == "none" ? c->Vector(shape.batch) : c->Scalar());
+  c->set_output(1, c->Matrix(shape.batch, shape.dim));
+  return absl::OkStatus();
+}
+
+#define TCL_BATCH_ATTRS                       \
+  Attr("T: {float, double, half, bfloat16}")  \
+      .Attr("Tcenters: {float, double}")      \
+      .Attr("Tlabels: {int32, int64}")        \
+      .Attr("has_ignore_label: bool = false") \
+      .Attr("ignore_label: int = 0")
+
+#define TCL_RULE_ATTR                                                                   \
+  Attr(                                                                                 \
+      "rule: {'paper', 'mean', 'sum', 'batch_mean', 'paper_batch_mean', 'tutorial'} = " \
+      "'paper'")
+
+#define TCL_REDUCTION_ATTR Attr("reduction: {'sum', 'mean', 'none'} = 'mean'")
+
+// The residual leaves the forward ops as the bits of its numbers, in the integer type of the same
+// width. TensorFlow makes a zero gradient of full size for every floating-point output that nobody
+// differentiates, in every backward pass; for an integer output it does not.
+#define TCL_BITS_ATTR Attr("Tbits: {int32, int64}")
+
+}  // namespace
+
+// Loss, residual and the step of the centers, in one pass over the batch.
+REGISTER_OP("TclCenterLossStep")
+    .Input("centers: resource")
+    .Input("features: T")
+    .Input("labels: Tlabels")
+    .Input("weight: Tcenters")
+    .Input("alpha: Tcenters")
+    .Input("sample_weight: num_weights * Tcenters")
+    .Output("loss: Tcenters")
+    .Output("residual_bits: Tbits")
+    .TCL_BATCH_ATTRS.TCL_BITS_ATTR.TCL_REDUCTION_ATTR.TCL_RULE_ATTR.Attr("num_weights: int >= 0")
+    .SetIsStateful()
+    .SetShapeFn([](InferenceContext* c) {
+      BatchShape shape;
+      TF_RETURN_IF_ERROR(CheckBatch(c, 0, 1, 2, &shape));
+      TF_RETURN_IF_ERROR(CheckScalar(c, 3, "weight"));
+      TF_RETURN_IF_ERROR(CheckScalar(c, 4, "alpha"));
+      TF_RETURN_IF_ERROR(CheckSampleWeight(c, 5, shape.batch));
+      return SetLossAndResidual(c, shape);
+    });
+
+// Loss and residual; nothing is written.
+REGISTER_OP("TclCenterLoss")
+    .Input("centers: resource")
+    .Input("features: T")
+    .Input("labels: Tlabels")
+    .Input("weight: Tcenters")
+    .Input("sample_weight: num_weights * Tcenters")
+    .Output("loss: Tcenters")
+    .Output("residual_bits: Tbits")
+    .TCL_BATCH_ATTRS.TCL_BITS_ATTR.TCL_REDUCTION_ATTR.Attr("num_weights: int >= 0")
+    .SetIsStateful()
+    .SetShapeFn([](InferenceContext* c) {
+      BatchShape shape;
+      TF_RETURN_IF_ERROR(CheckBatch(c, 0, 1, 2, &shape));
+      TF_RETURN_IF_ERROR(CheckScalar(c, 3, "weight"));
+      TF_RETURN_IF_ERROR(CheckSampleWeight(c, 4, shape.batch));
+      return SetLossAndResidual(c, shape);
+    });
+
+// The step of the centers alone. With `from_residual`, features hold the residual x_i - c_{y_i} of
+// an earlier forward pass, and the centers as they are now do not enter it.
+REGISTER_OP("TclUpdateCenters")
+    .Input("centers: resource")
+    .Input("features: T")
+    .Input("labels: Tlabels")
+    .Input("alpha: Tcenters")
+    .TCL_BATCH_ATTRS.TCL_RULE_ATTR.Attr("from_residual: bool = false")
+    .SetIsStateful()
+    .SetShapeFn([](InferenceContext* c) {
+      BatchShape shape;
+      TF_RETURN_IF_ERROR(CheckBatch(c, 0, 1, 2, &shape));
+      return CheckScalar(c, 3, "alpha");
+    });
+
+// The backward pass: upstream times residual, in the features' type. Where upstream is one and the
+// types are the same, the residual's own buffer is the gradient. The other inputs are not read:
+// they are what the gradient of this op is taken to.
+REGISTER_OP("TclCenterLossBackward")
+    .Input("upstream: Tcenters")
+    .Input("residual_bits: Tbits")
+    .Input("features: T")
+    .Input("labels: Tlabels")
+    .Input("weight: Tcenters")
+    .Input("sample_weight: num_weights * Tcenters")
+    .Input("centers: num_centers * resource")
+    .Output("gradient: T")
+    .TCL_BATCH_ATTRS.TCL_BITS_ATTR.TCL_REDUCTION_ATTR.Attr("num_weights: int >= 0")
+    .Attr("num_centers: int >= 0")
+    .SetShapeFn([](InferenceContext* c) {
+      BatchShape shape;
+      TF_RETURN_IF_ERROR(CheckBatch(c, -1, 2, 3, &shape));
+      c->set_output(0, c->Matrix(shape.batch, shape.dim));
+      return absl::OkStatus();
+    });
+
+}  // namespace tcl

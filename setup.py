@@ -1,0 +1,106 @@
+"""Builds the native libraries with CMake. Where that cannot be done, the package installs without
+them and computes with plain TensorFlow ops; tf_center_loss_op/_build.json records which and why.
+
+TF_CENTER_LOSS_BUILD=require makes that an error, TF_CENTER_LOSS_BUILD=off skips the build.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from backend import TENSORFLOW, find_tensorflow, find_tool
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+# One folder per Python, kept, so that a rebuild compiles only what changed.
+BUILD = ROOT / "build" / sys.implementation.cache_tag
+OPTIONAL_SOURCES = ("cuda/center_loss.cu", "csrc/tensorflow/xla_kernels.cc")
+MODE = os.environ.get("TF_CENTER_LOSS_BUILD")
+
+
+class NoNativeBuild(Exception):
+    """Why there is no native library, in one line."""
+
+
+def run(*command):
+    """Runs with the output passed on; a failure carries the first error line of the output."""
+    lines = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    if process.returncode:
+        error = re.search(r"(?:CMake Error.*\n\s*|\berror: )(.+)", "".join(lines))
+        what = error[1] if error else f"{command[0]} ended with status {process.returncode}"
+        raise NoNativeBuild(f"the native build failed: {what}")
+
+
+def configure_and_build(cmake, *options):
+    # A cache would hold on to yesterday's compiler and to pip's temporary folders. The objects
+    # stay, so the build is incremental all the same.
+    (BUILD / "CMakeCache.txt").unlink(missing_ok=True)
+    for detected in BUILD.glob("CMakeFiles/[0-9]*"):
+        shutil.rmtree(detected)
+    run(cmake, "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", *options)
+    run(cmake, "--build", str(BUILD))
+
+
+def build():
+    """Builds the libraries and returns the record of it."""
+    if MODE == "off":
+        raise NoNativeBuild("switched off by TF_CENTER_LOSS_BUILD=off")
+    tensorflow, cmake, ninja = find_tensorflow(), find_tool("cmake"), find_tool("ninja")
+    if not tensorflow:
+        raise NoNativeBuild(f"no {TENSORFLOW} to build against in this environment")
+    if not (cmake and ninja):
+        raise NoNativeBuild("cmake or ninja not found (pip install cmake ninja)")
+    if not (os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++")))):
+        raise NoNativeBuild("no C++ compiler found (on Debian and Ubuntu: apt install g++)")
+    options = (
+        f"-DCMAKE_MAKE_PROGRAM={ninja}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DTCL_TENSORFLOW_DIR={tensorflow[0]}",
+    )
+    try:
+        configure_and_build(cmake, *options)
+    except NoNativeBuild as failure:
+        if not any((ROOT / source).exists() for source in OPTIONAL_SOURCES):
+            raise
+        print(f"{failure}; once more without CUDA and XLA", flush=True)
+        configure_and_build(cmake, *options, "-DTCL_CUDA=OFF", "-DTCL_XLA=OFF")
+    built = json.loads((BUILD / "built.json").read_text())
+    return {"tensorflow": tensorflow[1], "native": True, "reason": None, **built}
+
+
+class CMakeBuild(build_ext):
+    def run(self):
+        try:
+            record = build()
+        except NoNativeBuild as reason:
+            if MODE == "require":
+                raise SystemExit(f"TF_CENTER_LOSS_BUILD=require, but {reason}") from None
+            print(f"tf_center_loss_op: plain TensorFlow ops only, because {reason}", flush=True)
+            record = {"tensorflow": None, "native": False, "reason": str(reason)}
+            record |= {"cuda": None, "xla": False, "compiler": None}
+        root = ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
+        package = root / "tf_center_loss_op"
+        package.mkdir(parents=True, exist_ok=True)
+        for stale in package.glob("*.so"):
+            stale.unlink()
+        if record["native"]:
+            run(find_tool("cmake"), "--install", str(BUILD), "--prefix", str(package))
+        (package / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+# The extension names the part with a Python ABI, which gives the wheel its tags.
+setup(
+    ext_modules=[Extension("tf_center_loss_op._kernels", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,0 +1,47 @@
+"""The same formulas as a few lines of plain TensorFlow: the yardstick for the tolerances."""
+
+import tensorflow as tf
+
+
+def loss(features, labels, centers, *, reduction="mean", sample_weight=None, ignore_label=None):
+    """The loss, differentiable in the features and in the centers (tensor or tf.Variable)."""
+    counted = tf.ones_like(labels, tf.bool)
+    if ignore_label is not None:
+        counted = tf.not_equal(labels, tf.cast(ignore_label, labels.dtype))
+    residual = tf.cast(features, centers.dtype) - tf.gather(
+        centers, tf.where(counted, labels, tf.zeros_like(labels))
+    )
+    residual = tf.where(counted[..., None], residual, tf.zeros_like(residual))
+    losses = tf.reduce_sum(tf.square(residual), axis=-1) / 2
+    if sample_weight is not None:
+        losses = losses * tf.cast(sample_weight, losses.dtype)
+    if reduction == "none":
+        return losses
+    total = tf.reduce_sum(losses)
+    if reduction == "mean":
+        total = tf.math.divide_no_nan(total, tf.math.count_nonzero(counted, dtype=total.dtype))
+    return total
+
+
+def moved_centers(features, labels, centers, *, alpha=0.5, rule="paper", ignore_label=None):
+    """The centers after one step, as a new tensor."""
+    features = tf.reshape(tf.cast(features, centers.dtype), [-1, features.shape[-1]])
+    labels = tf.reshape(labels, [-1])
+    if ignore_label is not None:
+        keep = tf.not_equal(labels, tf.cast(ignore_label, labels.dtype))
+        features, labels = tf.boolean_mask(features, keep), tf.boolean_mask(labels, keep)
+    total = tf.cast(tf.size(labels), centers.dtype)
+    _, index, counts = tf.unique_with_counts(labels)
+    n = tf.cast(tf.gather(counts, index), centers.dtype)[:, None]
+    # Not tf.cast, which takes a Python number through float32.
+    alpha = tf.convert_to_tensor(alpha, centers.dtype)
+    size = {
+        "paper": lambda: alpha / (1 + n),
+        "mean": lambda: alpha / n,
+        "sum": lambda: alpha,
+        "batch_mean": lambda: alpha / total,
+        "paper_batch_mean": lambda: alpha / ((1 + n) * total),
+        "tutorial": lambda: alpha * (1 - alpha) / (1 + n),
+    }[rule]()
+    residual = features - tf.gather(centers, labels)
+    return tf.tensor_scatter_nd_add(centers, labels[:, None], size * residual)

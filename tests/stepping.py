@@ -1,0 +1,118 @@
+"""Calls the package the way a test asks for and hands everything back as NumPy arrays."""
+
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import oracle
+import plain
+import tensorflow as tf
+import tf_center_loss_op as tcl
+from tolerances import assert_near_oracle
+
+
+class Outcome(NamedTuple):
+    """What a call gave; float64 copies, and the dtypes it came in."""
+
+    loss: np.ndarray
+    feature_gradient: np.ndarray
+    centers: np.ndarray
+    loss_dtype: str
+    gradient_dtype: str
+
+
+def wide(tensor):
+    """A float64 NumPy copy, bfloat16 included."""
+    return tf.cast(tensor, tf.float64).numpy()
+
+
+def make_variable(centers, holder="tf.Variable"):
+    """A table of centers; holder "keras.Variable" wraps it as a layer would."""
+    if holder == "keras.Variable":
+        return keras.Variable(centers, dtype=centers.dtype.name, trainable=False)
+    return tf.Variable(centers, name="centers")
+
+
+def table_of(centers):
+    """The tf.Variable itself."""
+    return centers.value if isinstance(centers, keras.Variable) else centers
+
+
+def run(problem, *, mode="eager", holder="tf.Variable", upstream=None, **options):
+    """One call of center_loss on a problem; mode: eager, function or unknown (batch size)."""
+    centers = make_variable(problem.centers, holder)
+    options = dict(
+        sample_weight=problem.sample_weight, ignore_label=problem.ignore_label, **options
+    )
+
+    def step(features, labels):
+        with tf.GradientTape() as tape:
+            tape.watch(features)
+            loss = tcl.center_loss(features, labels, centers, **options)
+        up = None if upstream is None else tf.constant(upstream, loss.dtype)
+        return loss, tape.gradient(loss, features, up)
+
+    features, labels = tf.constant(problem.features), tf.constant(problem.labels)
+    if mode == "unknown":
+        unknown = [None] * problem.ids.ndim
+        ids_given = labels.shape.rank < features.shape.rank
+        signature = [
+            tf.TensorSpec([*unknown, features.shape[-1]], features.dtype),
+            tf.TensorSpec(unknown if ids_given else [*unknown, labels.shape[-1]], labels.dtype),
+        ]
+        step = tf.function(step, input_signature=signature)
+    elif mode == "function":
+        step = tf.function(step)
+    loss, gradient = step(features, labels)
+    return Outcome(
+        wide(loss),
+        wide(gradient),
+        wide(table_of(centers)),
+        loss.dtype.name,
+        gradient.dtype.name,
+    )
+
+
+def check(problem, outcome, *, dtype, upstream=None, update_centers=True, **options):
+    """Holds an outcome against the oracle, with plain TensorFlow in the same dtype as yardstick."""
+    up = 1.0 if upstream is None else upstream
+    alpha, rule = options.pop("alpha", 0.5), options.pop("rule", "paper")
+    weighed = dict(
+        sample_weight=problem.sample_weight, ignore_label=problem.ignore_label, **options
+    )
+    truth = oracle.center_loss(
+        problem.features,
+        problem.ids,
+        problem.centers,
+        alpha=alpha,
+        rule=rule,
+        upstream=up,
+        **weighed,
+    )
+    features, centers = tf.constant(problem.features), tf.constant(problem.centers)
+    with tf.GradientTape() as tape:
+        tape.watch(features)
+        loss = plain.loss(features, tf.constant(problem.ids), centers, **weighed)
+    gradient = tape.gradient(loss, features, tf.constant(up, loss.dtype))
+    moved = plain.moved_centers(
+        features,
+        tf.constant(problem.ids),
+        centers,
+        alpha=alpha,
+        rule=rule,
+        ignore_label=problem.ignore_label,
+    )
+
+    table_dtype = problem.centers.dtype.name
+    assert outcome.loss_dtype == table_dtype
+    assert outcome.gradient_dtype == dtype
+    assert_near_oracle(outcome.loss, wide(loss), truth.loss, table_dtype, "loss")
+    assert_near_oracle(
+        outcome.feature_gradient, wide(gradient), truth.feature_gradient, dtype, "gradient"
+    )
+    if update_centers:
+        assert_near_oracle(outcome.centers, wide(moved), truth.centers, table_dtype, "centers")
+        untouched = np.all(truth.centers == problem.centers, axis=1)
+        assert np.array_equal(outcome.centers[untouched], problem.centers[untouched])
+    else:
+        assert np.array_equal(outcome.centers, problem.centers)

@@ -1,0 +1,142 @@
+"""Centers trained by an optimizer: update_centers=False and the gradient as IndexedSlices."""
+
+import keras
+import numpy as np
+import oracle
+import problems
+import pytest
+import tensorflow as tf
+import tf_center_loss_op as tcl
+from tolerances import assert_close
+
+SHAPE = problems.Shape((40,), 6, 9, "uniform", "several samples a class")
+
+
+def gradient_of(impl, problem, centers, upstream=None, reduction="mean"):
+    with tf.GradientTape() as tape:
+        if isinstance(centers, tf.Variable) and not centers.trainable:
+            tape.watch(centers)
+        loss = tcl.center_loss(
+            problem.features,
+            problem.labels,
+            centers,
+            sample_weight=problem.sample_weight,
+            ignore_label=problem.ignore_label,
+            reduction=reduction,
+            update_centers=False,
+            impl=impl,
+        )
+    return tape.gradient(loss, centers, upstream)
+
+
+@pytest.mark.parametrize("ignore", [None, "outside", "class"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_values(impl, reduction, dtype, ignore):
+    problem = problems.make(SHAPE, dtype, weights=True, ignore=ignore)
+    centers = tf.Variable(problem.centers)
+    upstream = problem.upstream if reduction == "none" else problem.centers.dtype.type(1.7)
+    gradient = gradient_of(impl, problem, centers, tf.constant(upstream), reduction)
+    assert isinstance(gradient, tf.IndexedSlices)
+    assert gradient.dtype == centers.dtype
+    truth = oracle.center_loss(
+        problem.features,
+        problem.ids,
+        problem.centers,
+        sample_weight=problem.sample_weight,
+        ignore_label=problem.ignore_label,
+        reduction=reduction,
+        upstream=upstream,
+    )
+    # Ignored labels such as -1 may not come back as rows to update.
+    assert (gradient.indices.numpy() >= 0).all() and (gradient.indices.numpy() < 9).all()
+    # Half-precision residuals are exact in the centers' dtype; only sums of them round.
+    dense = tf.convert_to_tensor(gradient).numpy()
+    assert dense.shape == (9, 6)
+    assert_close(dense, truth.centers_gradient, problem.centers.dtype.name, "centers' gradient")
+    assert np.array_equal(centers.numpy(), problem.centers)
+
+
+def test_size_does_not_depend_on_the_number_of_classes(impl):
+    problem = problems.make(SHAPE._replace(classes=20_000))
+    gradient = gradient_of(impl, problem, tf.Variable(problem.centers))
+    assert gradient.values.shape[0] <= 40
+    assert tf.convert_to_tensor(gradient.dense_shape).numpy().tolist() == [20_000, 6]
+
+
+def test_a_variable_that_is_not_trainable_can_be_watched(impl):
+    problem = problems.make(SHAPE)
+    centers = tf.Variable(problem.centers, trainable=False)
+    assert isinstance(gradient_of(impl, problem, centers), tf.IndexedSlices)
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "function"])
+@pytest.mark.parametrize("ignore", [None, "outside", "class"])
+def test_plain_descent(impl, ignore, traced):
+    problem = problems.make(SHAPE, ignore=ignore)
+    centers = tf.Variable(problem.centers)
+
+    def step():
+        gradient = gradient_of(impl, problem, centers, reduction="sum")
+        centers.scatter_sub(tf.IndexedSlices(0.25 * gradient.values, gradient.indices))
+
+    (tf.function(step) if traced else step)()
+    # Rule "sum" is this very step.
+    truth = oracle.center_loss(
+        problem.features,
+        problem.ids,
+        problem.centers,
+        alpha=0.25,
+        rule="sum",
+        ignore_label=problem.ignore_label,
+    )
+    assert_close(centers.numpy(), truth.centers, "float32", "centers")
+
+
+@pytest.mark.parametrize("optimizer", [keras.optimizers.SGD, keras.optimizers.Adam])
+@pytest.mark.parametrize("ignore", [None, "outside", "class"])
+def test_keras_optimizers(impl, optimizer, ignore):
+    problem = problems.make(SHAPE, ignore=ignore)
+    centers = keras.Variable(problem.centers, dtype="float32")
+    optimizer = optimizer(0.25)
+    with tf.GradientTape() as tape:
+        loss = tcl.center_loss(
+            problem.features,
+            problem.labels,
+            centers,
+            ignore_label=problem.ignore_label,
+            reduction="sum",
+            update_centers=False,
+            impl=impl,
+        )
+    gradient = tape.gradient(loss, centers.value)
+    truth = oracle.center_loss(
+        problem.features,
+        problem.ids,
+        problem.centers,
+        reduction="sum",
+        ignore_label=problem.ignore_label,
+    ).centers_gradient
+    optimizer.apply([gradient], [centers])
+    moved = keras.ops.convert_to_numpy(centers) - problem.centers
+    if isinstance(optimizer, keras.optimizers.SGD):
+        np.testing.assert_allclose(moved, -0.25 * truth, rtol=1e-4, atol=1e-5)
+    else:  # Adam's first step goes against the sign, a learning rate long.
+        np.testing.assert_allclose(moved, -0.25 * np.sign(truth), atol=1e-3)
+
+
+def test_training_the_centers_brings_them_to_the_class_means(impl):
+    problem = problems.make(SHAPE)
+    centers = keras.Variable(problem.centers, dtype="float32")
+    optimizer = keras.optimizers.SGD(0.05)
+
+    @tf.function
+    def step():
+        gradient = gradient_of(impl, problem, centers.value, reduction="sum")
+        optimizer.apply([gradient], [centers])
+
+    optimizer.build([centers])
+    for _ in range(300):
+        step()
+    means = [problem.features[problem.ids == j].mean(axis=0) for j in range(9)]
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(centers), means, atol=1e-3)

@@ -1,0 +1,114 @@
+"""Several threads at one variable: no step is lost, no snapshot shows half a step."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_center_loss_op as tcl
+
+# The promise is the native op's: the pure-TensorFlow path is several ops, between which others run.
+pytestmark = pytest.mark.native
+
+C, D = 3000, 64
+
+
+def run_threads(*targets):
+    """Runs them at once; an error in one is an error of the test."""
+    errors = []
+
+    def guarded(target):
+        try:
+            target()
+        except BaseException as error:  # noqa: BLE001
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(target,)) for target in targets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "function"])
+def test_two_threads_lose_no_step(native_library, traced):
+    # Rule "sum" with alpha = 1/2 halves the distance to x; from 0, k steps end at x - x / 2^k,
+    # exactly, in whatever order they come. A lost step or a row moved from an old value shows.
+    steps, x = 20, 2.0**42
+    labels = tf.range(C)
+    features = tf.fill([C, D], tf.constant(x, tf.float64))
+
+    def call(centers):
+        tcl.update_centers(features, labels, centers, rule="sum", impl="native")
+
+    for _ in range(5):
+        centers = tf.Variable(tf.zeros([C, D], tf.float64))
+        step = tf.function(call) if traced else call
+        start = threading.Barrier(2)
+
+        def work(step=step, centers=centers, start=start):
+            start.wait()
+            for _ in range(steps):
+                step(centers)
+
+        run_threads(work, work)
+        assert np.unique(centers.numpy()).tolist() == [x - x / 2.0 ** (2 * steps)]
+
+
+@pytest.mark.parametrize("reader", ["checkpoint", "read_value", "gather"])
+def test_snapshots_are_never_torn(native_library, tmp_path, reader):
+    # Rule "sum" with alpha = 1 sets every row to x, so that all numbers of the table are equal
+    # after every step; a snapshot with two values in it was taken in the middle of one.
+    centers = tf.Variable(tf.zeros([C, D]))
+    restored = tf.Variable(tf.zeros([C, D]))
+    labels = tf.range(C)
+    done = threading.Event()
+    seen = []
+
+    @tf.function
+    def step(x):
+        features = tf.fill([C, D], x)
+        tcl.update_centers(features, labels, centers, alpha=1.0, rule="sum", impl="native")
+
+    def write():
+        x = 0
+        while not done.is_set():
+            x += 1
+            step(tf.constant(float(x % 4096)))
+
+    def read():
+        end = time.monotonic() + 3
+        try:
+            while time.monotonic() < end:
+                if reader == "checkpoint":
+                    path = tf.train.Checkpoint(centers=centers).write(str(tmp_path / "snapshot"))
+                    tf.train.Checkpoint(centers=restored).read(path).assert_consumed()
+                    values = restored.numpy()
+                elif reader == "read_value":
+                    values = centers.numpy()
+                else:
+                    values = tf.gather(centers, labels).numpy()
+                seen.append(np.unique(values).tolist())
+        finally:
+            done.set()
+
+    run_threads(write, read)
+    assert len(seen) > 10
+    assert [values for values in seen if len(values) != 1] == []
+    assert len({values[0] for values in seen}) > 5, "the steps did not run beside the reader"
+
+
+def test_steps_of_different_variables_run_at_once(native_library):
+    tables = [tf.Variable(tf.zeros([C, D])) for _ in range(4)]
+    features, labels = tf.ones([C, D]), tf.range(C)
+
+    def work(centers):
+        for _ in range(20):
+            tcl.center_loss(features, labels, centers, impl="native")
+
+    run_threads(*[lambda centers=centers: work(centers) for centers in tables])
+    expected = tables[0].numpy()
+    assert all(np.array_equal(centers.numpy(), expected) for centers in tables)

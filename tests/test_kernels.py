@@ -1,0 +1,177 @@
+"""The bare kernels on NumPy arrays, without TensorFlow."""
+
+import numpy as np
+import oracle
+import plain
+import problems
+import pytest
+import tensorflow as tf
+from child import run_python
+from stepping import wide
+from tolerances import assert_near_oracle
+
+pytestmark = pytest.mark.native
+
+
+@pytest.mark.parametrize("rule", ["paper", "mean", "sum", "batch_mean", "tutorial"])
+@pytest.mark.parametrize("dtype", list(problems.DTYPES))
+@pytest.mark.parametrize("shape", problems.SHAPES, ids=str)
+def test_against_the_oracle(kernels, shape, dtype, rule):
+    shape = shape._replace(leading=(int(np.prod(shape.leading)),))
+    problem = problems.make(shape, dtype, weights=True, ignore="class")
+    reduction = "mean" if rule in ("paper", "tutorial") else "sum"
+    centers = problem.centers.copy()
+    loss, residual = kernels.center_loss_step(
+        problem.features,
+        problem.ids.astype(np.int32),
+        centers,
+        alpha=0.3,
+        rule=rule,
+        reduction=reduction,
+        sample_weight=problem.sample_weight,
+        ignore_label=problem.ignore_label,
+        weight=0.25,
+        threads=2,
+    )
+    options = dict(ignore_label=problem.ignore_label, reduction=reduction)
+    truth = oracle.center_loss(
+        problem.features,
+        problem.ids,
+        problem.centers,
+        alpha=0.3,
+        rule=rule,
+        sample_weight=problem.sample_weight,
+        upstream=0.25,
+        **options,
+    )
+    features, table = tf.constant(problem.features), tf.constant(problem.centers)
+    with tf.GradientTape() as tape:
+        tape.watch(features)
+        yardstick = 0.25 * plain.loss(
+            features,
+            tf.constant(problem.ids),
+            table,
+            sample_weight=problem.sample_weight,
+            **options,
+        )
+    moved = plain.moved_centers(
+        features,
+        tf.constant(problem.ids),
+        table,
+        alpha=0.3,
+        rule=rule,
+        ignore_label=problem.ignore_label,
+    )
+    table_dtype = problem.centers.dtype.name
+    assert residual.dtype == problem.features.dtype
+    assert_near_oracle(loss, wide(yardstick), 0.25 * truth.loss, table_dtype, "loss")
+    gradient = wide(tape.gradient(yardstick, features))
+    assert_near_oracle(residual, gradient, truth.feature_gradient, dtype, "residual")
+    assert_near_oracle(centers, wide(moved), truth.centers, table_dtype, "centers")
+
+
+def test_reduction_none_and_reading_only(kernels):
+    centers = np.array([[0.0, 0.0], [10.0, 10.0]], np.float32)
+    before = centers.copy()
+    loss, residual = kernels.center_loss_step(
+        np.array([[2.0, 4.0], [10.0, 16.0]], np.float32),
+        np.array([0, 1]),
+        centers,
+        reduction="none",
+        update_centers=False,
+    )
+    assert np.asarray(loss).tolist() == [10.0, 18.0]
+    assert residual.tolist() == [[2.0, 4.0], [0.0, 6.0]]
+    assert np.array_equal(centers, before)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(labels=np.array([0, 3])),
+        dict(labels=np.array([0, -1])),
+        dict(labels=np.array([0, 2**32])),
+        dict(labels=np.array([0])),
+        dict(labels=np.array([[0], [1]])),
+        dict(labels=np.array([0.0, 1.0])),
+        dict(features=np.ones([2, 3], np.float32)),
+        dict(features=np.ones([2], np.float32)),
+        dict(features=np.ones([2, 2], np.float64)),
+        dict(features=np.ones([2, 2], np.int32)),
+        dict(sample_weight=np.ones([3], np.float32)),
+        dict(rule="papr"),
+        dict(reduction="avg"),
+        dict(alpha=-1.0),
+        dict(alpha=np.nan),
+        dict(isa="sse9"),
+        dict(threads=0),
+    ],
+    ids=str,
+)
+def test_errors_write_nothing(kernels, wrong):
+    centers = np.zeros([3, 2], np.float32)
+    options = dict(features=np.ones([2, 2], np.float32), labels=np.array([0, 1])) | wrong
+    features, labels = options.pop("features"), options.pop("labels")
+    with pytest.raises(ValueError):
+        kernels.center_loss_step(features, labels, centers, **options)
+    assert not centers.any()
+
+
+def test_centers_that_cannot_be_moved_in_place_are_refused(kernels):
+    # A silent copy would take the step to nowhere.
+    features, labels = np.ones([1, 2], np.float32), np.array([0])
+    table = np.zeros([4, 4], np.float32)
+    frozen = np.zeros([4, 2], np.float32)
+    frozen.setflags(write=False)
+    for centers in (table[:, ::2], table[:2].T, frozen, np.zeros([4, 2], ">f4"), [[0.0, 0.0]]):
+        with pytest.raises((ValueError, TypeError)):
+            kernels.center_loss_step(features, labels, centers)
+    assert not table.any()
+
+
+def test_views_of_features_and_labels(kernels):
+    # Every other row of an array, or a column-major one, is read for what it is.
+    features = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
+    labels = np.array([0, 9, 1, 9, 0, 9])
+    expected = np.zeros([2, 5], np.float32)
+    loss, _ = kernels.center_loss_step(features[::2].copy(), labels[::2].copy(), expected)
+    for view in (features[::2], np.asfortranarray(features[::2])):
+        centers = np.zeros([2, 5], np.float32)
+        try:
+            actual, _ = kernels.center_loss_step(view, labels[::2], centers)
+        except ValueError:
+            continue  # refusing is fine as well, misreading is not
+        assert actual == loss
+        assert np.array_equal(centers, expected)
+
+
+def test_more_numbers_than_32_bits_count(kernels, tmp_path):
+    # C * D > 2^31, and byte offsets beyond 2^33. A sparse file costs only the pages touched.
+    rows, dim = 2**22 + 5, 513
+    centers = np.memmap(tmp_path / "centers", np.float32, "w+", shape=(rows, dim))
+    labels = np.array([rows - 1, 0, rows - 1, rows // 2])
+    features = np.full([4, dim], 3, np.float32)
+    kernels.center_loss_step(features, labels, centers, rule="mean", alpha=1.0, threads=2)
+    for j in (0, rows // 2, rows - 1):
+        assert (centers[j] == 3).all()
+    for j in (1, rows // 2 - 1, rows // 2 + 1, rows - 2):
+        assert not centers[j].any()
+
+
+def test_the_module_needs_no_tensorflow(kernels, tmp_path):
+    out = run_python(
+        f"""
+        import importlib.util, sys
+        import numpy as np
+
+        spec = importlib.util.spec_from_file_location("_kernels", {kernels.__file__!r})
+        kernels = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(kernels)
+        centers = np.zeros([2, 1], np.float32)
+        loss, _ = kernels.center_loss_step(np.ones([1, 1], np.float32), np.array([1]), centers)
+        assert "tensorflow" not in sys.modules
+        print(float(loss), centers.ravel().tolist())
+        """,
+        tmp_path,
+    )
+    assert out.split("\n")[0] == "0.5 [0.0, 0.25]"

@@ -1,0 +1,79 @@
+"""Loss, feature gradient and moved centers against the oracle over everything a caller can vary."""
+
+import numpy as np
+import problems
+import pytest
+import stepping
+from pairwise import all_pairs
+
+FACTORS = {
+    "shape": problems.SHAPES,
+    "dtype": list(problems.DTYPES),
+    "labels": [
+        "int32",
+        "int64",
+        "onehot-float32",
+        "onehot-uint8",
+        "onehot-int64",
+        "probabilities",
+    ],
+    "rule": ["paper", "mean", "sum", "batch_mean", "paper_batch_mean", "tutorial"],
+    "reduction": ["mean", "sum", "none"],
+    "weights": [False, True],
+    "ignore": [None, "outside", "class"],
+    "update_centers": [True, False],
+    "upstream": [False, True],
+    "mode": ["eager", "function", "unknown"],
+    "holder": ["tf.Variable", "keras.Variable"],
+}
+
+
+def allowed(row):
+    ids = row["labels"] in ("int32", "int64")
+    # One-hot rows cannot say "outside", and are no way to pass thousands of classes.
+    return ids or (row["ignore"] != "outside" and row["shape"].classes <= 1000)
+
+
+def name(row):
+    return "-".join(str(value) for value in row.values())
+
+
+def run_and_check(impl, row):
+    problem = problems.make(
+        row["shape"], row["dtype"], row["labels"], row["weights"], row["ignore"]
+    )
+    options = {key: row[key] for key in ("rule", "reduction", "update_centers")} | {"alpha": 0.3}
+    upstream = None
+    if row["upstream"]:
+        upstream = problem.upstream if row["reduction"] == "none" else np.float64(-1.7)
+    outcome = stepping.run(
+        problem, mode=row["mode"], holder=row["holder"], upstream=upstream, impl=impl, **options
+    )
+    stepping.check(problem, outcome, dtype=row["dtype"], upstream=upstream, **options)
+
+
+@pytest.mark.parametrize("row", all_pairs(FACTORS, allowed), ids=name)
+def test_every_pair_of_choices(impl, row):
+    run_and_check(impl, row)
+
+
+# Every rule on every distribution of labels, moving, in the plainest way: a failure here says more
+# than one above.
+@pytest.mark.parametrize("rule", FACTORS["rule"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", problems.SHAPES, ids=str)
+def test_every_rule_on_every_shape(impl, shape, dtype, rule):
+    problem = problems.make(shape, dtype)
+    outcome = stepping.run(problem, impl=impl, rule=rule, alpha=0.3)
+    stepping.check(problem, outcome, dtype=dtype, rule=rule, alpha=0.3)
+
+
+@pytest.mark.parametrize("reduction", FACTORS["reduction"])
+@pytest.mark.parametrize("dtype", list(problems.DTYPES))
+def test_large_residual_near_a_far_center(impl, dtype, reduction):
+    # Features of size 1000 a unit away from their centers: |x|^2 - 2xc + |c|^2 would lose it all.
+    problem = problems.make(problems.SHAPES[0], dtype)
+    near = (problem.centers[problem.ids] + 1000).astype(problem.features.dtype)
+    problem = problem._replace(features=near + problem.features, centers=problem.centers + 1000)
+    outcome = stepping.run(problem, impl=impl, reduction=reduction)
+    stepping.check(problem, outcome, dtype=dtype, reduction=reduction)

@@ -1,0 +1,240 @@
+"""Every check of what a caller passes, before any implementation is chosen.
+
+So that the error is the same whichever implementation would have run. Each message names the
+argument, what came and what is expected. What only the values of tensors can tell (a label out of
+range, a negative alpha in a variable) is left to the implementations.
+"""
+
+import dataclasses
+import math
+import numbers
+
+import keras
+import tensorflow as tf
+
+RULES = ("paper", "mean", "sum", "batch_mean", "paper_batch_mean", "tutorial")
+REDUCTIONS = ("sum", "mean", "none")
+IMPLEMENTATIONS = ("auto", "native", "graph")
+
+_FEATURE_TYPES = (tf.float32, tf.float64, tf.float16, tf.bfloat16)
+_CLASS_TYPES = (tf.int32, tf.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What an implementation gets: checked, flattened to one batch, of the right types."""
+
+    features: tf.Tensor  # [B, D]
+    labels: tf.Tensor  # [B] int32 or int64 class ids
+    centers: tf.Variable  # [C, D], float64 for float64 features, else float32
+    alpha: tf.Tensor  # [] in the centers' type; the implementation checks its value
+    rule: str
+    reduction: str
+    weight: tf.Tensor  # [] in the centers' type, multiplies the loss
+    sample_weight: tf.Tensor | None  # [B] in the centers' type
+    ignore_label: int | None
+    update_centers: bool
+    loss_shape: tf.Tensor | None  # what a loss [B] is reshaped to, None where it is [B] already
+
+
+def check(
+    features,
+    labels,
+    centers,
+    *,
+    alpha,
+    rule,
+    reduction="mean",
+    weight=1.0,
+    sample_weight=None,
+    ignore_label=None,
+    update_centers=True,
+) -> Arguments:
+    """Checks and converts the arguments of one call."""
+    one_of("rule", rule, RULES)
+    one_of("reduction", reduction, REDUCTIONS)
+    if not isinstance(update_centers, bool):
+        raise TypeError(f"update_centers: expected True or False, got {_describe(update_centers)}")
+    ignore_label = _ignore_label(ignore_label)
+    features = _features(features)
+    centers = _centers(centers, features)
+    labels, batch_shape = _labels(labels, features, centers)
+    dtype = centers.dtype
+    if sample_weight is not None:
+        sample_weight = _sample_weight(sample_weight, labels, dtype)
+    loss_shape = None if labels.shape.rank == 1 else tf.shape(labels)
+    return Arguments(
+        features=_flatten(features, [-1, centers.shape[1]], rank=2),
+        labels=_flatten(labels, [-1], rank=1),
+        centers=centers,
+        alpha=_alpha(alpha, dtype),
+        rule=rule,
+        reduction=reduction,
+        weight=tf.cast(weight, dtype),
+        sample_weight=None if sample_weight is None else _flatten(sample_weight, [-1], rank=1),
+        ignore_label=ignore_label,
+        update_centers=update_centers,
+        loss_shape=loss_shape,
+    )
+
+
+def one_of(name, value, allowed):
+    """Raises ValueError unless value is one of the allowed strings."""
+    if not isinstance(value, str) or value not in allowed:
+        expected = ", ".join(map(repr, allowed))
+        raise ValueError(f"{name}: expected one of {expected}, got {_describe(value)}")
+
+
+def number(name, value):
+    """Raises unless value is a finite number >= 0."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a finite number >= 0, got {_describe(value)}")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+    return float(value)
+
+
+def unwrap(variable):
+    """The tf.Variable inside a keras.Variable; anything else as it is."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def _describe(value):
+    if tf.is_tensor(value) or isinstance(value, tf.Variable):
+        return f"a tensor of dtype {value.dtype.name} and shape {value.shape}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def _tensor(name, value):
+    value = unwrap(value)
+    try:
+        return tf.convert_to_tensor(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name}: expected a dense tensor, got {type(value).__name__}: {error}"
+        ) from error
+
+
+def _known_rank(name, tensor):
+    if tensor.shape.rank is None:
+        raise ValueError(
+            f"{name}: expected a tensor whose rank is known while tracing, got an unknown rank; "
+            "tf.ensure_shape gives it one"
+        )
+    return tensor
+
+
+def _features(features):
+    features = _known_rank("features", _tensor("features", features))
+    if features.dtype not in _FEATURE_TYPES:
+        expected = ", ".join(t.name for t in _FEATURE_TYPES)
+        raise TypeError(f"features: expected dtype {expected}, got {features.dtype.name}")
+    if features.shape.rank < 1:
+        raise ValueError("features: expected shape [..., D], got a scalar")
+    return features
+
+
+def _centers(centers, features):
+    variable = unwrap(centers)
+    if not isinstance(variable, tf.Variable) or not hasattr(variable, "handle"):
+        got = type(centers).__name__
+        if isinstance(variable, tf.Variable):
+            got += ", a reference variable: create it with use_resource=True"
+        raise TypeError(
+            "centers: expected a tf.Variable (a resource variable) or a keras.Variable around "
+            f"one, got {got}"
+        )
+    if variable.dtype not in (tf.float32, tf.float64):
+        raise TypeError(f"centers: expected dtype float32 or float64, got {variable.dtype.name}")
+    expected = tf.float64 if features.dtype == tf.float64 else tf.float32
+    if variable.dtype != expected:
+        raise TypeError(
+            f"centers: expected dtype {expected.name} for {features.dtype.name} features, "
+            f"got {variable.dtype.name}"
+        )
+    if variable.shape.rank != 2 or variable.shape[1] is None:
+        raise ValueError(f"centers: expected shape [C, D], got {variable.shape}")
+    if not features.shape[-1:].is_compatible_with(variable.shape[1:]):
+        raise ValueError(
+            f"features: expected shape [..., {variable.shape[1]}] for centers of shape "
+            f"{variable.shape}, got {features.shape}"
+        )
+    return variable
+
+
+def _labels(labels, features, centers):
+    labels = _known_rank("labels", _tensor("labels", labels))
+    batch_shape = features.shape[:-1]
+    classes = centers.shape[0]
+    rows = labels.shape.rank == features.shape.rank
+    expected = f"{batch_shape} (class ids) or {batch_shape + [classes]} (one-hot rows)"
+    if not rows and labels.shape.rank != batch_shape.rank:
+        raise ValueError(
+            f"labels: expected shape {expected} for features of shape {features.shape}, "
+            f"got {labels.shape}"
+        )
+    if not rows and labels.dtype not in _CLASS_TYPES:
+        raise TypeError(
+            f"labels: expected class ids of dtype int32 or int64, got {labels.dtype.name}; "
+            "cast them with tf.cast(labels, tf.int32)"
+        )
+    if not labels.shape.is_compatible_with(batch_shape + [classes] if rows else batch_shape):
+        raise ValueError(
+            f"labels: expected shape {expected} for features of shape {features.shape}, "
+            f"got {labels.shape}"
+        )
+    if rows:
+        if not (labels.dtype.is_floating or labels.dtype.is_integer or labels.dtype.is_bool):
+            raise TypeError(
+                f"labels: expected one-hot rows of a numeric type, got {labels.dtype.name}"
+            )
+        labels = _argmax(labels, centers)
+    return labels, batch_shape
+
+
+def _argmax(rows, centers):
+    if not (rows.shape[-1:].is_fully_defined() and centers.shape[:1].is_fully_defined()):
+        tf.debugging.assert_equal(
+            tf.shape(rows)[-1],
+            tf.raw_ops.VariableShape(input=centers.handle)[0],
+            message="labels: one-hot rows need one column for each row of centers",
+        )
+    return tf.argmax(rows, axis=-1)
+
+
+def _sample_weight(sample_weight, labels, dtype):
+    weights = _tensor("sample_weight", sample_weight)
+    if not (weights.dtype.is_floating or weights.dtype.is_integer):
+        raise TypeError(f"sample_weight: expected numbers, got {weights.dtype.name}")
+    if not weights.shape.is_compatible_with(labels.shape):
+        raise ValueError(
+            f"sample_weight: expected shape {labels.shape}, one number for each sample, "
+            f"got {weights.shape}"
+        )
+    # Weights are given, not learned: no gradient flows to them, in any implementation.
+    return tf.stop_gradient(tf.cast(weights, dtype))
+
+
+def _alpha(alpha, dtype):
+    alpha = unwrap(alpha)
+    if not (tf.is_tensor(alpha) or isinstance(alpha, tf.Variable)):
+        return tf.constant(number("alpha", alpha), dtype)
+    if not (alpha.dtype.is_floating or alpha.dtype.is_integer):
+        raise TypeError(f"alpha: expected a finite number >= 0, got {_describe(alpha)}")
+    if not alpha.shape.is_compatible_with([]):
+        raise ValueError(f"alpha: expected a scalar, got shape {alpha.shape}")
+    return tf.cast(tf.stop_gradient(alpha), dtype)
+
+
+def _ignore_label(ignore_label):
+    if ignore_label is None:
+        return None
+    if isinstance(ignore_label, bool) or not isinstance(ignore_label, numbers.Integral):
+        raise TypeError(f"ignore_label: expected None or an int, got {_describe(ignore_label)}")
+    if not -(2**63) <= ignore_label < 2**63:
+        raise ValueError(f"ignore_label: expected a 64-bit integer, got {ignore_label}")
+    return int(ignore_label)
+
+
+def _flatten(tensor, shape, rank):
+    return tensor if tensor.shape.rank == rank else tf.reshape(tensor, shape)

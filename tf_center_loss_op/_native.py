@@ -1,0 +1,110 @@
+"""Finds and loads the native library, once, and says what was found."""
+
+import functools
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from tf_center_loss_op import _arguments
+
+_PACKAGE = Path(__file__).resolve().parent
+_LIBRARY = _PACKAGE / "libtf_center_loss_op.so"
+_REBUILD = (
+    "pip install --force-reinstall --no-deps tf_center_loss_op (from a checkout: pip install .)"
+)
+
+
+class _Native(NamedTuple):
+    ops: object  # the module of generated op functions, None where unusable
+    reason: str | None  # why unusable
+
+
+def _minor(version):
+    return ".".join(version.split(".")[:2])
+
+
+@functools.cache
+def _record():
+    """What the build wrote down about itself."""
+    try:
+        return json.loads((_PACKAGE / "_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+@functools.cache
+def _load():
+    record = _record()
+    built = record.get("tensorflow")
+    if record.get("reason"):
+        return _Native(None, f"it was not built: {record['reason']}")
+    if not _LIBRARY.is_file():
+        return _Native(None, f"there is no {_LIBRARY.name} in {_PACKAGE}")
+    # Loading a library of another minor version can only fail, and its error explains nothing.
+    if built is not None and _minor(built) != _minor(tf.__version__):
+        return _Native(None, f"it was built for TensorFlow {built}, this is {tf.__version__}")
+    try:
+        return _Native(tf.load_op_library(str(_LIBRARY)), None)
+    except (tf.errors.OpError, OSError) as error:
+        return _Native(None, f"it does not load: {error}")
+
+
+def ops():
+    """The generated functions of the native ops; they must be usable()."""
+    return _load().ops
+
+
+def usable():
+    """Whether the native ops are loaded."""
+    return _load().ops is not None
+
+
+@functools.cache
+def _warn_once():
+    warnings.warn(
+        f"tf_center_loss_op: no native library, computing with plain TensorFlow ops instead, with "
+        f"the same results but slower: {_load().reason}. To rebuild it: {_REBUILD}",
+        RuntimeWarning,
+        stacklevel=5,
+    )
+
+
+def choose(impl):
+    """ "native" or "graph" for what the caller and TF_CENTER_LOSS_IMPL ask for."""
+    _arguments.one_of("impl", impl, _arguments.IMPLEMENTATIONS)
+    if impl == "auto":
+        impl = os.environ.get("TF_CENTER_LOSS_IMPL", "auto")
+        _arguments.one_of("TF_CENTER_LOSS_IMPL (environment)", impl, _arguments.IMPLEMENTATIONS)
+    if impl == "graph" or usable():
+        return "graph" if impl == "graph" else "native"
+    if impl == "native":
+        raise RuntimeError(
+            f"impl: 'native' cannot run: {_load().reason}. To rebuild the library: {_REBUILD}"
+        )
+    _warn_once()
+    return "graph"
+
+
+def build_info() -> dict:
+    """What is installed and what runs.
+
+    Returns:
+      A dict: ``native`` (bool, the fused op is loaded), ``reason`` (why not, else None),
+      ``tf_built`` and ``tf_running`` (TensorFlow versions), ``cuda`` (list of GPU architectures
+      the library holds kernels for, None without), ``xla`` (bool, the fused op compiles under
+      ``jit_compile=True``), ``library`` (path of the loaded library, None without).
+    """
+    native = usable()
+    return {
+        "native": native,
+        "reason": _load().reason,
+        "tf_built": _record().get("tensorflow"),
+        "tf_running": tf.__version__,
+        "cuda": _record().get("cuda") if native else None,
+        "xla": False,
+        "library": str(_LIBRARY) if native else None,
+    }

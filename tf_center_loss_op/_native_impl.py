@@ -1,0 +1,151 @@
+"""The native ops and their registered gradients."""
+
+import tensorflow as tf
+
+# A variable is put on the tape by being read; an op that takes its handle does not count as such.
+# tf.gather does the same, with the same function.
+from tensorflow.python.ops.resource_variable_ops import variable_accessed
+
+from tf_center_loss_op import _native
+from tf_center_loss_op._arguments import Arguments
+
+
+def center_loss(a: Arguments) -> tf.Tensor:
+    """The loss; the centers have moved where a.update_centers."""
+    if not a.update_centers:
+        return loss_and_residual(a)[0]
+    return (
+        _native.ops()
+        .tcl_center_loss_step(
+            centers=a.centers.handle,
+            alpha=a.alpha,
+            rule=a.rule,
+            **_batch(a),
+            **_loss(a),
+        )
+        .loss
+    )
+
+
+def update_centers(a: Arguments) -> tf.Operation | None:
+    """The step of the centers alone."""
+    return _native.ops().tcl_update_centers(
+        centers=a.centers.handle, alpha=a.alpha, rule=a.rule, **_batch(a)
+    )
+
+
+def loss_and_residual(a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
+    """The loss and d(loss)/d(features) [B, D] in the centers' type; no center moves."""
+    variable_accessed(a.centers)
+    loss, bits = _native.ops().tcl_center_loss(centers=a.centers.handle, **_batch(a), **_loss(a))
+    return loss, tf.bitcast(bits, a.centers.dtype)
+
+
+def update_from_residual(a: Arguments, residual: tf.Tensor) -> tf.Operation | None:
+    """The step of the centers from a residual x_i - c_{y_i} [B, D] computed before."""
+    return _native.ops().tcl_update_centers(
+        centers=a.centers.handle,
+        alpha=a.alpha,
+        rule=a.rule,
+        from_residual=True,
+        **_batch(a) | {"features": residual},
+    )
+
+
+def _batch(a):
+    return {
+        "features": a.features,
+        "labels": a.labels,
+        "has_ignore_label": a.ignore_label is not None,
+        "ignore_label": a.ignore_label or 0,
+    }
+
+
+def _loss(a):
+    return {
+        "weight": a.weight,
+        "sample_weight": [] if a.sample_weight is None else [a.sample_weight],
+        "reduction": a.reduction,
+        "Tbits": tf.int64 if a.centers.dtype == tf.float64 else tf.int32,
+    }
+
+
+def _backward(op, upstream, residual_bits, features, labels, weight, sample_weight, centers):
+    return _native.ops().tcl_center_loss_backward(
+        upstream=upstream,
+        residual_bits=residual_bits,
+        features=features,
+        labels=labels,
+        weight=weight,
+        sample_weight=sample_weight,
+        centers=centers,
+        reduction=op.get_attr("reduction"),
+        has_ignore_label=op.get_attr("has_ignore_label"),
+        ignore_label=op.get_attr("ignore_label"),
+    )
+
+
+def _slices(op, handle, labels, rows):
+    """The gradient to the table: -rows at the labels that count."""
+    rows = -tf.cast(rows, op.get_attr("Tcenters"))
+    if op.get_attr("has_ignore_label"):
+        counted = tf.not_equal(labels, tf.cast(op.get_attr("ignore_label"), labels.dtype))
+        labels, rows = tf.boolean_mask(labels, counted), tf.boolean_mask(rows, counted)
+    return tf.IndexedSlices(rows, labels, tf.raw_ops.VariableShape(input=handle))
+
+
+@tf.RegisterGradient("TclCenterLossStep")
+def _step_gradient(op, upstream, _):
+    _, features, labels, weight, _, *sample_weight = op.inputs
+    gradient = _backward(
+        op, upstream, op.outputs[1], features, labels, weight, sample_weight, centers=[]
+    )
+    return [None, gradient] + [None] * (len(op.inputs) - 2)
+
+
+@tf.RegisterGradient("TclCenterLoss")
+def _center_loss_gradient(op, upstream, _):
+    handle, features, labels, weight, *sample_weight = op.inputs
+    gradient = _backward(
+        op, upstream, op.outputs[1], features, labels, weight, sample_weight, centers=[handle]
+    )
+    return [_slices(op, handle, labels, gradient), gradient] + [None] * (len(op.inputs) - 2)
+
+
+@tf.RegisterGradient("TclCenterLossBackward")
+def _backward_gradient(op, g):
+    """gradient_i = upstream_i * f_i * (x_i - c_{y_i}), with f_i = weight * w_i (/ N)."""
+    upstream, residual_bits, features, labels, weight, *rest = op.inputs
+    num_weights = op.get_attr("num_weights")
+    sample_weight, centers = rest[:num_weights], rest[num_weights:]
+
+    # Taken through the op again, not from its bits, so that third derivatives exist.
+    residual = _backward(
+        op,
+        tf.ones_like(upstream),
+        residual_bits,
+        features,
+        labels,
+        weight,
+        sample_weight,
+        centers,
+    )
+    g = tf.cast(g, upstream.dtype)
+    per_sample = tf.reduce_sum(g * tf.cast(residual, g.dtype), axis=1)
+    d_upstream = per_sample if upstream.shape.rank == 1 else tf.reduce_sum(per_sample)
+
+    factor = tf.fill(tf.shape(labels), weight)
+    if sample_weight:
+        factor *= sample_weight[0]
+    counted = tf.ones_like(factor)
+    if op.get_attr("has_ignore_label"):
+        ignore_label = tf.cast(op.get_attr("ignore_label"), labels.dtype)
+        counted = tf.cast(tf.not_equal(labels, ignore_label), factor.dtype)
+        factor = tf.where(counted > 0, factor, 0)
+    if op.get_attr("reduction") == b"mean":
+        factor = tf.math.divide_no_nan(factor, tf.reduce_sum(counted))
+    rows = g * (upstream * factor)[:, tf.newaxis]
+
+    d_centers = [_slices(op, handle, labels, rows) for handle in centers]
+    d_features = tf.cast(rows, features.dtype)
+    return [d_upstream, None, d_features, None, None, *[None] * num_weights, *d_centers]

@@ -1,0 +1,113 @@
+"""How known codebases spell their center loss with this package's arguments.
+
+What they call the step size, whether the loss is a sum or a mean and whether the count enters the
+step differ from one to the next, and so does what "alpha = 0.5" means.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+
+@dataclasses.dataclass(frozen=True)
+class Convention:
+    """One codebase's center loss.
+
+    Its loss is ``loss_factor(D)`` times ``center_loss(..., rule=rule, reduction=reduction,
+    alpha=alpha(step))``, where ``step`` is the codebase's own step size, called ``step_name``
+    there, and D the feature size. Its centers are exactly those of that call.
+    """
+
+    source: str
+    rule: str
+    reduction: str
+    step_name: str
+    alpha: Callable[[float], float] = lambda step: step
+    loss_factor: Callable[[int], float] = lambda dim: 1.0
+    note: str = ""
+
+
+CONVENTIONS: Mapping[str, Convention] = MappingProxyType(
+    {
+        "paper": Convention(
+            source="Wen et al., ECCV 2016, equations 2 to 4",
+            rule="paper",
+            reduction="sum",
+            step_name="alpha",
+        ),
+        "caffe-face": Convention(
+            source="ydwen/caffe-face, center_loss_layer",
+            rule="paper",
+            reduction="mean",
+            step_name="base_lr * lr_mult",
+            note="The centers move through the solver; this holds for plain SGD without momentum "
+            "and weight decay, and with loss_weight divided out of the step.",
+        ),
+        "authors-2019": Convention(
+            source="Wen et al., IJCV 2019, the authors' code",
+            rule="mean",
+            reduction="mean",
+            step_name="alpha",
+        ),
+        "EncodeTS": Convention(
+            source="EncodeTS/TensorFlow_Center_Loss, get_center_loss",
+            rule="paper",
+            reduction="sum",
+            step_name="alpha",
+        ),
+        "tutorial": Convention(
+            source="the TensorFlow 1 tutorial; also compat.v1.center_loss",
+            rule="tutorial",
+            reduction="sum",
+            step_name="alpha",
+            note="Its default alpha = 0 never moves a center, and neither does alpha = 1.",
+        ),
+        "facenet": Convention(
+            source="davidsandberg/facenet, center_loss",
+            rule="sum",
+            reduction="mean",
+            step_name="alfa",
+            alpha=lambda alfa: 1.0 - alfa,
+            loss_factor=lambda dim: 2.0 / dim,
+            note="No count in the step: a center overshoots where its label stands more than "
+            "1 / (1 - alfa) times in a batch, and diverges beyond twice that (40 for alfa = 0.95).",
+        ),
+        "pytorch-center-loss": Convention(
+            source="KaiyangZhou/pytorch-center-loss, CenterLoss",
+            rule="batch_mean",
+            reduction="mean",
+            step_name="lr",
+            alpha=lambda lr: 2.0 * lr,
+            loss_factor=lambda dim: 2.0,
+            note="The centers move by plain SGD on the loss, with its weight divided out of the "
+            "gradient. Without the clamp at 1e-12, which adds (C - 1) * 1e-12 to the loss.",
+        ),
+        "MNIST_center_loss_pytorch": Convention(
+            source="jxgu1016/MNIST_center_loss_pytorch, CenterLoss",
+            rule="paper_batch_mean",
+            reduction="mean",
+            step_name="lr",
+            note="The centers move by plain SGD.",
+        ),
+        "louis-she": Convention(
+            source="louis-she/center-loss.pytorch, loss.py",
+            rule="paper",
+            reduction="mean",
+            step_name="alpha",
+            loss_factor=lambda dim: 2.0 / dim,
+        ),
+        "paddle": Convention(
+            source="PaddlePaddle up to 1.8, fluid.layers.center_loss",
+            rule="paper",
+            reduction="none",
+            step_name="alpha",
+        ),
+        "mxnet": Convention(
+            source="the MXNet center loss operator (pangyupo/mxnet_center_loss)",
+            rule="paper",
+            reduction="mean",
+            step_name="alpha",
+            note="The value is the mean, but its gradient is scale * d_i, that of the sum.",
+        ),
+    }
+)

@@ -1,0 +1,177 @@
+"""The functions `center_loss` and `update_centers`: one check, one dispatch."""
+
+import tensorflow as tf
+
+from tf_center_loss_op import _arguments, _graph_impl, _native, _native_impl
+
+_IMPLEMENTATIONS = {"native": _native_impl, "graph": _graph_impl}
+
+
+def implementation(impl):
+    """The module that computes what `impl` asks for."""
+    return _IMPLEMENTATIONS[_native.choose(impl)]
+
+
+def center_loss(
+    features,
+    labels,
+    centers,
+    *,
+    alpha=0.5,
+    rule: str = "paper",
+    reduction: str = "mean",
+    sample_weight=None,
+    ignore_label: int | None = None,
+    update_centers: bool = True,
+    impl: str = "auto",
+    name: str | None = None,
+) -> tf.Tensor:
+    """The center loss of a batch; moves the centers of its classes by one step, in place.
+
+    Equals, with distinct labels and the default arguments, but in one pass over the batch, for
+    any labels, and at a cost that does not depend on the number of classes:
+
+        d = features - tf.gather(centers, labels)
+        loss = tf.nn.l2_loss(d) / B
+        centers.scatter_add(tf.IndexedSlices(alpha / (1 + 1) * d, labels))
+
+    In general, with d_i = x_i - c_{y_i} from the centers as they were before the step:
+
+        loss_i = sample_weight_i * ||d_i||^2 / 2
+        d loss / d x_i = upstream * sample_weight_i * d_i   (/ N for reduction "mean")
+        c_j += sum over {i : y_i = j} of s_j * d_i
+
+    N is the number of samples that are not ignored, n_j the number of those whose label is j and
+    whose features are finite. A sample with a NaN or an infinity keeps its non-finite loss and
+    gradient, so that a loss-scaling optimizer sees it, but never moves a center.
+
+    Args:
+      features: float32, float64, float16 or bfloat16 ``[..., D]``. 16-bit features are computed
+        with in float32 and rounded once, at the end.
+      labels: int32 or int64 ``[...]``, each in ``[0, C)`` or ``ignore_label``; or one-hot or
+        probability rows ``[..., C]`` of any numeric type, of which the argmax is the label.
+      centers: ``tf.Variable`` (a resource variable) or ``keras.Variable`` ``[C, D]``; float64 for
+        float64 features, else float32.
+      alpha: the step size, a number or a scalar tensor or variable, finite and >= 0.
+      rule: s_j by name: ``"paper"`` alpha / (1 + n_j), ``"mean"`` alpha / n_j, ``"sum"`` alpha,
+        ``"batch_mean"`` alpha / N, ``"paper_batch_mean"`` alpha / ((1 + n_j) N), ``"tutorial"``
+        alpha (1 - alpha) / (1 + n_j). `CONVENTIONS` says which codebase uses which.
+      reduction: ``"mean"`` sum of loss_i / N (0 where N = 0), ``"sum"``, or ``"none"``: the
+        losses in the labels' shape.
+      sample_weight: numbers in the labels' shape (class ids), default all one. They scale loss
+        and gradient, not the step of the centers. No gradient flows to them.
+      ignore_label: samples with this label have loss 0, count nowhere and move nothing.
+      update_centers: with False nothing is written, and the loss has a gradient to the centers
+        too (``tf.IndexedSlices``), for those who train them with an optimizer.
+      impl: ``"native"`` the fused op, ``"graph"`` plain TensorFlow ops, ``"auto"`` the fused op
+        where it is available; the environment variable ``TF_CENTER_LOSS_IMPL`` changes what
+        "auto" means.
+      name: a name scope for the ops.
+
+    Returns:
+      The loss, float64 for float64 features, else float32: a scalar, or the labels' shape.
+
+    Raises:
+      TypeError, ValueError: an argument is of the wrong type, shape or value; before anything runs.
+      tf.errors.InvalidArgumentError: a label is out of range, or a tensor ``alpha`` is negative
+        or not finite. Nothing has been written.
+      RuntimeError: ``impl="native"`` without a usable native library.
+
+    Determinism: the same inputs give the same bits, whatever the number of threads.
+
+    >>> import tensorflow as tf
+    >>> import tf_center_loss_op as tcl
+    >>> centers = tf.Variable(tf.zeros([10, 2]), trainable=False)
+    >>> features = tf.constant([[1.0, 2.0], [3.0, 4.0]])
+    >>> float(tcl.center_loss(features, [7, 7], centers, alpha=0.6))
+    7.5
+    >>> [round(float(c), 3) for c in centers[7]]
+    [0.8, 1.2]
+
+    Source: Wen, Zhang, Li, Qiao, "A Discriminative Feature Learning Approach for Deep Face
+    Recognition", ECCV 2016, equations 2 to 4.
+    """
+    return weighted_center_loss(
+        features,
+        labels,
+        centers,
+        weight=1.0,
+        alpha=alpha,
+        rule=rule,
+        reduction=reduction,
+        sample_weight=sample_weight,
+        ignore_label=ignore_label,
+        update_centers=update_centers,
+        impl=impl,
+        name=name,
+    )
+
+
+def weighted_center_loss(features, labels, centers, *, weight, impl, name=None, **options):
+    """`center_loss` times weight, which the fused op multiplies in on its way."""
+    with tf.name_scope(name or "center_loss"):
+        run = implementation(impl)
+        a = _arguments.check(features, labels, centers, weight=weight, **options)
+        loss = run.center_loss(a)
+        if a.reduction == "none" and a.loss_shape is not None:
+            loss = tf.reshape(loss, a.loss_shape)
+        return loss
+
+
+def update_centers(
+    features,
+    labels,
+    centers,
+    *,
+    alpha=0.5,
+    rule: str = "paper",
+    ignore_label: int | None = None,
+    impl: str = "auto",
+    name: str | None = None,
+) -> None:
+    """The step of `center_loss` alone: moves the centers of the batch's classes once, in place.
+
+    For training loops that compute the loss with ``update_centers=False``, perhaps more than once
+    a step (gradient accumulation, gradient checkpointing), and move the centers when they choose:
+
+        residual = features - tf.gather(centers, labels)
+        centers.scatter_add(tf.IndexedSlices(alpha / (1 + 1) * residual, labels))  # distinct labels
+
+    Args:
+      features: as in `center_loss`.
+      labels: as in `center_loss`.
+      centers: as in `center_loss`.
+      alpha: as in `center_loss`.
+      rule: as in `center_loss`.
+      ignore_label: as in `center_loss`.
+      impl: as in `center_loss`.
+      name: a name scope for the ops.
+
+    Returns:
+      None in eager mode and in a ``tf.function``, which runs the step in program order; the
+      operation that does the step in a TF1-style graph.
+
+    Raises:
+      As `center_loss`.
+
+    Determinism: the same inputs give the same bits, whatever the number of threads.
+
+    >>> import tensorflow as tf
+    >>> import tf_center_loss_op as tcl
+    >>> centers = tf.Variable(tf.zeros([3, 2]), trainable=False)
+    >>> tcl.update_centers(tf.constant([[2.0, 4.0]]), [1], centers)
+    >>> centers.numpy().tolist()
+    [[0.0, 0.0], [0.5, 1.0], [0.0, 0.0]]
+
+    Source: Wen et al., ECCV 2016, equation 4.
+    """
+    with tf.name_scope(name or "update_centers"):
+        run = implementation(impl)
+        a = _arguments.check(
+            features, labels, centers, alpha=alpha, rule=rule, ignore_label=ignore_label
+        )
+        step = run.update_centers(a)
+        in_program_order = (
+            tf.executing_eagerly() or tf.compat.v1.get_default_graph().building_function
+        )
+        return None if in_program_order else step
