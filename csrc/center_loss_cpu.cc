@@ -65,6 +65,7 @@ class Step {
     }
     const int64_t row_bytes =
         step_.dim * static_cast<int64_t>(sizeof(Feature) + 3 * sizeof(Center));
+    fetch_ = step_.batch * row_bytes > kMinBytesPerThread;
     parallel_for_(step_.batch, row_bytes, [this](int64_t begin, int64_t end) {
       RunItems(begin, end);
       ZeroIgnored(begin, end);
@@ -124,18 +125,24 @@ class Step {
         index + 1 < static_cast<int64_t>(items_.size()) ? CenterOf(index + 1) : center;
 
     int64_t count = end - item.begin;
+    RowArguments<Feature> row;
+    row.centers = center;
+    row.sum = sum;
     for (int64_t k = item.begin; k < end; ++k) {
       const int64_t i = groups_.order()[k];
-      const int64_t next = k + 1 < groups_.counted() ? groups_.order()[k + 1] : i;
       const Center weight = step_.sample_weight == nullptr ? 1 : step_.sample_weight[i];
+      row.features = Features(i);
+      row.factor = weight * sample_scale_;
+      if (step_.residual != nullptr) row.residual = step_.residual + i * step_.dim;
+      if (fetch_) {
+        row.next_features = k + 1 < groups_.counted() ? Features(groups_.order()[k + 1]) : nullptr;
+        row.next_centers = k + 1 < end ? center : next_center;
+      }
       const Sum mode = !moves_ ? Sum::kNone : k == item.begin ? Sum::kStart : Sum::kAdd;
-      const Center squares =
-          loops_.residual(Features(i), center, weight * sample_scale_,
-                          step_.residual == nullptr ? nullptr : step_.residual + i * step_.dim,
-                          mode, sum, Features(next), k + 1 < end ? center : next_center, step_.dim);
+      const Center squares = loops_.residual(row, mode, step_.dim);
       StoreLoss(i, weight * (squares / 2));
       // Finite squares prove finite features; only otherwise the row itself has to be asked.
-      if (!IsFinite(squares) && !loops_.all_finite(Features(i), step_.dim)) --count;
+      if (!IsFinite(squares) && !loops_.all_finite(row.features, step_.dim)) --count;
     }
     if (!moves_) return;
     if (count != end - item.begin) SumFiniteMembers(item, end, center, sum);
@@ -150,9 +157,11 @@ class Step {
   void SumFiniteMembers(const Item& item, int64_t end, const Center* center, Center* sum) {
     std::fill_n(sum, step_.dim, Center{0});
     for (int64_t k = item.begin; k < end; ++k) {
-      const Feature* const features = Features(groups_.order()[k]);
-      if (!loops_.all_finite(features, step_.dim)) continue;
-      loops_.residual(features, center, 0, nullptr, Sum::kAdd, sum, features, center, step_.dim);
+      RowArguments<Feature> row;
+      row.features = Features(groups_.order()[k]);
+      row.centers = center;
+      row.sum = sum;
+      if (loops_.all_finite(row.features, step_.dim)) loops_.residual(row, Sum::kAdd, step_.dim);
     }
   }
 
@@ -225,6 +234,7 @@ class Step {
   const ParallelFor& parallel_for_;
   LabelGroups groups_;
   bool moves_ = false;
+  bool fetch_ = false;  // ahead of use: what is small is in the cache
   Center sample_scale_ = 0;
   std::vector<Item> items_;
   std::vector<SplitGroup> split_groups_;

@@ -17,7 +17,7 @@ using Work = std::function<void(int64_t begin, int64_t end)>;
 using ParallelFor = std::function<void(int64_t total, int64_t bytes, const Work& work)>;
 
 // Below this much memory traffic a second thread costs more than it saves.
-constexpr int64_t kMinBytesPerThread = int64_t{1} << 17;
+constexpr int64_t kMinBytesPerThread = int64_t{1} << 19;
 
 // Does the step. Returns -1, or the position of the first label that is neither in [0, C) nor
 // ignored; nothing has been written then. The bits of the results depend on neither the number of

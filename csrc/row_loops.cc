@@ -1,8 +1,10 @@
 // Compiled once per instruction set; TCL_ISA names it (baseline, avx2 or avx512). Nothing here may
 // leave an inline function of a shared header out of line: the linker would keep one copy for all
-// instruction sets. Hence the anonymous namespace, and no standard library.
+// instruction sets. Hence the anonymous namespace, and no standard library but its traits.
 
 #include "csrc/row_loops.h"
+
+#include <type_traits>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -109,86 +111,103 @@ TCL_INLINE void RoundLanes<Half>(const Lanes<float>& lanes, Half* p) {
 }
 #endif
 
-// The same tree for every instruction set.
+// Rows end in whole vectors of 16 bytes where they can, on every instruction set.
 template <typename Center>
-TCL_INLINE Center Fold(Center* lane) {
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
+struct Tail {
+  static constexpr int kWidth = 16 / static_cast<int>(sizeof(Center));
+  typedef Center Vector __attribute__((vector_size(16), aligned(alignof(Center))));
+};
+
+// lane[l] + lane[l + n/2] for n = kLanes, kLanes/2, ... 2: the same tree everywhere.
+template <typename Center>
+TCL_INLINE Center Fold(const Center* lane) {
+  using T = Tail<Center>;
+  constexpr int kVectors = kLanes / T::kWidth;
+  typename T::Vector v[kVectors];
+  for (int k = 0; k < kVectors; ++k) {
+    v[k] = *reinterpret_cast<const typename T::Vector*>(lane + k * T::kWidth);
   }
-  return lane[0];
+  for (int half = kVectors / 2; half > 0; half /= 2) {
+    for (int k = 0; k < half; ++k) v[k] += v[k + half];
+  }
+  if (T::kWidth == 4) return (v[0][0] + v[0][2 % T::kWidth]) + (v[0][1] + v[0][3 % T::kWidth]);
+  return v[0][0] + v[0][1];
 }
 
-template <typename Feature, bool kCenters, bool kResidual, Sum kSum>
-TCL_INLINE CenterType<Feature> ResidualRow(const Feature* features,
-                                           const CenterType<Feature>* centers,
-                                           CenterType<Feature> factor,
-                                           CenterType<Feature>* residual, CenterType<Feature>* sum,
-                                           const Feature* next_features,
-                                           const CenterType<Feature>* next_centers, int64_t dim) {
+template <typename Feature, bool kCenters, bool kResidual, Sum kSum, bool kFetch>
+TCL_INLINE CenterType<Feature> ResidualRow(const RowArguments<Feature>& row, int64_t dim) {
   using Center = CenterType<Feature>;
   using L = Lanes<Center>;
-  constexpr int kLine = 64;
+  using T = Tail<Center>;
+  constexpr int kLine = 64 / static_cast<int>(sizeof(Center));
+  const Feature* const features = row.features;
+  const Center* const centers = row.centers;
+  Center* const residual = row.residual;
+  Center* const sum = row.sum;
   L squares = L::Zero();
   int64_t d = 0;
   for (; d + kLanes <= dim; d += kLanes) {
-    for (int k = 0; k < kLanes; k += kLine / static_cast<int>(sizeof(Center))) {
-      if (kCenters) __builtin_prefetch(next_centers + d + k, 1);
-      __builtin_prefetch(next_features + d + k, 0);
+    if (kFetch) {
+      for (int k = 0; k < kLanes; k += kLine) __builtin_prefetch(row.next_centers + d + k, 1);
+      __builtin_prefetch(row.next_features + d, 0);
     }
     L value = WidenLanes(features + d);
     if (kCenters) value = value - L::Load(centers + d);
     squares = squares + value * value;
-    if (kResidual) (value * factor).Store(residual + d);
+    if (kResidual) (value * row.factor).Store(residual + d);
     if (kSum == Sum::kStart) value.Store(sum + d);
     if (kSum == Sum::kAdd) (L::Load(sum + d) + value).Store(sum + d);
   }
   Center lane[kLanes];
   squares.Store(lane);
-  for (int l = 0; d + l < dim; ++l) {
-    Center value = Widen(features[d + l]);
-    if (kCenters) value -= centers[d + l];
+  int l = 0;
+  if (std::is_same<Feature, Center>::value) {
+    for (; d + T::kWidth <= dim; d += T::kWidth, l += T::kWidth) {
+      using V = typename T::Vector;
+      V value = *reinterpret_cast<const V*>(features + d);
+      if (kCenters) value -= *reinterpret_cast<const V*>(centers + d);
+      *reinterpret_cast<V*>(lane + l) += value * value;
+      if (kResidual) *reinterpret_cast<V*>(residual + d) = value * row.factor;
+      if (kSum == Sum::kStart) *reinterpret_cast<V*>(sum + d) = value;
+      if (kSum == Sum::kAdd) *reinterpret_cast<V*>(sum + d) += value;
+    }
+  }
+  for (; d < dim; ++d, ++l) {
+    Center value = Widen(features[d]);
+    if (kCenters) value -= centers[d];
     lane[l] += value * value;
-    if (kResidual) residual[d + l] = value * factor;
-    if (kSum == Sum::kStart) sum[d + l] = value;
-    if (kSum == Sum::kAdd) sum[d + l] += value;
+    if (kResidual) residual[d] = value * row.factor;
+    if (kSum == Sum::kStart) sum[d] = value;
+    if (kSum == Sum::kAdd) sum[d] += value;
   }
   return Fold(lane);
 }
 
+template <typename Feature, bool kCenters, bool kResidual, Sum kSum>
+CenterType<Feature> ResidualRow(const RowArguments<Feature>& row, int64_t dim) {
+  return kCenters && row.next_centers != nullptr
+             ? ResidualRow<Feature, kCenters, kResidual, kSum, kCenters>(row, dim)
+             : ResidualRow<Feature, kCenters, kResidual, kSum, false>(row, dim);
+}
+
 template <typename Feature, bool kCenters, bool kResidual>
-CenterType<Feature> ResidualRow(const Feature* features, const CenterType<Feature>* centers,
-                                CenterType<Feature> factor, CenterType<Feature>* residual, Sum mode,
-                                CenterType<Feature>* sum, const Feature* next_features,
-                                const CenterType<Feature>* next_centers, int64_t dim) {
+CenterType<Feature> ResidualRow(const RowArguments<Feature>& row, Sum mode, int64_t dim) {
   switch (mode) {
     case Sum::kStart:
-      return ResidualRow<Feature, kCenters, kResidual, Sum::kStart>(
-          features, centers, factor, residual, sum, next_features, next_centers, dim);
+      return ResidualRow<Feature, kCenters, kResidual, Sum::kStart>(row, dim);
     case Sum::kAdd:
-      return ResidualRow<Feature, kCenters, kResidual, Sum::kAdd>(
-          features, centers, factor, residual, sum, next_features, next_centers, dim);
+      return ResidualRow<Feature, kCenters, kResidual, Sum::kAdd>(row, dim);
     case Sum::kNone:
       break;
   }
-  return ResidualRow<Feature, kCenters, kResidual, Sum::kNone>(
-      features, centers, factor, residual, sum, next_features, next_centers, dim);
+  return ResidualRow<Feature, kCenters, kResidual, Sum::kNone>(row, dim);
 }
 
 template <typename Feature>
-CenterType<Feature> Residual(const Feature* features, const CenterType<Feature>* centers,
-                             CenterType<Feature> factor, CenterType<Feature>* residual, Sum mode,
-                             CenterType<Feature>* sum, const Feature* next_features,
-                             const CenterType<Feature>* next_centers, int64_t dim) {
-  if (centers == nullptr) {
-    return ResidualRow<Feature, false, false>(features, centers, factor, residual, mode, sum,
-                                              next_features, next_centers, dim);
-  }
-  if (residual == nullptr) {
-    return ResidualRow<Feature, true, false>(features, centers, factor, residual, mode, sum,
-                                             next_features, next_centers, dim);
-  }
-  return ResidualRow<Feature, true, true>(features, centers, factor, residual, mode, sum,
-                                          next_features, next_centers, dim);
+CenterType<Feature> Residual(const RowArguments<Feature>& row, Sum mode, int64_t dim) {
+  if (row.centers == nullptr) return ResidualRow<Feature, false, false>(row, mode, dim);
+  if (row.residual == nullptr) return ResidualRow<Feature, true, false>(row, mode, dim);
+  return ResidualRow<Feature, true, true>(row, mode, dim);
 }
 
 template <typename Center>

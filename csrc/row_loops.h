@@ -20,15 +20,26 @@ enum class Isa { kBaseline, kAvx2, kAvx512 };
 enum class Sum { kNone, kStart, kAdd };
 
 template <typename Feature>
+struct RowArguments {
+  using Center = CenterType<Feature>;
+
+  const Feature* features = nullptr;
+  const Center* centers = nullptr;  // null: the features are the residual
+  Center factor = 1;
+  Center* residual = nullptr;  // null: unwanted
+  Center* sum = nullptr;
+  // The rows of the next call, fetched meanwhile; null where they are in the cache anyway.
+  const Feature* next_features = nullptr;
+  const Center* next_centers = nullptr;
+};
+
+template <typename Feature>
 struct RowLoops {
   using Center = CenterType<Feature>;
 
-  // d = features - centers (d = features where centers is null). Returns the sum of d^2; writes
-  // residual = factor * d unless residual is null; starts or continues sum += d. The rows that the
-  // next call reads are fetched meanwhile.
-  Center (*residual)(const Feature* features, const Center* centers, Center factor,
-                     Center* residual, Sum mode, Center* sum, const Feature* next_features,
-                     const Center* next_centers, int64_t dim);
+  // With d = features - centers: returns the sum of d^2, writes residual = factor * d, and starts
+  // or continues sum += d.
+  Center (*residual)(const RowArguments<Feature>& row, Sum mode, int64_t dim);
 
   // centers += scale * sum.
   void (*move)(Center* centers, Center scale, const Center* sum, int64_t dim);
