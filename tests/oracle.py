@@ -1,4 +1,4 @@
-"""The contract of the center loss in NumPy, one sample at a time; imports nothing of the package."""
+"""The contract of the center loss in NumPy, sample by sample; imports nothing of the package."""
 
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ class Step(NamedTuple):
 
 
 def class_ids(labels, feature_rank):
-    """Class ids as they are; rows of the features' rank are one-hot or probabilities: first maximum."""
+    """Class ids as they are; one-hot or probability rows by their first maximum."""
     labels = np.asarray(labels)
     if labels.ndim < feature_rank:
         return labels.astype(np.int64)
@@ -62,7 +62,7 @@ def center_loss(
     ignore_label=None,
     upstream=1.0,
 ):
-    """One call with the given arguments; `upstream` is dL/dloss, of the loss's shape or a scalar."""
+    """One call with the given arguments; `upstream` is dL/dloss, a scalar or of its shape."""
     features = np.asarray(features).astype(WIDE)
     before = np.asarray(centers).astype(WIDE)
     ids = class_ids(labels, features.ndim)

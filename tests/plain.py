@@ -23,8 +23,8 @@ def loss(features, labels, centers, *, reduction="mean", sample_weight=None, ign
     return total
 
 
-def moved_centers(features, labels, centers, *, alpha=0.5, rule="paper", ignore_label=None):
-    """The centers after one step, as a new tensor."""
+def _steps(features, labels, centers, alpha, rule, ignore_label):
+    """Labels [B], residuals [B, D] and step sizes [B, 1] of the samples that count."""
     features = tf.reshape(tf.cast(features, centers.dtype), [-1, features.shape[-1]])
     labels = tf.reshape(labels, [-1])
     if ignore_label is not None:
@@ -38,10 +38,24 @@ def moved_centers(features, labels, centers, *, alpha=0.5, rule="paper", ignore_
     size = {
         "paper": lambda: alpha / (1 + n),
         "mean": lambda: alpha / n,
-        "sum": lambda: alpha,
-        "batch_mean": lambda: alpha / total,
+        "sum": lambda: alpha * tf.ones_like(n),
+        "batch_mean": lambda: alpha / total * tf.ones_like(n),
         "paper_batch_mean": lambda: alpha / ((1 + n) * total),
         "tutorial": lambda: alpha * (1 - alpha) / (1 + n),
     }[rule]()
-    residual = features - tf.gather(centers, labels)
+    return labels, features - tf.gather(centers, labels), size
+
+
+def moved_centers(features, labels, centers, *, alpha=0.5, rule="paper", ignore_label=None):
+    """The centers after one step, as a new tensor; each sample's step is added to its row."""
+    labels, residual, size = _steps(features, labels, centers, alpha, rule, ignore_label)
     return tf.tensor_scatter_nd_add(centers, labels[:, None], size * residual)
+
+
+def centers_moved_by_sums(features, labels, centers, *, alpha=0.5, rule="paper", ignore_label=None):
+    """The same, with the residuals summed first and scaled then: as plain, rounded otherwise."""
+    labels, residual, size = _steps(features, labels, centers, alpha, rule, ignore_label)
+    classes, index, _ = tf.unique_with_counts(labels)
+    sums = tf.math.unsorted_segment_sum(residual, index, tf.size(classes))
+    size = tf.math.unsorted_segment_max(size, index, tf.size(classes))
+    return tf.tensor_scatter_nd_add(centers, classes[:, None], size * sums)

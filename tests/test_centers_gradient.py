@@ -2,10 +2,11 @@
 
 import keras
 import numpy as np
-import oracle
-import problems
 import pytest
 import tensorflow as tf
+
+import oracle
+import problems
 import tf_center_loss_op as tcl
 from tolerances import assert_close
 
@@ -13,9 +14,9 @@ SHAPE = problems.Shape((40,), 6, 9, "uniform", "several samples a class")
 
 
 def gradient_of(impl, problem, centers, upstream=None, reduction="mean"):
+    table = centers.value if isinstance(centers, keras.Variable) else centers
     with tf.GradientTape() as tape:
-        if isinstance(centers, tf.Variable) and not centers.trainable:
-            tape.watch(centers)
+        tape.watch(table)
         loss = tcl.center_loss(
             problem.features,
             problem.labels,
@@ -26,7 +27,7 @@ def gradient_of(impl, problem, centers, upstream=None, reduction="mean"):
             update_centers=False,
             impl=impl,
         )
-    return tape.gradient(loss, centers, upstream)
+    return tape.gradient(loss, table, upstream)
 
 
 @pytest.mark.parametrize("ignore", [None, "outside", "class"])
@@ -93,23 +94,14 @@ def test_plain_descent(impl, ignore, traced):
     assert_close(centers.numpy(), truth.centers, "float32", "centers")
 
 
-@pytest.mark.parametrize("optimizer", [keras.optimizers.SGD, keras.optimizers.Adam])
+# Distinct labels: Keras' Adam takes each of several slices of a row for itself (as it does with the
+# gradient of tf.gather), so that there is no one right answer for duplicates.
+@pytest.mark.parametrize("kind", [keras.optimizers.SGD, keras.optimizers.Adam])
 @pytest.mark.parametrize("ignore", [None, "outside", "class"])
-def test_keras_optimizers(impl, optimizer, ignore):
-    problem = problems.make(SHAPE, ignore=ignore)
+def test_keras_optimizers(impl, kind, ignore):
+    problem = problems.make(problems.Shape((7,), 6, 9, "distinct", "no duplicates"), ignore=ignore)
     centers = keras.Variable(problem.centers, dtype="float32")
-    optimizer = optimizer(0.25)
-    with tf.GradientTape() as tape:
-        loss = tcl.center_loss(
-            problem.features,
-            problem.labels,
-            centers,
-            ignore_label=problem.ignore_label,
-            reduction="sum",
-            update_centers=False,
-            impl=impl,
-        )
-    gradient = tape.gradient(loss, centers.value)
+    gradient = gradient_of(impl, problem, centers, reduction="sum")
     truth = oracle.center_loss(
         problem.features,
         problem.ids,
@@ -117,9 +109,9 @@ def test_keras_optimizers(impl, optimizer, ignore):
         reduction="sum",
         ignore_label=problem.ignore_label,
     ).centers_gradient
-    optimizer.apply([gradient], [centers])
+    kind(0.25).apply([gradient], [centers])
     moved = keras.ops.convert_to_numpy(centers) - problem.centers
-    if isinstance(optimizer, keras.optimizers.SGD):
+    if kind is keras.optimizers.SGD:
         np.testing.assert_allclose(moved, -0.25 * truth, rtol=1e-4, atol=1e-5)
     else:  # Adam's first step goes against the sign, a learning rate long.
         np.testing.assert_allclose(moved, -0.25 * np.sign(truth), atol=1e-3)
@@ -132,7 +124,7 @@ def test_training_the_centers_brings_them_to_the_class_means(impl):
 
     @tf.function
     def step():
-        gradient = gradient_of(impl, problem, centers.value, reduction="sum")
+        gradient = gradient_of(impl, problem, centers, reduction="sum")
         optimizer.apply([gradient], [centers])
 
     optimizer.build([centers])

@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
+
 import tf_center_loss_op as tcl
 
 # The promise is the native op's: the pure-TensorFlow path is several ops, between which others run.

@@ -1,9 +1,10 @@
 """The same inputs give the same bits, whatever the number of threads and the instruction set."""
 
 import numpy as np
-import problems
 import pytest
 import tensorflow as tf
+
+import problems
 import tf_center_loss_op as tcl
 from child import run_python
 
@@ -17,7 +18,7 @@ def bits(array):
 
 
 def step_bits(kernels, problem, **options):
-    """Bits of loss, residual and moved centers of the bare kernel."""
+    """Bits of loss, residual (in the features' dtype) and moved centers of the bare kernel."""
     centers = problem.centers.copy()
     loss, residual = kernels.center_loss_step(
         problem.features,
@@ -28,7 +29,7 @@ def step_bits(kernels, problem, **options):
         alpha=0.3,
         **options,
     )
-    return bits(loss), bits(residual), bits(centers)
+    return bits(loss), bits(residual.astype(problem.features.dtype)), bits(centers)
 
 
 @pytest.mark.native
@@ -103,7 +104,7 @@ def test_repeats(impl, shape):
     assert len(seen) == 1
 
 
-def test_threads_of_tensorflow(impl, tmp_path):
+def test_threads_of_tensorflow(implementations, tmp_path):
     digests = {
         run_python(
             f"""
@@ -120,24 +121,26 @@ def test_threads_of_tensorflow(impl, tmp_path):
 
             import tf_center_loss_op as tcl
 
-            digest = hashlib.sha256()
-            for shape in problems.SHAPES:
-                for reduction in ("mean", "none"):
+            def digest(impl):
+                result = hashlib.sha256()
+                for i, shape in enumerate(problems.SHAPES):
                     problem = problems.make(shape, weights=True, ignore="outside")
                     features, centers = tf.constant(problem.features), tf.Variable(problem.centers)
                     with tf.GradientTape() as tape:
                         tape.watch(features)
                         loss = tcl.center_loss(
                             features, problem.labels, centers, ignore_label=-1,
-                            sample_weight=problem.sample_weight, reduction=reduction,
-                            impl={impl!r},
+                            sample_weight=problem.sample_weight, impl=impl,
+                            reduction=["mean", "none"][i % 2],
                         )
                     for part in (loss, tape.gradient(loss, features), centers):
-                        digest.update(part.numpy().tobytes())
-            print(digest.hexdigest())
+                        result.update(part.numpy().tobytes())
+                return result.hexdigest()
+
+            print([digest(impl) for impl in {implementations}])
             """,
             tmp_path,
         )
-        for threads, strict in ((1, False), (2, True), (5, False), (8, False))
+        for threads, strict in ((1, False), (2, True), (5, False))
     }
     assert len(digests) == 1

@@ -1,9 +1,10 @@
 """First derivatives: numerical ones, upstream gradients, tapes in every place."""
 
 import numpy as np
-import plain
 import pytest
 import tensorflow as tf
+
+import plain
 import tf_center_loss_op as tcl
 from tolerances import FINITE_DIFFERENCES
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import tensorflow as tf
+
 import tf_center_loss_op as tcl
 from child import run_python
 
@@ -124,7 +125,7 @@ def test_no_gigabyte_is_copied(impl, tmp_path):
         def loop(labels):
             def body(i):
                 tcl.update_centers(features, labels + i, variable[0], impl={impl!r})
-                return i + 1
+                return [i + 1]
             return tf.while_loop(lambda i: i < 5, body, [tf.constant(0, labels.dtype)])
 
         def run(classes):

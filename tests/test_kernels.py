@@ -1,11 +1,12 @@
 """The bare kernels on NumPy arrays, without TensorFlow."""
 
 import numpy as np
+import pytest
+import tensorflow as tf
+
 import oracle
 import plain
 import problems
-import pytest
-import tensorflow as tf
 from child import run_python
 from stepping import wide
 from tolerances import assert_near_oracle
@@ -13,13 +14,13 @@ from tolerances import assert_near_oracle
 pytestmark = pytest.mark.native
 
 
-@pytest.mark.parametrize("rule", ["paper", "mean", "sum", "batch_mean", "tutorial"])
+@pytest.mark.parametrize("rule", ["paper", "batch_mean"])
 @pytest.mark.parametrize("dtype", list(problems.DTYPES))
 @pytest.mark.parametrize("shape", problems.SHAPES, ids=str)
 def test_against_the_oracle(kernels, shape, dtype, rule):
     shape = shape._replace(leading=(int(np.prod(shape.leading)),))
     problem = problems.make(shape, dtype, weights=True, ignore="class")
-    reduction = "mean" if rule in ("paper", "tutorial") else "sum"
+    reduction = "mean" if rule == "paper" else "sum"
     centers = problem.centers.copy()
     loss, residual = kernels.center_loss_step(
         problem.features,
@@ -44,7 +45,9 @@ def test_against_the_oracle(kernels, shape, dtype, rule):
         upstream=0.25,
         **options,
     )
+    # The residual has the centers' dtype: it is not yet rounded to the features'.
     features, table = tf.constant(problem.features), tf.constant(problem.centers)
+    features = tf.cast(features, table.dtype)
     with tf.GradientTape() as tape:
         tape.watch(features)
         yardstick = 0.25 * plain.loss(
@@ -63,10 +66,11 @@ def test_against_the_oracle(kernels, shape, dtype, rule):
         ignore_label=problem.ignore_label,
     )
     table_dtype = problem.centers.dtype.name
-    assert residual.dtype == problem.features.dtype
-    assert_near_oracle(loss, wide(yardstick), 0.25 * truth.loss, table_dtype, "loss")
+    assert residual.dtype == problem.centers.dtype
+    terms = len(problem.ids)
+    assert_near_oracle(loss, wide(yardstick), 0.25 * truth.loss, table_dtype, "loss", terms)
     gradient = wide(tape.gradient(yardstick, features))
-    assert_near_oracle(residual, gradient, truth.feature_gradient, dtype, "residual")
+    assert_near_oracle(residual, gradient, truth.feature_gradient, table_dtype, "residual")
     assert_near_oracle(centers, wide(moved), truth.centers, table_dtype, "centers")
 
 

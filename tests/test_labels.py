@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import tensorflow as tf
+
 import tf_center_loss_op as tcl
 
 BAD = [10, -1, 2**31 - 1, -(2**31)]
@@ -37,9 +38,7 @@ def test_out_of_range(impl, centers, dtype, value, traced, update):
     labels = tf.constant([0, 1, 2, value], dtype)
 
     def call(labels):
-        return tcl.center_loss(
-            tf.ones([4, 3]), labels, centers, update_centers=update, impl=impl
-        )
+        return tcl.center_loss(tf.ones([4, 3]), labels, centers, update_centers=update, impl=impl)
 
     step = tf.function(call) if traced else call
     error = refused(lambda: step(labels), centers, 3, value)
@@ -58,9 +57,7 @@ def test_update_centers(impl, centers, traced):
 
 def test_position_is_counted_over_the_flattened_labels(impl, centers):
     labels = [[0, 1, 2], [3, -7, 5]]
-    refused(
-        lambda: tcl.center_loss(tf.ones([2, 3, 3]), labels, centers, impl=impl), centers, 4, -7
-    )
+    refused(lambda: tcl.center_loss(tf.ones([2, 3, 3]), labels, centers, impl=impl), centers, 4, -7)
 
 
 @pytest.mark.parametrize("position", [0, 4321, 4999])

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+
 import tf_center_loss_op as tcl
 
 # Two classes in the plane. Class 0 sits at (0, 0) and gets two samples, class 1 sits at (10, 10)
@@ -110,9 +111,7 @@ def test_ignored_samples_count_nowhere(impl, ignored):
 
 def test_an_ignored_class_keeps_its_center(impl):
     centers = tf.Variable(CENTERS)
-    loss = tcl.center_loss(
-        FEATURES, LABELS, centers, ignore_label=0, reduction="none", impl=impl
-    )
+    loss = tcl.center_loss(FEATURES, LABELS, centers, ignore_label=0, reduction="none", impl=impl)
     assert loss.numpy().tolist() == [0.0, 0.0, 18.0]
     np.testing.assert_allclose(centers.numpy(), [[0.0, 0.0], [10.0, 11.5]], rtol=1e-6)
 

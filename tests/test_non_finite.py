@@ -1,9 +1,10 @@
 """A row with NaN or infinity: seen in loss and gradient, never in the table."""
 
 import numpy as np
-import oracle
 import pytest
 import tensorflow as tf
+
+import oracle
 import tf_center_loss_op as tcl
 
 BAD = [np.nan, np.inf, -np.inf]

@@ -1,11 +1,12 @@
 """The oracle itself, held against plain TensorFlow and its automatic differentiation in float64."""
 
 import numpy as np
+import pytest
+import tensorflow as tf
+
 import oracle
 import plain
 import problems
-import pytest
-import tensorflow as tf
 
 RULES = ["paper", "mean", "sum", "batch_mean", "paper_batch_mean", "tutorial"]
 SMALL = [shape for shape in problems.SHAPES if np.prod(shape.leading) * shape.dim < 3_000]

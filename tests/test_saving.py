@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+
 import tf_center_loss_op as tcl
 
 C, D, WIDTH = 12, 7, 5

@@ -1,9 +1,10 @@
 """The gradient of the gradient, against plain TensorFlow and against finite differences."""
 
 import numpy as np
-import plain
 import pytest
 import tensorflow as tf
+
+import plain
 import tf_center_loss_op as tcl
 from tolerances import FINITE_DIFFERENCES
 
@@ -144,7 +145,7 @@ def test_moving_centers_are_constants_of_the_second_derivative(impl, features, c
 
 def test_hessian_of_the_sum_is_the_identity(impl, centers):
     features = tf.random.normal([2, 5], dtype=tf.float64)
-    with tf.GradientTape() as outer:
+    with tf.GradientTape(persistent=True) as outer:
         outer.watch(features)
         with tf.GradientTape() as inner:
             inner.watch(features)

@@ -1,8 +1,9 @@
 """Loss, feature gradient and moved centers against the oracle over everything a caller can vary."""
 
 import numpy as np
-import problems
 import pytest
+
+import problems
 import stepping
 from pairwise import all_pairs
 
@@ -57,12 +58,11 @@ def test_every_pair_of_choices(impl, row):
     run_and_check(impl, row)
 
 
-# Every rule on every distribution of labels, moving, in the plainest way: a failure here says more
-# than one above.
-@pytest.mark.parametrize("rule", FACTORS["rule"])
+# Every distribution of labels in the plainest way: a failure here says more than one above.
+@pytest.mark.parametrize("rule", ["paper", "sum"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("shape", problems.SHAPES, ids=str)
-def test_every_rule_on_every_shape(impl, shape, dtype, rule):
+def test_every_shape(impl, shape, dtype, rule):
     problem = problems.make(shape, dtype)
     outcome = stepping.run(problem, impl=impl, rule=rule, alpha=0.3)
     stepping.check(problem, outcome, dtype=dtype, rule=rule, alpha=0.3)
@@ -77,3 +77,21 @@ def test_large_residual_near_a_far_center(impl, dtype, reduction):
     problem = problem._replace(features=near + problem.features, centers=problem.centers + 1000)
     outcome = stepping.run(problem, impl=impl, reduction=reduction)
     stepping.check(problem, outcome, dtype=dtype, reduction=reduction)
+
+
+@pytest.mark.parametrize("dim", [1, 8, 16, 33])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_features_too_small_for_normal_numbers(impl, dtype, dim):
+    # TensorFlow's threads flush float32 subnormals to zero. These numbers are subnormal as float16
+    # only: they are exact in float32, and may not be lost on the way there and back.
+    column = np.array([[2.0**-24], [-3 * 2.0**-22], [2.0**-15], [1.0]])
+    features = np.tile(column, dim).astype(problems.DTYPES[dtype])
+    problem = problems.Problem(
+        features, np.arange(4), np.arange(4), np.zeros([4, dim], np.float32), None, None, None
+    )
+    for mode in ("eager", "function"):
+        outcome = stepping.run(
+            problem, mode=mode, impl=impl, alpha=1.0, rule="sum", reduction="sum"
+        )
+        assert np.array_equal(outcome.centers, features.astype(np.float64))
+        assert np.array_equal(outcome.feature_gradient, features.astype(np.float64))

@@ -11,6 +11,7 @@ import numbers
 
 import keras
 import tensorflow as tf
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 RULES = ("paper", "mean", "sum", "batch_mean", "paper_batch_mean", "tutorial")
 REDUCTIONS = ("sum", "mean", "none")
@@ -26,7 +27,7 @@ class Arguments:
 
     features: tf.Tensor  # [B, D]
     labels: tf.Tensor  # [B] int32 or int64 class ids
-    centers: tf.Variable  # [C, D], float64 for float64 features, else float32
+    centers: "tf.Variable | StatelessCenters"  # [C, D], float64 for float64 features, else float32
     alpha: tf.Tensor  # [] in the centers' type; the implementation checks its value
     rule: str
     reduction: str
@@ -58,7 +59,7 @@ def check(
     ignore_label = _ignore_label(ignore_label)
     features = _features(features)
     centers = _centers(centers, features)
-    labels, batch_shape = _labels(labels, features, centers)
+    labels = _labels(labels, features, centers)
     dtype = centers.dtype
     if sample_weight is not None:
         sample_weight = _sample_weight(sample_weight, labels, dtype)
@@ -94,9 +95,37 @@ def number(name, value):
     return float(value)
 
 
+class StatelessCenters:
+    """A keras.Variable inside a `keras.StatelessScope`, as far as the graph path needs a variable.
+
+    Its value is a tensor there, and a write is an assignment that the scope keeps.
+    """
+
+    def __init__(self, variable):
+        self._variable = variable
+        self.dtype = tf.as_dtype(variable.dtype)
+        self.shape = tf.TensorShape(variable.shape)
+
+    def sparse_read(self, indices, name=None):
+        """What `tf.gather` calls."""
+        return tf.gather(self._variable.value, indices, name=name)
+
+    def scatter_add(self, sparse_delta):
+        """As of a `tf.Variable`."""
+        indices = sparse_delta.indices[:, tf.newaxis]
+        return self._variable.assign(
+            tf.tensor_scatter_nd_add(self._variable.value, indices, sparse_delta.values)
+        )
+
+
 def unwrap(variable):
     """The tf.Variable inside a keras.Variable; anything else as it is."""
-    return variable.value if isinstance(variable, keras.Variable) else variable
+    if not isinstance(variable, keras.Variable):
+        return variable
+    # `.value` would be a 16-bit copy of the table under an autocasting policy.
+    if not in_stateless_scope() and isinstance(variable._value, tf.Variable):
+        return variable._value
+    return StatelessCenters(variable)
 
 
 def _describe(value):
@@ -106,7 +135,6 @@ def _describe(value):
 
 
 def _tensor(name, value):
-    value = unwrap(value)
     try:
         return tf.convert_to_tensor(value)
     except (TypeError, ValueError) as error:
@@ -136,7 +164,11 @@ def _features(features):
 
 def _centers(centers, features):
     variable = unwrap(centers)
-    if not isinstance(variable, tf.Variable) or not hasattr(variable, "handle"):
+    if not (
+        isinstance(variable, StatelessCenters)
+        or isinstance(variable, tf.Variable)
+        and hasattr(variable, "handle")
+    ):
         got = type(centers).__name__
         if isinstance(variable, tf.Variable):
             got += ", a reference variable: create it with use_resource=True"
@@ -189,7 +221,7 @@ def _labels(labels, features, centers):
                 f"labels: expected one-hot rows of a numeric type, got {labels.dtype.name}"
             )
         labels = _argmax(labels, centers)
-    return labels, batch_shape
+    return labels
 
 
 def _argmax(rows, centers):
@@ -216,7 +248,8 @@ def _sample_weight(sample_weight, labels, dtype):
 
 
 def _alpha(alpha, dtype):
-    alpha = unwrap(alpha)
+    if isinstance(alpha, keras.Variable):
+        alpha = alpha.value
     if not (tf.is_tensor(alpha) or isinstance(alpha, tf.Variable)):
         return tf.constant(number("alpha", alpha), dtype)
     if not (alpha.dtype.is_floating or alpha.dtype.is_integer):

@@ -3,6 +3,9 @@
 Runs wherever TensorFlow does, and is what the native ops are held against.
 """
 
+import functools
+import math
+
 import tensorflow as tf
 
 from tf_center_loss_op._arguments import Arguments
@@ -19,25 +22,23 @@ def center_loss(a: Arguments) -> tf.Tensor:
 
 def update_centers(a: Arguments) -> tf.Operation | None:
     """The step of the centers alone."""
-    with tf.control_dependencies(_check(a)):
-        return update_from_residual(a, _residual(a, _counted(a)))
+    return update_from_residual(a, _residual(a))
 
 
 def loss_and_residual(a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
     """The loss and x_i - c_{y_i} [B, D] in the centers' type; no center moves."""
-    with tf.control_dependencies(_check(a)):
-        counted = _counted(a)
-        residual = _residual(a, counted)
-        loss = tf.reduce_sum(residual * residual, axis=1) / 2
-        if a.sample_weight is not None:
-            loss *= tf.where(counted, a.sample_weight, 0)
-        loss *= a.weight
-        if a.reduction != "none":
-            # In float64 the order of the sum does not show in the result.
-            loss = tf.reduce_sum(tf.cast(loss, tf.float64))
-        if a.reduction == "mean":
-            loss = tf.math.divide_no_nan(loss, tf.reduce_sum(tf.cast(counted, tf.float64)))
-        return tf.cast(loss, a.centers.dtype), residual
+    counted = _counted(a)
+    residual = _residual(a)
+    loss = tf.reduce_sum(residual * residual, axis=1) / 2
+    if a.sample_weight is not None:
+        loss *= tf.where(counted, a.sample_weight, 0)
+    loss *= a.weight
+    if a.reduction != "none":
+        # In float64 the order of the sum does not show in the result.
+        loss = tf.reduce_sum(tf.cast(loss, tf.float64))
+    if a.reduction == "mean":
+        loss = tf.math.divide_no_nan(loss, tf.reduce_sum(tf.cast(counted, tf.float64)))
+    return tf.cast(loss, a.centers.dtype), residual
 
 
 def update_from_residual(a: Arguments, residual: tf.Tensor) -> tf.Operation | None:
@@ -45,7 +46,7 @@ def update_from_residual(a: Arguments, residual: tf.Tensor) -> tf.Operation | No
     residual = tf.stop_gradient(residual)
     counted = _counted(a)
     finite = tf.reduce_all(tf.math.is_finite(a.features), axis=1)
-    moving = tf.where(counted & finite)[:, 0]
+    moving = tf.where(counted & _in_table(a) & finite)[:, 0]
 
     # One row of the table for each distinct label: the update is written once, in a fixed order.
     labels, group = tf.unique(tf.gather(a.labels, moving))
@@ -78,24 +79,37 @@ def _counted(a):
     return tf.not_equal(tf.cast(a.labels, tf.int64), a.ignore_label)
 
 
-def _residual(a, counted):
-    """x_i - c_{y_i}; zero for ignored samples, whose label may be no row of the table."""
-    centers = tf.gather(a.centers, tf.where(counted, a.labels, 0))
+def _classes(a):
+    classes = a.centers.shape[0]
+    if classes is None:
+        classes = tf.raw_ops.VariableShape(input=a.centers.handle, out_type=tf.int64)[0]
+    return tf.cast(classes, tf.int64)
+
+
+def _in_table(a):
+    labels = tf.cast(a.labels, tf.int64)
+    return (labels >= 0) & (labels < _classes(a))
+
+
+def _residual(a):
+    """x_i - c_{y_i}; zero for ignored samples, NaN for a label that is no row of the table."""
+    # What follows from the residual, and so every write, waits for the checks.
+    in_table = _in_table(a) & _check(a)
+    centers = tf.gather(a.centers, tf.where(in_table, a.labels, 0))
     if a.update_centers:
         centers = tf.stop_gradient(centers)
     residual = tf.cast(a.features, a.centers.dtype) - centers
-    return tf.where(counted[:, tf.newaxis], residual, 0)
+    residual = tf.where(in_table[:, tf.newaxis], residual, math.nan)
+    return tf.where(_counted(a)[:, tf.newaxis], residual, 0)
 
 
 def _check(a):
-    """Ops that fail where the values are bad, before anything is written."""
-    checks = []
-    if not a.labels.shape.is_compatible_with(a.features.shape[:1]) or not (
-        a.labels.shape.is_fully_defined() and a.features.shape[:1].is_fully_defined()
-    ):
-        checks.append(_same_length("labels", a.labels, a.features))
-    if a.sample_weight is not None and not a.sample_weight.shape.is_fully_defined():
-        checks.append(_same_length("sample_weight", a.sample_weight, a.features))
+    """True, or an error where the values are bad."""
+    checks = [_initialized(a)]
+    for name in ("labels", "sample_weight"):
+        tensor = getattr(a, name)
+        if tensor is not None and None in (*tensor.shape, a.features.shape[0]):
+            checks.append(_same_length(name, tensor, a.features))
     if a.update_centers:
         checks.append(
             _require(
@@ -105,17 +119,25 @@ def _check(a):
                 ),
             )
         )
-    classes = tf.cast(tf.raw_ops.VariableShape(input=a.centers.handle)[0], a.labels.dtype)
-    bad = _counted(a) & ((a.labels < 0) | (a.labels >= classes))
+    bad = _counted(a) & ~_in_table(a)
 
     def first_bad():
         position = tf.where(bad)[0, 0]
         return tf.strings.format(
-            "labels[{}] = {} is outside [0, {})", (position, a.labels[position], classes)
+            "labels[{}] = {} is outside [0, {})", (position, a.labels[position], _classes(a))
         )
 
     checks.append(_require(~tf.reduce_any(bad), first_bad))
-    return checks
+    return functools.reduce(tf.logical_and, checks)
+
+
+def _initialized(a):
+    # Outside TensorFlow 1 style graphs no variable is ever uninitialised.
+    if tf.executing_eagerly() or tf.compat.v1.get_default_graph().building_function:
+        return True
+    # Reading, unlike gathering, says what is wrong.
+    initialized = tf.raw_ops.VarIsInitializedOp(resource=a.centers.handle)
+    return tf.cond(initialized, lambda: True, lambda: tf.size(a.centers.read_value()) > 0)
 
 
 def _same_length(name, tensor, features):

@@ -7,9 +7,11 @@ from tf_center_loss_op import _arguments, _graph_impl, _native, _native_impl
 _IMPLEMENTATIONS = {"native": _native_impl, "graph": _graph_impl}
 
 
-def implementation(impl):
-    """The module that computes what `impl` asks for."""
-    return _IMPLEMENTATIONS[_native.choose(impl)]
+def implementation(impl, centers):
+    """The module that computes what `impl` asks for, on these (checked) centers."""
+    chosen = _IMPLEMENTATIONS[_native.choose(impl)]
+    # A stateless scope has no variable for the op to write to.
+    return chosen if isinstance(centers, tf.Variable) else _graph_impl
 
 
 def center_loss(
@@ -110,9 +112,8 @@ def center_loss(
 def weighted_center_loss(features, labels, centers, *, weight, impl, name=None, **options):
     """`center_loss` times weight, which the fused op multiplies in on its way."""
     with tf.name_scope(name or "center_loss"):
-        run = implementation(impl)
         a = _arguments.check(features, labels, centers, weight=weight, **options)
-        loss = run.center_loss(a)
+        loss = implementation(impl, a.centers).center_loss(a)
         if a.reduction == "none" and a.loss_shape is not None:
             loss = tf.reshape(loss, a.loss_shape)
         return loss
@@ -166,11 +167,10 @@ def update_centers(
     Source: Wen et al., ECCV 2016, equation 4.
     """
     with tf.name_scope(name or "update_centers"):
-        run = implementation(impl)
         a = _arguments.check(
             features, labels, centers, alpha=alpha, rule=rule, ignore_label=ignore_label
         )
-        step = run.update_centers(a)
+        step = implementation(impl, a.centers).update_centers(a)
         in_program_order = (
             tf.executing_eagerly() or tf.compat.v1.get_default_graph().building_function
         )

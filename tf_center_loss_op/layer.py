@@ -33,8 +33,8 @@ class CenterLoss(keras.layers.Layer):
 
     Call arguments:
       features: float ``[..., D]``; or the pair ``[features, labels]``.
-      labels: class ids int32 or int64 ``[...]``, or one-hot rows ``[..., C]``. None, where the
-        model is called without labels (to predict), adds no loss.
+      labels: class ids int32 or int64 ``[...]``, or one-hot rows ``[..., C]``. To predict without
+        labels, make a model that ends at the features.
       sample_weight: numbers in the labels' shape.
       training: whether the centers move.
 
@@ -109,8 +109,12 @@ class CenterLoss(keras.layers.Layer):
         """Adds the loss and returns the features."""
         if isinstance(features, (tuple, list)):
             features, labels = features
-        if labels is not None:
-            self.add_loss(self._loss(features, labels, sample_weight, training))
+        if labels is None:
+            raise ValueError(
+                "labels: expected layer(features, labels) or layer([features, labels]), got None; "
+                "to predict without labels, make a model that ends at the features"
+            )
+        self.add_loss(self._loss(features, labels, sample_weight, training))
         return features
 
     def compute_output_spec(self, features, labels=None, sample_weight=None, training=None):

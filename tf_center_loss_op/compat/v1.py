@@ -82,6 +82,6 @@ def center_loss(features, labels, alpha=0.0):
         a = _arguments.check(
             features, labels, centers, alpha=alpha, rule="tutorial", reduction="sum"
         )
-        run = implementation("auto")
+        run = implementation("auto", a.centers)
         loss, residual = run.loss_and_residual(a)
         return loss, centers, run.update_from_residual(a, residual)

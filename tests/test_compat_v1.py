@@ -1,0 +1,196 @@
+"""The tutorial's function in TensorFlow 1 graphs, beside its formula in plain TensorFlow."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tf_center_loss_op as tcl
+import tutorial
+from child import TESTS, run_python
+from tolerances import TRAINING
+
+tf1 = tf.compat.v1
+ours = tcl.compat.v1.center_loss
+STEPS = 40
+
+
+@pytest.fixture
+def session():
+    with tf.Graph().as_default(), tf1.Session() as session:
+        yield session
+
+
+def initialise(session):
+    session.run(tf1.global_variables_initializer())
+
+
+@pytest.mark.parametrize("batch", [tutorial.BATCH, None], ids=["static", "unknown"])
+@pytest.mark.parametrize("order", ["control", "collection", "fetch"])
+def test_training_beside_the_formula(order, batch):
+    actual = tutorial.train(ours, 0.5, order, STEPS, batch)
+    # The formula reads all it needs before it writes, however the ops are ordered.
+    expected = tutorial.train(tutorial.center_loss, 0.5, order, STEPS, batch)
+    for step, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        for key in b:
+            scale = np.abs(b[key]).max()
+            np.testing.assert_allclose(
+                a[key], b[key], atol=TRAINING * scale, rtol=0, err_msg=f"{key}, step {step}"
+            )
+    assert actual[-1]["centers"].any()
+    assert actual[-1]["total"] < actual[0]["total"]
+
+
+def test_the_default_alpha_moves_nothing():
+    history = tutorial.train(lambda x, y, alpha: ours(x, y), None, "control", 3)
+    assert not history[-1]["centers"].any()
+    assert history[-1]["loss"] > 0
+
+
+def test_by_hand(session):
+    features = tf.constant([[2.0, 4.0], [4.0, 8.0], [0.0, 6.0]])
+    label = tf.constant([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    loss, centers, update = ours(features, label, alpha=0.5)
+    initialise(session)
+    assert session.run(loss) == 68.0
+    assert session.run(loss) == 68.0
+    # Asking for the loss moves nothing; asking for the update does: 1/2 * 1/2 over 1 + count.
+    assert not session.run(centers).any()
+    session.run(update)
+    np.testing.assert_allclose(session.run(centers), [[0.5, 1], [0, 0], [0, 0.75]], rtol=1e-6)
+    # From the residual of that same run, not from an earlier one.
+    session.run(update)
+    second = [[0.5 + (6 - 2 * 0.5) / 12, 1 + (12 - 2 * 1) / 12], [0, 0], [0, 0.75 + 5.25 / 8]]
+    np.testing.assert_allclose(session.run(centers), second, rtol=1e-6)
+
+
+def test_loss_and_update_of_one_run_see_the_same_centers(session):
+    features = tf.random.normal([64, 8], seed=1)
+    label = tf.one_hot(tf.random.uniform([64], 0, 5, tf.int32, seed=2), 5)
+    loss, centers, update = ours(features, label, alpha=0.5)
+    gradient = tf1.gradients(loss, features)[0]
+    with tf.control_dependencies([update]):
+        late_loss, late_gradient = tf.identity(loss), tf.identity(gradient)
+    initialise(session)
+    for _ in range(20):
+        before = session.run(centers)
+        x, y, values, gradients, _ = session.run(
+            [features, label, [loss, late_loss], [gradient, late_gradient], update]
+        )
+        residual = x - before[y.argmax(1)]
+        np.testing.assert_allclose(values, np.square(residual).sum() / 2, rtol=1e-5)
+        np.testing.assert_allclose(gradients, [residual] * 2, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_made_behind_the_update_uses_the_centers_before_it(session):
+    # As `minimize` under control_dependencies does: the gradient's ops all run after the step.
+    features = tf.constant([[2.0], [6.0]])
+    loss, _, update = ours(features, tf.constant([[1.0, 0.0], [1.0, 0.0]]), alpha=0.5)
+    with tf.control_dependencies([update]):
+        gradient = tf1.gradients(loss, features)[0]
+    initialise(session)
+    assert session.run(gradient).tolist() == [[2.0], [6.0]]
+
+
+def test_the_variable(session):
+    features, label = tf1.placeholder(tf.float32, [None, 8]), tf1.placeholder(tf.float32, [None, 5])
+    _, centers, _ = ours(features, label)
+    (variable,) = tf1.global_variables()
+    assert variable.op.name == "doc_centers"
+    assert variable.shape == (5, 8) and variable.dtype.base_dtype == tf.float32
+    assert tf1.trainable_variables() == []
+    initialise(session)
+    assert not session.run(centers).any()
+
+
+def test_the_variable_is_reused(session):
+    features, label = tf.ones([2, 3]), tf.constant([[1.0, 0.0], [0.0, 1.0]])
+    _, _, update = ours(features, label, alpha=0.5)
+    with tf1.variable_scope(tf1.get_variable_scope(), reuse=tf1.AUTO_REUSE):
+        loss, _, _ = ours(features, label, alpha=0.5)
+    with tf1.variable_scope(tf1.get_variable_scope(), reuse=True):
+        existing = tf1.get_variable("doc_centers")
+    again, _, _ = ours(features, label, alpha=0.5)
+    assert [variable.op.name for variable in tf1.global_variables()] == ["doc_centers"]
+    initialise(session)
+    session.run(update)
+    np.testing.assert_allclose(session.run(existing), np.full([2, 3], 0.125))
+    assert session.run(loss) == session.run(again) == 6 * 0.875**2 / 2
+
+
+def test_uninitialised(session):
+    loss, _, update = ours(tf.ones([1, 2]), tf.constant([[1.0, 0.0]]), alpha=0.5)
+    for fetch in (loss, update):
+        with pytest.raises(tf.errors.FailedPreconditionError, match="doc_centers"):
+            session.run(fetch)
+
+
+def test_saver(session, tmp_path):
+    _, centers, update = ours(tf.ones([1, 2]), tf.constant([[1.0, 0.0]]), alpha=0.5)
+    saver = tf1.train.Saver()
+    initialise(session)
+    session.run(update)
+    path = saver.save(session, str(tmp_path / "model"))
+    saved = session.run(centers)
+    session.run(update)
+    saver.restore(session, path)
+    assert saved.any() and np.array_equal(session.run(centers), saved)
+
+
+@pytest.mark.parametrize(
+    "features, label, words",
+    [
+        ([2, 3], [3, 5], "features label"),
+        ([2, 3], [2], "label"),
+        ([2, None], [2, 5], "features"),
+        ([2, 3], [2, None], "label"),
+    ],
+    ids=str,
+)
+def test_errors(session, features, label, words):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        ours(tf1.placeholder(tf.float32, features), tf1.placeholder(tf.float32, label), 0.5)
+    for word in words.split():
+        assert word in str(caught.value)
+
+
+def test_with_version_2_behaviour_switched_off(tmp_path):
+    # As programs begin that were written for TensorFlow 1: variables are then references unless a
+    # resource is asked for.
+    run_python(
+        f"""
+        import tensorflow.compat.v1 as tf
+
+        tf.disable_v2_behavior()
+
+        import numpy as np
+        import tf_center_loss_op as tcl
+        import tutorial
+
+        for order in ("control", "collection"):
+            actual = tutorial.train(tcl.compat.v1.center_loss, 0.5, order, 10)
+            expected = tutorial.train(tutorial.center_loss, 0.5, order, 10)
+            for a, b in zip(actual, expected):
+                for key in b:
+                    scale = np.abs(b[key]).max()
+                    np.testing.assert_allclose(a[key], b[key], atol={TRAINING} * scale)
+            assert actual[-1]["centers"].any()
+        """,
+        tmp_path,
+    )
+
+
+def test_all_of_this_without_the_native_op(tmp_path):
+    # The function has no argument for it; the environment variable has.
+    run_python(
+        f"""
+        import sys
+        import pytest
+
+        sys.exit(pytest.main([
+            {str(TESTS / "test_compat_v1.py")!r}, "-q", "--tb=line", "-p", "no:cacheprovider", "-k",
+            "not unknown and not without_the_native_op and not switched_off",
+        ]))
+        """,
+        tmp_path,
+        TF_CENTER_LOSS_IMPL="graph",
+    )

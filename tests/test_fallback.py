@@ -1,0 +1,121 @@
+"""Without a usable library: one warning that says why and what to do, and the same results."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import oracle
+import tf_center_loss_op as tcl
+from child import run_python
+
+FEATURES = [[2.0, 4.0], [4.0, 8.0], [10.0, 16.0]]
+LABELS = [0, 0, 1]
+EXPECTED = oracle.center_loss(FEATURES, LABELS, np.zeros([2, 2]))
+
+# Three calls of "auto", a layer, and one of "native"; everything that was warned of.
+PROGRAM = f"""
+import json, warnings
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import numpy as np
+    import tensorflow as tf
+    import tf_center_loss_op as tcl
+
+    centers = tf.Variable(tf.zeros([2, 2]))
+    loss = tcl.center_loss({FEATURES}, {LABELS}, centers)
+    tables = [centers.numpy().tolist()]
+    for _ in range(2):
+        tcl.center_loss({FEATURES}, {LABELS}, centers)
+        tcl.update_centers({FEATURES}, {LABELS}, centers)
+    tcl.CenterLoss(2)(np.array({FEATURES}, "f"), np.array({LABELS}), training=True)
+    try:
+        tcl.center_loss({FEATURES}, {LABELS}, centers, impl="native")
+        error = None
+    except Exception as e:
+        error = str(e)
+
+graph = (
+    tf.function(lambda: tcl.center_loss({FEATURES}, {LABELS}, centers))
+    .get_concrete_function()
+    .graph.as_graph_def()
+)
+nodes = [*graph.node, *(node for f in graph.library.function for node in f.node_def)]
+functions = {{f.signature.name for f in graph.library.function}}
+own_ops = {{node.op for node in nodes}} - functions - set(dir(tf.raw_ops))
+
+print(json.dumps(dict(
+    file=tcl.__file__, loss=float(loss), centers=tables[0], error=error, info=tcl.build_info(),
+    own_ops=sorted(own_ops),
+    warnings=[str(w.message) for w in caught if "center" in str(w.message).lower()],
+)))
+"""
+
+
+def copy_package(directory, broken=False):
+    """A copy of the package without its libraries, or with unusable ones."""
+    package = Path(tcl.__file__).parent
+    copy = directory / package.name
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    if broken:
+        for library in package.rglob("*.so"):
+            (copy / library.relative_to(package)).write_bytes(b"not a library")
+    return copy
+
+
+def run(directory, **options):
+    result = json.loads(run_python(PROGRAM, directory, paths=[directory], **options))
+    np.testing.assert_allclose(result["loss"], EXPECTED.loss, rtol=1e-6)
+    np.testing.assert_allclose(result["centers"], EXPECTED.centers, rtol=1e-6)
+    return result
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["missing", "broken"])
+def test_without_the_library(tmp_path, broken):
+    copy = copy_package(tmp_path, broken)
+    result = run(tmp_path)
+    assert Path(result["file"]).parent == copy
+    assert result["info"]["native"] is False
+    assert result["info"]["reason"]
+    (warning,) = result["warnings"]
+    assert result["info"]["reason"] in warning
+    assert "pip install" in warning
+    assert result["error"] and result["info"]["reason"] in result["error"]
+    assert "pip install" in result["error"]
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("means", ["graph", "native", "auto"])
+def test_asked_for_by_the_environment(native_library, tmp_path, means):
+    result = run(tmp_path, TF_CENTER_LOSS_IMPL=means)
+    assert result["warnings"] == [] and result["error"] is None
+    assert result["info"]["native"] is True
+    # An op that TensorFlow does not know by itself.
+    assert bool(result["own_ops"]) == (means != "graph")
+
+
+def test_asked_for_by_the_environment_without_the_library(tmp_path):
+    copy_package(tmp_path)
+    result = run(tmp_path, TF_CENTER_LOSS_IMPL="graph")
+    assert result["warnings"] == []
+    assert result["error"]
+
+
+def test_native_asked_for_by_the_environment_without_the_library(tmp_path):
+    copy_package(tmp_path)
+    done = run_python(
+        PROGRAM, tmp_path, paths=[tmp_path], check=False, TF_CENTER_LOSS_IMPL="native"
+    )
+    assert done.returncode != 0
+    assert "pip install" in done.stderr
+
+
+def test_nonsense_in_the_environment(tmp_path):
+    done = run_python(PROGRAM, tmp_path, check=False, TF_CENTER_LOSS_IMPL="fastest")
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    for word in ("TF_CENTER_LOSS_IMPL", "fastest", "auto", "native", "graph"):
+        assert word in last

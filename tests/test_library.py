@@ -1,0 +1,49 @@
+"""The built library: links what it must, and nothing that only some machines have."""
+
+import subprocess
+
+import pytest
+import tensorflow as tf
+
+import tf_center_loss_op as tcl
+
+pytestmark = pytest.mark.native
+
+
+def lines(*command):
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def needed(path):
+    """Names of the shared libraries that it asks for."""
+    return [line for line in lines("readelf", "-d", path) if "(NEEDED)" in line]
+
+
+def test_no_undefined_cuda_symbols(native_library):
+    undefined = lines("nm", "-D", "--undefined-only", native_library)
+    assert undefined
+    assert [line for line in undefined if "cuda" in line.lower()] == []
+
+
+def test_asks_for_the_framework_only(native_library):
+    tensorflow = [line for line in needed(native_library) if "tensorflow" in line]
+    assert len(tensorflow) == 1
+    assert "libtensorflow_framework.so.2" in tensorflow[0]
+
+
+def test_leaks_no_symbols_of_its_own(native_library):
+    # Another op library in the same process must not meet this one's functions.
+    exported = lines("nm", "-D", "--defined-only", "-C", native_library)
+    assert [line for line in exported if "center_loss" in line and " T " in line] == []
+
+
+def test_kernel_module_knows_no_tensorflow(kernels):
+    assert [line for line in needed(kernels.__file__) if "tensorflow" in line] == []
+    undefined = lines("nm", "-D", "--undefined-only", "-C", kernels.__file__)
+    assert [line for line in undefined if "tensorflow" in line or "absl" in line] == []
+
+
+def test_build_info_of_a_working_library(native_library):
+    info = tcl.build_info()
+    minor = tf.__version__.rsplit(".", 1)[0]
+    assert info["tf_running"].startswith(minor) and info["tf_built"].startswith(minor)

@@ -1,0 +1,99 @@
+"""What an editor and a reader see: names, signatures, annotations, docstrings, py.typed."""
+
+import inspect
+from importlib import resources
+
+import pytest
+
+import tf_center_loss_op as tcl
+from child import run_python
+
+REQUIRED = inspect.Parameter.empty
+STEP = {"alpha": 0.5, "rule": "paper"}
+SIGNATURES = {
+    "center_loss": (
+        dict(features=REQUIRED, labels=REQUIRED, centers=REQUIRED),
+        STEP
+        | dict(
+            reduction="mean",
+            sample_weight=None,
+            ignore_label=None,
+            update_centers=True,
+            impl="auto",
+            name=None,
+        ),
+    ),
+    "update_centers": (
+        dict(features=REQUIRED, labels=REQUIRED, centers=REQUIRED),
+        STEP | dict(ignore_label=None, impl="auto", name=None),
+    ),
+    "CenterLoss": (
+        dict(num_classes=REQUIRED),
+        dict(weight=1.0)
+        | STEP
+        | dict(reduction="mean", centers_initializer="zeros", ignore_label=None, impl="auto"),
+    ),
+    "compat.v1.center_loss": (dict(features=REQUIRED, labels=REQUIRED, alpha=0.0), {}),
+    "build_info": ({}, {}),
+}
+
+
+def find(name):
+    value = tcl
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def parameters(name):
+    return inspect.signature(find(name)).parameters.values()
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures(name):
+    positional, keywords = SIGNATURES[name]
+    both = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    assert {p.name: p.default for p in parameters(name) if p.kind is both} == positional
+    only = inspect.Parameter.KEYWORD_ONLY
+    assert {p.name: p.default for p in parameters(name) if p.kind is only} == keywords
+    others = [p.kind for p in parameters(name) if p.kind not in (both, only)]
+    layer_kwargs = [inspect.Parameter.VAR_KEYWORD] if name == "CenterLoss" else []
+    assert others == layer_kwargs
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_annotations(name):
+    assert [p.name for p in parameters(name) if p.annotation is REQUIRED] == []
+    if name != "CenterLoss":
+        assert inspect.signature(find(name)).return_annotation is not REQUIRED
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_docstrings(name):
+    first, *_ = inspect.getdoc(find(name)).splitlines()
+    assert first.endswith(".")
+
+
+def test_public_names():
+    names = {"center_loss", "update_centers", "CenterLoss", "CONVENTIONS", "compat", "build_info"}
+    assert names <= set(tcl.__all__)
+    assert all(hasattr(tcl, name) for name in tcl.__all__)
+    public = {name for name in dir(tcl) if not name.startswith("_")}
+    modules = {name for name in public if inspect.ismodule(getattr(tcl, name))}
+    assert public - modules <= set(tcl.__all__)
+
+
+def test_build_info():
+    info = tcl.build_info()
+    assert set(info) == {"native", "reason", "tf_built", "tf_running", "cuda", "xla", "library"}
+    assert isinstance(info["native"], bool)
+
+
+def test_typed_marker():
+    assert resources.files(tcl).joinpath("py.typed").is_file()
+
+
+def test_import_is_quiet(tmp_path):
+    done = run_python("import tf_center_loss_op", tmp_path, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "Warning" not in done.stderr
