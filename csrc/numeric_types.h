@@ -57,8 +57,10 @@ TCL_INLINE float Widen(Half value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return FloatOf(sign | 0x7f800000u | (magnitude << 13));  // inf, NaN
-  // Scaling by 2^112 moves the exponent from bias 15 to bias 127, subnormals included, exactly.
-  return FloatOf(sign | BitsOf(FloatOf(magnitude << 13) * FloatOf(0x77800000u)));
+  if (magnitude >= 0x0400u) return FloatOf(sign | ((magnitude << 13) + 0x38000000u));
+  // Subnormal, and normal as a float: TensorFlow's threads flush subnormal floats to zero, so none
+  // may occur on the way.
+  return FloatOf(sign | BitsOf(static_cast<float>(magnitude) * 0x1p-24f));
 }
 
 template <typename Feature>

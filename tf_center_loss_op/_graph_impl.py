@@ -135,9 +135,12 @@ def _initialized(a):
     # Outside TensorFlow 1 style graphs no variable is ever uninitialised.
     if tf.executing_eagerly() or tf.compat.v1.get_default_graph().building_function:
         return True
-    # Reading, unlike gathering, says what is wrong.
+    # Reading, unlike gathering, says what is wrong. The value must enter the result, or the read
+    # is optimised away.
     initialized = tf.raw_ops.VarIsInitializedOp(resource=a.centers.handle)
-    return tf.cond(initialized, lambda: True, lambda: tf.size(a.centers.read_value()) > 0)
+    return tf.cond(
+        initialized, lambda: True, lambda: tf.math.is_finite(a.centers.read_value()[0, 0])
+    )
 
 
 def _same_length(name, tensor, features):

@@ -4,7 +4,6 @@
 #define EIGEN_USE_THREADS
 
 #include <cmath>
-#include <optional>
 #include <string>
 #include <type_traits>
 
@@ -49,8 +48,7 @@ using CenterOf = CenterType<typename FeatureOf<T>::type>;
 ParallelFor ThreadsOf(OpKernelContext* context) {
   return [context](int64_t total, int64_t bytes, const Work& work) {
     // Four bytes a cycle: what one core draws from memory.
-    const tensorflow::thread::ThreadPool::SchedulingParams adaptive(
-        tensorflow::thread::ThreadPool::SchedulingStrategy::kAdaptive, bytes / 4, std::nullopt);
+    const auto adaptive = tensorflow::thread::ThreadPool::SchedulingParams::Adaptive(bytes / 4);
     context->device()->tensorflow_cpu_worker_threads()->workers->ParallelFor(total, adaptive, work);
   };
 }
