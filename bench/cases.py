@@ -1,0 +1,91 @@
+"""What is measured: sizes, batches of features and labels, the bytes that a step must move.
+
+NumPy only, so that the PyTorch script makes the same inputs without TensorFlow.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+ALPHA = 0.5
+ZIPF_EXPONENT = 1.1
+
+
+class Inputs(NamedTuple):
+    """The batches of a case and the rows of the table that they touch."""
+
+    features: np.ndarray  # [batches, B, D] float32
+    labels: np.ndarray  # [batches, B] int64
+    rows: np.ndarray  # [R] every label that occurs, ascending
+    start: np.ndarray  # [R, D] float32: these rows before the first step; all others are zero
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sizes of one measurement; the same case gives the same inputs in every process."""
+
+    batch: int
+    dim: int
+    classes: int
+    labels: str = "uniform"  # or "power-law"
+    rotation: int = 2**26  # bytes of features gone through before a batch comes again
+
+    @property
+    def name(self):
+        sizes = f"{self.batch}×{self.dim}×{short(self.classes)}"
+        return sizes if self.labels == "uniform" else f"{sizes} {self.labels}"
+
+    @property
+    def batches(self):
+        """Enough that features, rows and so on do not stay in the last-level cache."""
+        return max(16, self.rotation // (self.batch * self.dim * 4))
+
+    def make(self):
+        """The inputs."""
+        rng = np.random.default_rng([self.batch, self.dim, self.classes])
+        shape = (self.batches, self.batch)
+        features = rng.standard_normal((*shape, self.dim), np.float32)
+        labels = _power_law(rng, self.classes, shape) if self.labels == "power-law" else None
+        if labels is None:
+            labels = rng.integers(0, self.classes, shape)
+        rows = np.unique(labels)
+        return Inputs(features, labels, rows, rng.standard_normal((len(rows), self.dim), "f"))
+
+
+def bytes_moved(labels, dim):
+    """What a step cannot avoid, mean of the batches: features read, each distinct center read and
+    written once, gradient written."""
+    distinct = np.mean([len(np.unique(batch)) for batch in labels])
+    return 4 * dim * 2 * (labels.shape[1] + distinct)
+
+
+def short(number):
+    """1000 -> 1k, 1000000 -> 1M."""
+    for unit, letter in ((10**6, "M"), (10**3, "k")):
+        if number >= unit and number % unit == 0:
+            return f"{number // unit}{letter}"
+    return str(number)
+
+
+def _power_law(rng, classes, shape):
+    """Zipf's law cut off at `classes`; which class is the k-th most frequent is random."""
+    cumulative = np.cumsum(np.arange(1.0, classes + 1) ** -ZIPF_EXPONENT)
+    rank = np.searchsorted(cumulative, rng.random(shape) * cumulative[-1])
+    return rng.permutation(classes)[rank]
+
+
+# The tutorial's sizes; a table that caches hold in part; tables and batches that none holds.
+CASES = [
+    Case(64, 200, 10),
+    Case(256, 512, 100_000),
+    Case(1024, 512, 1_000_000),
+    Case(1024, 512, 1_000_000, "power-law"),
+    Case(4096, 512, 1_000_000),
+    Case(4096, 512, 1_000_000, "power-law"),
+]
+
+
+def label_sweep(numbers):
+    """The same batch against tables of so many labels. D = 64, so that 10 million are 2.6 GB."""
+    return [Case(1024, 64, classes, rotation=2**25) for classes in numbers]

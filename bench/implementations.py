@@ -1,0 +1,188 @@
+"""What is timed: one table of implementations, each a way to run steps over a workload's batches.
+
+One step = the loss (sum form), its gradient with respect to the features with upstream gradient 1,
+and the step of the centers by the paper's rule.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+import tf_center_loss_op as tcl
+from bench import compiled
+from bench.cases import ALPHA
+from bench.machine import THREADS
+from tf_center_loss_op import _kernels
+
+
+def fused(features, labels, centers):
+    """The native op."""
+    return _package(features, labels, centers, "native")
+
+
+def graph(features, labels, centers):
+    """The package's pure-TensorFlow path, with the contract's checks."""
+    return _package(features, labels, centers, "graph")
+
+
+def plain(features, labels, centers):
+    """The plain TensorFlow that users write, after the tutorial's function; nothing is checked."""
+    with tf.GradientTape() as tape:
+        tape.watch(features)
+        residual = features - tf.stop_gradient(tf.gather(centers, labels))
+        loss = tf.nn.l2_loss(residual)
+    gradient = tape.gradient(loss, features)
+    _, index, counts = tf.unique_with_counts(labels)
+    n = tf.cast(tf.gather(counts, index), tf.float32)[:, tf.newaxis]
+    centers.scatter_add(tf.IndexedSlices(ALPHA / (1 + n) * residual, labels))
+    return loss, gradient
+
+
+def empty(features, labels, centers):
+    """Only picks the batch."""
+    return tf.constant(0.0), features
+
+
+def eager(step):
+    """The step called op by op."""
+
+    def build(workload):
+        centers = workload.table.variable
+        return workload.each_batch(lambda features, labels: step(features, labels, centers))
+
+    return build
+
+
+def function(step):
+    """The step as a `tf.function`, called from Python for each batch."""
+
+    def build(workload):
+        centers = workload.table.variable
+
+        @tf.function(autograph=False)
+        def call(features, labels):
+            return step(features, labels, centers)
+
+        return workload.each_batch(call)
+
+    return build
+
+
+def while_loop(step):
+    """The steps in a `tf.while_loop` within one `tf.function`, strictly one after the other.
+
+    Picking a batch is a view, no copy. The loop carries the last gradient and the last labels, so
+    that nothing can be left out, in the empty loop neither.
+    """
+
+    def build(workload):
+        all_features, all_labels = workload.features, workload.labels
+        centers, batches = workload.table.variable, workload.batches
+
+        @tf.function(autograph=False)
+        def loop(first, end):
+            def body(i, loss, gradient, labels):
+                features, labels = all_features[i % batches], all_labels[i % batches]
+                loss, gradient = step(features, labels, centers)
+                return i + 1, loss, gradient, labels
+
+            carried = first, tf.constant(0.0), all_features[0], all_labels[0]
+            return tf.while_loop(lambda i, *_: i < end, body, carried, parallel_iterations=1)
+
+        def steps(first, count):
+            _, loss, gradient, _ = loop(tf.constant(first), tf.constant(first + count))
+            return loss, gradient
+
+        return steps
+
+    return build
+
+
+def bare_kernel(workload):
+    """The C++ kernel on arrays, through its Python binding."""
+    table = workload.table.array
+
+    def step(k):
+        return _kernels.center_loss_step(
+            workload.feature_arrays[k],
+            workload.label_arrays[k],
+            table,
+            alpha=ALPHA,
+            reduction="sum",
+            threads=THREADS,
+        )
+
+    return workload.each_index(step)
+
+
+def moved_rows(workload):
+    """The hand-written loop of rows.cc; labels are grouped before the clock runs."""
+    move = compiled.library().MoveRows
+    gradient = np.zeros(workload.feature_arrays[0].shape, np.float32)
+
+    def arguments(features, labels):
+        distinct, counts = np.unique(labels, return_counts=True)
+        groups = distinct, np.append(0, np.cumsum(counts)), np.argsort(labels, kind="stable")
+        read = [compiled.pointer(a) for a in (features, *groups)]
+        written = [compiled.pointer(a) for a in (workload.table.array, gradient)]
+        return *read, len(distinct), workload.case.dim, ALPHA, *written, THREADS
+
+    batches = zip(workload.feature_arrays, workload.label_arrays, strict=True)
+    calls = [arguments(*batch) for batch in batches]
+
+    def step(k):
+        move(*calls[k])
+        return None, gradient
+
+    return workload.each_index(step)
+
+
+def copied_bytes(workload):
+    """A copy that reads and writes as many bytes as a step must, cold memory to cold memory."""
+    copy = compiled.library().Copy
+    source = np.asarray(memoryview(workload.features))
+    target = np.asarray(memoryview(tf.zeros_like(workload.features)))
+    size = int(workload.bytes / 2)
+    places = source.nbytes // size
+
+    def step(k):
+        offset = k % places * size
+        copy(source.ctypes.data + offset, target.ctypes.data + offset, size, THREADS)
+        return None, None
+
+    return workload.each_index(step)
+
+
+class Implementation(NamedTuple):
+    """`build(workload)` gives `steps(first, count)`, see `bench.workload.Runner`."""
+
+    what: str
+    how: str
+    build: Callable
+    computes: bool = True  # something that the oracle can judge
+
+
+IMPLEMENTATIONS = {
+    "fused loop": Implementation("fused op", "tf.while_loop", while_loop(fused)),
+    "fused function": Implementation("fused op", "tf.function", function(fused)),
+    "fused eager": Implementation("fused op", "eager", eager(fused)),
+    "plain loop": Implementation("plain TensorFlow", "tf.while_loop", while_loop(plain)),
+    "plain function": Implementation("plain TensorFlow", "tf.function", function(plain)),
+    "plain eager": Implementation("plain TensorFlow", "eager", eager(plain)),
+    "graph loop": Implementation('impl="graph"', "tf.while_loop", while_loop(graph)),
+    "graph function": Implementation('impl="graph"', "tf.function", function(graph)),
+    "graph eager": Implementation('impl="graph"', "eager", eager(graph)),
+    "kernel": Implementation("bare kernel", "C++", bare_kernel),
+    "rows": Implementation("rows moved by hand", "C++", moved_rows),
+    "copy": Implementation("copy of the same bytes", "C++", copied_bytes, computes=False),
+    "empty loop": Implementation("empty loop", "tf.while_loop", while_loop(empty), computes=False),
+}
+
+
+def _package(features, labels, centers, impl):
+    with tf.GradientTape() as tape:
+        tape.watch(features)
+        loss = tcl.center_loss(features, labels, centers, alpha=ALPHA, reduction="sum", impl=impl)
+    return loss, tape.gradient(loss, features)

@@ -1,0 +1,98 @@
+"""The same steps in hand-written PyTorch: index_select, unique, index_add_.
+
+    python -m bench --torch PYTHON    times it beside the others, in a process of that PYTHON
+    PYTHON -m bench.torch_steps       times it alone
+
+Needs torch and NumPy, no TensorFlow. Beside the others it gets commands on its standard input, one
+JSON array a line, and answers each with a line; between commands it sleeps.
+"""
+
+import json
+import sys
+import time
+
+import numpy as np
+import torch
+
+from bench import measure
+from bench.cases import ALPHA, CASES, Case
+from bench.check import Outcome
+
+
+@torch.inference_mode()
+def step(features, labels, centers):
+    """Loss, gradient written by hand, and the step of the centers in place."""
+    residual = features - centers.index_select(0, labels)
+    loss = torch.dot(residual.view(-1), residual.view(-1)) / 2
+    _, index, counts = torch.unique(labels, return_inverse=True, return_counts=True)
+    scale = ALPHA / (1 + counts.index_select(0, index))
+    centers.index_add_(0, labels, residual * scale.unsqueeze(1))
+    return loss, residual
+
+
+class Runner:
+    """`bench.workload.Runner` for PyTorch, with a table of its own, kept from case to case."""
+
+    def __init__(self):
+        self._table = torch.empty(0)
+
+    def load(self, case):
+        """Makes the case's inputs; the table's rows are zero where no label names them."""
+        inputs = case.make()
+        if self._table.shape != (case.classes, case.dim):
+            self._table = torch.empty(0)  # before the new one: there may be room for one only
+            self._table = torch.empty(case.classes, case.dim)
+        self._table.zero_()
+        self._rows, self._start = inputs.rows, torch.tensor(inputs.start)
+        features, labels = torch.tensor(inputs.features), torch.tensor(inputs.labels)
+        self._batches = list(zip(features, labels, strict=True))
+        self._next = 0
+        return self
+
+    def reset(self):
+        """Back to the first batch and the rows at the start."""
+        self._table[torch.tensor(self._rows)] = self._start
+        self._next = 0
+
+    def run(self, count):
+        """Runs so many steps and returns the seconds they took."""
+        start = time.perf_counter()
+        for k in range(self._next, self._next + count):
+            self._last = step(*self._batches[k % len(self._batches)], self._table)
+        seconds = time.perf_counter() - start
+        self._next = (self._next + count) % len(self._batches)
+        return seconds
+
+    def outcome(self):
+        """What the last step gave and what the table became."""
+        loss, gradient = (tensor.numpy() for tensor in self._last)
+        return Outcome.of(loss, gradient, self._table.numpy(), self._rows)
+
+
+def serve():
+    """Answers commands until the input ends."""
+    runner = Runner()
+    commands = {
+        "version": lambda: torch.__version__,
+        "load": lambda fields: runner.load(Case(**fields)) and None,
+        "reset": runner.reset,
+        "run": runner.run,
+        "extra_memory": lambda: measure.extra_memory(runner),
+        "outcome": lambda path: np.savez(path, **runner.outcome()._asdict()),
+    }
+    for line in sys.stdin:
+        command, *arguments = json.loads(line)
+        print(json.dumps(commands[command](*arguments)), flush=True)
+
+
+def main():
+    """Times each case alone."""
+    runner = Runner()
+    for case in CASES:
+        seconds = measure.seconds_per_step({"torch": runner.load(case)}, rounds=20)["torch"]
+        low, median, high = 1e6 * np.quantile(seconds, [0.1, 0.5, 0.9])
+        print(f"{case.name:24} {median:8.1f} µs ({low:.1f} to {high:.1f})", flush=True)
+
+
+if __name__ == "__main__":
+    serve() if sys.argv[1:] == ["--serve"] else main()

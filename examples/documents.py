@@ -1,0 +1,170 @@
+"""Documents, the tutorial's case: which module does a documentation string come from?
+
+The documents are the docstrings of the standard library and of the packages that these examples
+need anyway; each becomes a vector of 200 numbers (TF-IDF, then a truncated SVD, both made from the
+training documents alone). One module in five is kept out of training altogether.
+"""
+
+import ast
+import sysconfig
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import keras
+import numpy as np
+from matplotlib.figure import Figure
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+from examples import common
+from examples.common import Run, Split, Task
+
+PACKAGES = ("keras", "matplotlib", "numpy", "scipy", "sklearn")
+LEFT_OUT = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3"}
+WORDS, DOCUMENTS, FEATURES = 10, 8, 200  # words a document, documents a module, both at least
+
+# ----------------------------------------------------------------------------------- reading
+
+
+def docstrings(tree: ast.AST) -> Iterator[str]:
+    """Those of a module, its classes, their methods, its functions."""
+    if text := ast.get_docstring(tree):
+        yield text
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from docstrings(node)
+
+
+def read(folder: Path, prefix: str = "", files: str = "**/*.py") -> Iterator[tuple[str, str]]:
+    """(module, docstring) for the Python files below `folder`; nothing is imported."""
+    for path in sorted(folder.glob(files)):
+        parts = path.relative_to(folder).with_suffix("").parts
+        if LEFT_OUT.isdisjoint(parts):
+            try:
+                tree = ast.parse(path.read_bytes())
+            except (SyntaxError, ValueError):
+                continue
+            module = prefix + ".".join(parts).removesuffix(".__init__")
+            yield from ((module, text) for text in docstrings(tree))
+
+
+def corpus(quick: bool) -> tuple[list[str], list[str], np.ndarray]:
+    """Modules, documents, and the index of each document's module."""
+    library = Path(sysconfig.get_path("stdlib"))
+    found = list(read(library, files="*.py" if quick else "**/*.py"))
+    for package in () if quick else PACKAGES:
+        found += read(Path(find_spec(package).origin).parent, f"{package}.")
+    of = {}  # a text that stands in several modules belongs to the first
+    for module, text in found:
+        if len(text.split()) >= WORDS:
+            of.setdefault(text, module)
+    modules, index, size = np.unique(list(of.values()), return_inverse=True, return_counts=True)
+    enough = size >= DOCUMENTS
+    texts = [text for text, i in zip(of, index, strict=True) if enough[i]]
+    new = np.cumsum(enough) - 1
+    return list(modules[enough]), texts, new[index[enough[index]]]
+
+
+# -------------------------------------------------------------------------------------- task
+
+
+def network() -> keras.Model:
+    """One hidden layer, 200 features."""
+    return keras.Sequential(
+        [
+            keras.Input([FEATURES]),
+            keras.layers.Dense(512, activation="relu"),
+            keras.layers.Dropout(0.3),
+            keras.layers.Dense(200),
+        ]
+    )
+
+
+def load(seed: int, quick: bool) -> Task:
+    """Reads the documents, keeps a fifth of the modules out, splits the documents of the others."""
+    modules, texts, module = corpus(quick)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(modules))
+    cut = len(modules) * 4 // 5
+    seen, unseen = np.sort(order[:cut]), np.sort(order[cut:])
+    label = np.empty(len(modules), np.int64)
+    label[seen], label[unseen] = np.arange(len(seen)), np.arange(len(unseen))
+
+    rows = {"train": [], "validation": [], "test": []}
+    for k in seen:
+        mine = rng.permutation(np.flatnonzero(module == k))
+        fifth = len(mine) // 5 + 1
+        rows["test"].extend(mine[:fifth])
+        rows["validation"].extend(mine[fifth : 2 * fifth])
+        rows["train"].extend(mine[2 * fifth :])
+    rows["unseen"] = np.flatnonzero(np.isin(module, unseen))
+
+    tfidf = TfidfVectorizer(sublinear_tf=True, min_df=2, token_pattern=r"[A-Za-z]{2,}")
+    svd = TruncatedSVD(FEATURES, n_iter=3, random_state=seed)
+    svd.fit(tfidf.fit_transform([texts[i] for i in rows["train"]]))
+    data = {}
+    for name, chosen in rows.items():
+        vectors = svd.transform(tfidf.transform([texts[i] for i in chosen]))
+        data[name] = Split(vectors.astype(np.float32), label[module[chosen]])
+    size = {name: len(data[name].labels) for name in data}
+    return Task(
+        title="which module does a docstring come from?",
+        notes=[
+            "docstrings of the standard library" + ("" if quick else f", {', '.join(PACKAGES)}"),
+            f"{size['train']} to train, {size['validation']} to validate, {size['test']} to test, "
+            f"of {len(seen)} modules",
+            f"labels never seen: {len(unseen)} further modules, {size['unseen']} documents",
+            "verification: every two documents of the test data, same module or not",
+        ],
+        num_classes=len(seen),
+        network=network,
+        weight=0.1,
+        alpha=0.5,
+        epochs=4 if quick else 15,
+        batch_size=128,
+        learning_rate=1e-3,
+        fars=(1e-1, 1e-2, 1e-3),
+        extra={"modules": [modules[k] for k in seen]},
+        **data,
+    )
+
+
+def draw(task: Task, runs: list[Run]) -> dict[str, Figure]:
+    """The verification curves, and the similarity of the documents of a dozen modules."""
+    return {
+        "documents_verification.png": common.draw_verification(
+            task, runs, f"Docstrings, {task.num_classes} modules trained"
+        ),
+        "documents_similarity.png": draw_similarity(task, runs),
+    }
+
+
+def draw_similarity(task: Task, runs: list[Run], count: int = 12, each: int = 12) -> Figure:
+    """Cosine of every two test documents of the modules that have most of them."""
+    size = np.bincount(task.test.labels, minlength=task.num_classes)
+    chosen = np.sort(np.argsort(-size, kind="stable")[:count])
+    rows = [np.flatnonzero(task.test.labels == k)[:each] for k in chosen]
+    ends = np.cumsum([len(r) for r in rows])
+    middles = ends - [len(r) / 2 for r in rows] - 0.5
+    figure = Figure(figsize=(13, 6.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, run in zip(axes, runs, strict=True):
+        features = run.features["test"][np.concatenate(rows)]
+        image = axis.imshow(features @ features.T, cmap="magma", vmin=0, vmax=1)
+        names = [task.extra["modules"][k] for k in chosen]
+        axis.set_yticks(middles, names, fontsize=9)
+        axis.set_xticks(middles, names, fontsize=9, rotation=45, ha="right")
+        axis.set_title(run.title)
+    figure.colorbar(image, ax=axes, label="cosine of the features, below 0 as 0", shrink=0.8)
+    figure.suptitle(
+        f"Test documents of the {len(chosen)} modules that have most, up to {each} each: "
+        "bright blocks on the diagonal are wanted"
+    )
+    return figure
+
+
+if __name__ == "__main__":
+    from examples import documents
+
+    common.main({"documents": documents})
