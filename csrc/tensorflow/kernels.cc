@@ -53,6 +53,26 @@ ParallelFor ThreadsOf(OpKernelContext* context) {
   };
 }
 
+// The memory of an op's largest output, kept from one step to the next and used again as soon as
+// nobody else holds it. Given back to the system after each step, its pages would have to be
+// faulted in anew, which takes as long as writing to them.
+class OutputBuffer {
+ public:
+  absl::Status Take(OpKernelContext* context, int output, const TensorShape& shape, Tensor* taken) {
+    tensorflow::mutex_lock lock(mutex_);
+    if (!(kept_.IsInitialized() && kept_.shape() == shape && kept_.RefCountIsOne())) {
+      TF_RETURN_IF_ERROR(
+          context->allocate_temp(context->expected_output_dtype(output), shape, &kept_));
+    }
+    *taken = kept_;
+    return absl::OkStatus();
+  }
+
+ private:
+  tensorflow::mutex mutex_;
+  Tensor kept_ TF_GUARDED_BY(mutex_);
+};
+
 // What the ops have in common: their attributes, the checks of their arrays, the launch. Shapes
 // are checked here again because they may be unknown while tracing.
 template <typename T, typename Label>
@@ -132,15 +152,17 @@ class BatchOp : public OpKernel {
         absl::StrCat("alpha: expected a finite number >= 0, got ", step->options.alpha));
   }
 
-  static absl::Status AllocateOutputs(OpKernelContext* context, Arguments* step) {
-    Tensor *loss, *residual;
+  absl::Status AllocateOutputs(OpKernelContext* context, Arguments* step) {
+    Tensor* loss;
     TF_RETURN_IF_ERROR(context->allocate_output(
         0, step->options.reduction == Reduction::kNone ? TensorShape({step->batch}) : TensorShape(),
         &loss));
+    Tensor residual;
     TF_RETURN_IF_ERROR(
-        context->allocate_output(1, TensorShape({step->batch, step->dim}), &residual));
+        residual_buffer_.Take(context, 1, TensorShape({step->batch, step->dim}), &residual));
+    context->set_output(1, residual);
     step->loss = loss->flat<Center>().data();
-    step->residual = static_cast<Center*>(residual->data());
+    step->residual = static_cast<Center*>(residual.data());
     return absl::OkStatus();
   }
 
@@ -158,6 +180,7 @@ class BatchOp : public OpKernel {
   }
 
   StepOptions<Center> options_;
+  OutputBuffer residual_buffer_;
 };
 
 template <typename T, typename Label>
