@@ -20,8 +20,9 @@ from rich.console import Console
 from bench import machine, report
 from bench.cases import CASES, label_sweep
 from bench.implementations import IMPLEMENTATIONS
-from bench.together import Tables, measurements
+from bench.together import measurements
 from bench.torch_process import TorchProcess
+from bench.workload import Tables
 
 SWEPT = ("fused loop", "plain loop", "graph loop", "kernel", "rows", "empty loop")
 

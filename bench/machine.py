@@ -1,6 +1,5 @@
 """What the numbers were measured on, and what else went on meanwhile."""
 
-import contextlib
 import importlib.metadata
 import os
 import platform
@@ -31,26 +30,24 @@ def describe():
     }
 
 
-@contextlib.contextmanager
-def surroundings(pids=()):
-    """Gives a dict; at the end it holds the load average, and how many cores were busy with
-    processes other than this one and `pids`."""
-    around = {}
-    processes = [psutil.Process(pid) for pid in (os.getpid(), *pids)]
-    start, busy, own = time.monotonic(), _busy_seconds(), _own_seconds(processes)
-    yield around
-    others = (_busy_seconds() - busy) - (_own_seconds(processes) - own)
-    around["load"] = round(os.getloadavg()[0], 2)
-    around["cores_of_others"] = round(max(0.0, others / (time.monotonic() - start)), 2)
+class Others:
+    """Calling it says how many cores were busy with other processes since the last call."""
 
+    def __init__(self, *pids):
+        """`pids`: further processes that belong to this one."""
+        self._processes = [psutil.Process(pid) for pid in (os.getpid(), *pids)]
+        self._last = self._now()
 
-def _busy_seconds():
-    times = psutil.cpu_times()
-    return times.user + times.system + times.nice + times.irq + times.softirq + times.steal
+    def __call__(self):
+        (time_before, before), (time_now, now) = self._last, self._now()
+        self._last = time_now, now
+        return (now - before) / (time_now - time_before)
 
-
-def _own_seconds(processes):
-    return sum(process.cpu_times().user + process.cpu_times().system for process in processes)
+    def _now(self):
+        own = [process.cpu_times() for process in self._processes]
+        every = psutil.cpu_times()
+        busy = every.user + every.system + every.nice + every.irq + every.softirq + every.steal
+        return time.monotonic(), busy - sum(times.user + times.system for times in own)
 
 
 def _cpu():

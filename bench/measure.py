@@ -1,11 +1,10 @@
-"""Clock and memory. NumPy only, so that the PyTorch script can use it.
+"""The clock. NumPy only, so that the PyTorch script can use it.
 
-The machine may be busy with other things. So all runners of a case take turns in short blocks, in
-an order drawn anew in every round, and are compared within the round: the median of the rounds'
-ratios is what the summary quotes.
+The machine may be busy with other things. So all runners take turns in short blocks, in an order
+drawn anew in every round, and are compared within the round: the median of the rounds' ratios is
+what the summary quotes. Rounds that others disturbed are run again, up to a limit.
 """
 
-import ctypes
 import math
 
 import numpy as np
@@ -13,36 +12,37 @@ import numpy as np
 # Long enough to make the clock and the start of a block small beside it.
 BLOCK_SECONDS = 0.03
 
+# Cores that other processes kept busy during a round.
+QUIET = 0.1
+MOST_ROUNDS = 3  # times the rounds asked for
 
-def seconds_per_step(runners, rounds, status=lambda turn: None):
-    """{key: [rounds] seconds a step}, for runners with `run(count) -> seconds`."""
+
+def seconds_per_step(runners, rounds, disturbance=None, status=lambda text: None):
+    """{key: [rounds] seconds a step} and [rounds] cores of others, in the `rounds` quietest rounds.
+
+    Runners have `run(count) -> seconds`. `disturbance()` says how many cores were busy for others
+    since it was called last; None: nobody knows.
+    """
     rng = np.random.default_rng(0)
-    keys = list(runners)
-    counts = {key: _steps_per_block(runners[key]) for key in keys}
-    times = {key: np.empty(rounds) for key in keys}
-    for turn in range(rounds):
-        status(turn)
+    counts = {key: _steps_per_block(runner) for key, runner in runners.items()}
+    keys, turns, cores = list(runners), [], []
+    while len(turns) < rounds or (
+        np.sum(np.array(cores) <= QUIET) < rounds and len(turns) < MOST_ROUNDS * rounds
+    ):
+        status(f"round {len(turns) + 1}, {rounds} quiet ones wanted")
+        if disturbance:
+            disturbance()
+        turn = {}
         for k in rng.permutation(len(keys)):
             key = keys[k]
             # Untimed: threads of the runner before may still spin, caches hold its rows.
             runners[key].run(math.ceil(counts[key] / 10))
-            times[key][turn] = runners[key].run(counts[key]) / counts[key]
-    return times
-
-
-def extra_memory(runner, steps=3):
-    """Bytes by which these steps raise the process's resident memory at their peak.
-
-    What the allocator keeps for reuse is given back before, so that it counts; tables and batches
-    are there already and do not. The kernel's own high-water mark, reset before (Linux).
-    """
-    runner.run(1)
-    ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    before = _resident("VmRSS")
-    runner.run(steps)
-    return max(0, _resident("VmHWM") - before)
+            turn[key] = runners[key].run(counts[key]) / counts[key]
+        turns.append(turn)
+        cores.append(disturbance() if disturbance else 0.0)
+    kept = np.sort(np.argsort(cores, kind="stable")[:rounds])
+    seconds = {key: np.array([turns[k][key] for k in kept]) for key in runners}
+    return seconds, np.array(cores)[kept]
 
 
 def _steps_per_block(runner):
@@ -51,9 +51,3 @@ def _steps_per_block(runner):
     while (seconds := runner.run(count)) < BLOCK_SECONDS / 3:
         count *= 2
     return math.ceil(count * BLOCK_SECONDS / seconds)
-
-
-def _resident(field):
-    with open("/proc/self/status") as file:
-        line = next(line for line in file if line.startswith(field))
-    return int(line.split()[1]) * 1024

@@ -4,7 +4,8 @@ import pytest
 
 from bench.cases import CASES
 from bench.implementations import IMPLEMENTATIONS
-from bench.together import Tables, prepare
+from bench.together import prepare
+from bench.workload import Tables
 
 STEPS = 20
 

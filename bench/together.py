@@ -1,27 +1,11 @@
 """Sets implementations up on a case, validates them, and times them in turns."""
 
-import gc
+import os
 
-from bench import check, machine, measure
+from bench import check, measure, memory
 from bench.implementations import IMPLEMENTATIONS
-from bench.workload import Runner, Table, Workload
-
-
-class Tables:
-    """The tables of centers, kept for as long as the cases that follow need them."""
-
-    def __init__(self):
-        self._tables = {}
-
-    def of(self, cases):
-        """{case: its table}; cases of the same sizes share one."""
-        wanted = {(case.classes, case.dim) for case in cases}
-        for sizes in self._tables.keys() - wanted:
-            del self._tables[sizes]
-        gc.collect()  # before the new ones: there may not be room for both
-        for sizes in wanted - self._tables.keys():
-            self._tables[sizes] = Table(*sizes)
-        return {case: self._tables[case.classes, case.dim] for case in cases}
+from bench.machine import Others
+from bench.workload import Runner, Workload
 
 
 def prepare(case, table, keys, torch=None, status=lambda text: None):
@@ -46,19 +30,23 @@ def prepare(case, table, keys, torch=None, status=lambda text: None):
 
 def measurements(cases, keys, tables, rounds, torch=None, status=lambda text: None):
     """What `bench.report` takes, for cases whose implementations all take turns with each other."""
+    status("memory, in a process of its own")
+    extra_memory = memory.of_cases(cases, keys, torch and torch.python)
     workloads, runners = {}, {}
     for case, table in tables.of(cases).items():
         workloads[case], prepared = prepare(case, table, keys, torch, status)
         runners |= {(case, key): runner for key, runner in prepared.items()}
-    extra_memory = {}
-    for (case, key), runner in runners.items():
-        status(f"{case.name}: memory of {key}")
-        extra_memory[case, key] = runner.extra_memory()
-    with machine.surroundings([torch.pid] if torch else []) as around:
-        names = ", ".join(case.name for case in cases)
-        seconds = measure.seconds_per_step(
-            runners, rounds, lambda turn: status(f"{names}: round {turn + 1} of {rounds}")
-        )
+    names = ", ".join(case.name for case in cases)
+    seconds, cores_of_others = measure.seconds_per_step(
+        runners,
+        rounds,
+        Others(torch.pid) if torch else Others(),
+        lambda text: status(f"{names}: {text}"),
+    )
+    surroundings = {
+        "load": round(os.getloadavg()[0], 2),
+        "cores_of_others": round(float(cores_of_others.mean()), 2),
+    }
     for workload in workloads.values():
         workload.clear()
 
@@ -68,7 +56,7 @@ def measurements(cases, keys, tables, rounds, torch=None, status=lambda text: No
             "what": what,
             "how": how,
             "seconds": [float(f"{time:.4g}") for time in seconds[case, key]],
-            "extra_memory": extra_memory[case, key],
+            "extra_memory": extra_memory[case][key],
         }
 
     return [
@@ -80,7 +68,7 @@ def measurements(cases, keys, tables, rounds, torch=None, status=lambda text: No
             "labels": case.labels,
             "batches": case.batches,
             "bytes": workload.bytes,
-            "surroundings": around,
+            "surroundings": surroundings,
             "implementations": {key: implementation(case, key) for c, key in runners if c == case},
         }
         for case, workload in workloads.items()

@@ -14,15 +14,16 @@ from bench.check import Outcome
 class TorchProcess:
     """`bench.workload.Runner`, at the other end of a pipe."""
 
-    def __init__(self, python):
+    def __init__(self, python, environment=None):
         self._process = subprocess.Popen(
             [python, "-m", "bench.torch_steps", "--serve"],
             cwd=Path(__file__).parent.parent,
+            env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.pid = self._process.pid
+        self.python, self.pid = python, self._process.pid
         self.version = self._ask("version")
 
     def load(self, case):
@@ -38,7 +39,7 @@ class TorchProcess:
         return self._ask("run", count)
 
     def extra_memory(self):
-        """`bench.measure.extra_memory` there."""
+        """`bench.memory.extra_memory` there."""
         return self._ask("extra_memory")
 
     def outcome(self):

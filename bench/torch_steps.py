@@ -14,7 +14,7 @@ import time
 import numpy as np
 import torch
 
-from bench import measure
+from bench import measure, memory
 from bench.cases import ALPHA, CASES, Case
 from bench.check import Outcome
 
@@ -46,16 +46,16 @@ class Runner:
         self._rows, self._start = inputs.rows, torch.tensor(inputs.start)
         features, labels = torch.tensor(inputs.features), torch.tensor(inputs.labels)
         self._batches = list(zip(features, labels, strict=True))
-        self._next = 0
+        self.reset()
         return self
 
     def reset(self):
-        """Back to the first batch and the rows at the start."""
+        """See `bench.workload.Runner`."""
         self._table[torch.tensor(self._rows)] = self._start
-        self._next = 0
+        self._next, self._last = 0, None
 
     def run(self, count):
-        """Runs so many steps and returns the seconds they took."""
+        """See `bench.workload.Runner`."""
         start = time.perf_counter()
         for k in range(self._next, self._next + count):
             self._last = step(*self._batches[k % len(self._batches)], self._table)
@@ -64,7 +64,7 @@ class Runner:
         return seconds
 
     def outcome(self):
-        """What the last step gave and what the table became."""
+        """See `bench.workload.Runner`."""
         loss, gradient = (tensor.numpy() for tensor in self._last)
         return Outcome.of(loss, gradient, self._table.numpy(), self._rows)
 
@@ -77,7 +77,7 @@ def serve():
         "load": lambda fields: runner.load(Case(**fields)) and None,
         "reset": runner.reset,
         "run": runner.run,
-        "extra_memory": lambda: measure.extra_memory(runner),
+        "extra_memory": lambda: memory.extra_memory(runner),
         "outcome": lambda path: np.savez(path, **runner.outcome()._asdict()),
     }
     for line in sys.stdin:
@@ -89,8 +89,8 @@ def main():
     """Times each case alone."""
     runner = Runner()
     for case in CASES:
-        seconds = measure.seconds_per_step({"torch": runner.load(case)}, rounds=20)["torch"]
-        low, median, high = 1e6 * np.quantile(seconds, [0.1, 0.5, 0.9])
+        times, _ = measure.seconds_per_step({"torch": runner.load(case)}, rounds=20)
+        low, median, high = 1e6 * np.quantile(times["torch"], [0.1, 0.5, 0.9])
         print(f"{case.name:24} {median:8.1f} µs ({low:.1f} to {high:.1f})", flush=True)
 
 

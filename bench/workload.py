@@ -5,12 +5,12 @@ same memory, so that none is faster because its pages are of another kind.
 """
 
 import ctypes
+import gc
 import time
 
 import numpy as np
 import tensorflow as tf
 
-from bench import measure
 from bench.cases import bytes_moved
 from bench.check import Outcome
 
@@ -24,6 +24,23 @@ class Table:
         address = _view(self.variable.read_value()).ctypes.data
         numbers = (ctypes.c_float * (classes * dim)).from_address(address)
         self.array = np.ctypeslib.as_array(numbers).reshape(classes, dim)
+
+
+class Tables:
+    """The tables of centers, kept for as long as the cases that follow need them."""
+
+    def __init__(self):
+        self._tables = {}
+
+    def of(self, cases):
+        """{case: its table}; cases of the same sizes share one."""
+        wanted = {(case.classes, case.dim) for case in cases}
+        for sizes in self._tables.keys() - wanted:
+            del self._tables[sizes]
+        gc.collect()  # before the new ones: there may not be room for both
+        for sizes in wanted - self._tables.keys():
+            self._tables[sizes] = Table(*sizes)
+        return {case: self._tables[case.classes, case.dim] for case in cases}
 
 
 class Workload:
@@ -70,12 +87,13 @@ class Runner:
     on and returns the last loss and gradient, each None where it is not computed."""
 
     def __init__(self, workload, steps):
-        self._workload, self._steps, self._next = workload, steps, 0
+        self._workload, self._steps = workload, steps
+        self.reset()
 
     def reset(self):
-        """Back to the first batch and the rows at the start."""
+        """Back to the first batch, the rows at the start, and no result."""
         self._workload.reset()
-        self._next = 0
+        self._next, self._last = 0, None
 
     def run(self, count):
         """Runs so many steps and returns the seconds they took."""
@@ -84,10 +102,6 @@ class Runner:
         seconds = time.perf_counter() - start
         self._next = (self._next + count) % self._workload.batches
         return seconds
-
-    def extra_memory(self):
-        """Bytes, see `bench.measure.extra_memory`."""
-        return measure.extra_memory(self)
 
     def outcome(self):
         """What the last step gave and what the table became."""

@@ -15,8 +15,11 @@ def run_python(source, cwd, *, paths=(), check=True, timeout=300, **environment)
     env.pop("TF_CENTER_LOSS_IMPL", None)
     env["PYTHONPATH"] = os.pathsep.join([*map(str, paths), str(TESTS)])
     env.update(environment)
+    # A file, because AutoGraph reads the source of what it converts.
+    program = Path(cwd) / "program.py"
+    program.write_text(textwrap.dedent(source))
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(source)],
+        [sys.executable, program],
         cwd=cwd,
         env=env,
         capture_output=True,

@@ -39,7 +39,7 @@ def table_of(centers):
     return centers.value if isinstance(centers, keras.Variable) else centers
 
 
-def run(problem, *, mode="eager", holder="tf.Variable", upstream=None, **options):
+def run(problem, *, mode="eager", holder="tf.Variable", upstream=None, jit=None, **options):
     """One call of center_loss on a problem; mode: eager, function or unknown (batch size)."""
     centers = make_variable(problem.centers, holder)
     options = dict(
@@ -61,9 +61,9 @@ def run(problem, *, mode="eager", holder="tf.Variable", upstream=None, **options
             tf.TensorSpec([*unknown, features.shape[-1]], features.dtype),
             tf.TensorSpec(unknown if ids_given else [*unknown, labels.shape[-1]], labels.dtype),
         ]
-        step = tf.function(step, input_signature=signature)
+        step = tf.function(step, input_signature=signature, jit_compile=jit)
     elif mode == "function":
-        step = tf.function(step)
+        step = tf.function(step, jit_compile=jit)
     loss, gradient = step(features, labels)
     return Outcome(
         wide(loss),

@@ -148,6 +148,34 @@ def test_gradient_uses_the_centers_before_the_step_even_if_they_move_again(impl,
     np.testing.assert_allclose(tape.gradient(loss, features), residual, rtol=1e-12)
 
 
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "function"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradients_are_not_overwritten_by_later_steps(impl, reduction, traced):
+    # Results of a step that are still held when later ones run, some asked for only then.
+    centers = tf.Variable(tf.random.normal([4, 5], dtype=tf.float64), name="centers")
+
+    def call(x):
+        return tcl.center_loss(x, LABELS, centers, reduction=reduction, impl=impl)
+
+    step = tf.function(call) if traced else call
+    batches = [tf.random.normal([6, 5], dtype=tf.float64) for _ in range(4)]
+    tapes, losses, residuals = [], [], []
+    for x in batches:
+        residuals.append(x - tf.gather(centers, LABELS))
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(x)
+            losses.append(step(x))
+        tapes.append(tape)
+        early = tape.gradient(losses[-1], x)
+        views = (early, np.asarray(memoryview(early)))
+        residuals[-1] = residuals[-1] / (6 if reduction == "mean" else 1), *views
+    for x, tape, loss, (expected, early, view) in zip(
+        batches, tapes, losses, residuals, strict=True
+    ):
+        for gradient in (early, view, tape.gradient(loss, x)):
+            np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_no_gradient_to_moving_centers_and_to_weights(impl, features, centers, reduction):
     for update in (True, False):

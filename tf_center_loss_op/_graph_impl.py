@@ -1,6 +1,8 @@
 """The center loss in plain TensorFlow ops: Wen et al., ECCV 2016, equations 2 to 4, line by line.
 
-Runs wherever TensorFlow does, and is what the native ops are held against.
+Runs wherever TensorFlow does, and is what the native ops are held against. XLA compiles neither
+checks of values nor shapes that depend on them, so under ``jit_compile=True`` `_check` has nothing
+to say and `_sorted_groups` stands for `_groups`.
 """
 
 import functools
@@ -8,6 +10,7 @@ import math
 
 import tensorflow as tf
 
+from tf_center_loss_op import _native
 from tf_center_loss_op._arguments import Arguments
 
 
@@ -32,7 +35,7 @@ def loss_and_residual(a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
     loss = tf.reduce_sum(residual * residual, axis=1) / 2
     if a.sample_weight is not None:
         loss *= tf.where(counted, a.sample_weight, 0)
-    loss *= a.weight
+    loss *= _weight(a)
     if a.reduction != "none":
         # In float64 the order of the sum does not show in the result.
         loss = tf.reduce_sum(tf.cast(loss, tf.float64))
@@ -46,18 +49,55 @@ def update_from_residual(a: Arguments, residual: tf.Tensor) -> tf.Operation | No
     residual = tf.stop_gradient(residual)
     counted = _counted(a)
     finite = tf.reduce_all(tf.math.is_finite(a.features), axis=1)
-    moving = tf.where(counted & _in_table(a) & finite)[:, 0]
+    groups = _sorted_groups if _native.in_xla() else _groups
+    labels, n, total = groups(a, counted & _in_table(a) & finite, residual)
 
+    dtype = residual.dtype
+    scale = _scale(a, tf.cast(n, dtype), tf.reduce_sum(tf.cast(counted, dtype)))
+    moves = _good_alpha(a) & (a.alpha > 0)
+    step = tf.where(moves, scale[:, tf.newaxis] * total, 0)
+    return a.centers.scatter_add(tf.IndexedSlices(step, labels))
+
+
+def _groups(a, moving, residual):
+    """The distinct labels of the moving samples, n_j and the sums of their residuals."""
+    moving = tf.where(moving)[:, 0]
     # One row of the table for each distinct label: the update is written once, in a fixed order.
     labels, group = tf.unique(tf.gather(a.labels, moving))
     groups = tf.size(labels)
     n = tf.math.unsorted_segment_sum(tf.ones_like(moving), group, groups)
-    total = tf.math.unsorted_segment_sum(tf.gather(residual, moving), group, groups)
+    return labels, n, tf.math.unsorted_segment_sum(tf.gather(residual, moving), group, groups)
 
-    dtype = residual.dtype
-    scale = _scale(a, tf.cast(n, dtype), tf.reduce_sum(tf.cast(counted, dtype)))
-    step = tf.where(a.alpha > 0, scale[:, tf.newaxis] * total, 0)
-    return a.centers.scatter_add(tf.IndexedSlices(step, labels))
+
+def _sorted_groups(a, moving, residual):
+    """The same as [B] places, for XLA; at a place too many the label is C, which XLA drops.
+
+    In sorted order the members of a class are a run. Each place takes up the one `shift` before it,
+    if that is of the same run, for shift = 1, 2, 4, ...: the last of a run ends with its sum.
+    """
+    nowhere = tf.cast(_classes(a), a.labels.dtype)
+    labels = tf.where(moving, a.labels, nowhere)
+    order = tf.argsort(labels, stable=True)
+    labels = tf.gather(labels, order)
+    total = tf.gather(tf.where(moving[:, tf.newaxis], residual, 0), order)
+    place = tf.range(tf.size(labels))
+
+    def same_run(shift):
+        return (place >= shift) & (labels == tf.roll(labels, shift, axis=0))
+
+    def take_up(shift, n, total):
+        same = same_run(shift)
+        n += tf.where(same, tf.roll(n, shift, axis=0), 0)
+        total += tf.where(same[:, tf.newaxis], tf.roll(total, shift, axis=0), 0)
+        return 2 * shift, n, total
+
+    _, n, total = tf.while_loop(
+        lambda shift, *_: tf.reduce_any(same_run(shift)),
+        take_up,
+        (tf.constant(1), tf.ones_like(place), total),
+    )
+    last = (labels != tf.roll(labels, -1, axis=0)) | (place == tf.size(labels) - 1)
+    return tf.where(last, labels, nowhere), n, total
 
 
 def _scale(a, n, batch):
@@ -79,6 +119,17 @@ def _counted(a):
     return tf.not_equal(tf.cast(a.labels, tf.int64), a.ignore_label)
 
 
+def _good_alpha(a):
+    return tf.math.is_finite(a.alpha) & (a.alpha >= 0)
+
+
+def _weight(a):
+    # Where no check can raise, a bad alpha shows in the loss.
+    if not (a.update_centers and _native.in_xla()):
+        return a.weight
+    return tf.where(_good_alpha(a), a.weight, math.nan)
+
+
 def _classes(a):
     classes = a.centers.shape[0]
     if classes is None:
@@ -94,17 +145,22 @@ def _in_table(a):
 def _residual(a):
     """x_i - c_{y_i}; zero for ignored samples, NaN for a label that is no row of the table."""
     # What follows from the residual, and so every write, waits for the checks.
-    in_table = _in_table(a) & _check(a)
-    centers = tf.gather(a.centers, tf.where(in_table, a.labels, 0))
+    counted, in_table = _counted(a), _in_table(a) & _check(a)
+    # XLA reads any row for a label that is none, and adds what its gradient says to none.
+    readable = counted if _native.in_xla() else in_table
+    centers = tf.gather(a.centers, tf.where(readable, a.labels, 0))
     if a.update_centers:
         centers = tf.stop_gradient(centers)
     residual = tf.cast(a.features, a.centers.dtype) - centers
-    residual = tf.where(in_table[:, tf.newaxis], residual, math.nan)
-    return tf.where(_counted(a)[:, tf.newaxis], residual, 0)
+    # A factor, so that the gradient is NaN too.
+    residual *= tf.cast(tf.where(in_table | ~counted, 1.0, math.nan), residual.dtype)[:, tf.newaxis]
+    return tf.where(counted[:, tf.newaxis], residual, 0)
 
 
 def _check(a):
     """True, or an error where the values are bad."""
+    if _native.in_xla():
+        return True
     checks = [_initialized(a)]
     for name in ("labels", "sample_weight"):
         tensor = getattr(a, name)
@@ -113,7 +169,7 @@ def _check(a):
     if a.update_centers:
         checks.append(
             _require(
-                tf.math.is_finite(a.alpha) & (a.alpha >= 0),
+                _good_alpha(a),
                 lambda: tf.strings.format(
                     "alpha: expected a finite number >= 0, got {}", (a.alpha,)
                 ),

@@ -9,10 +9,14 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+# There is no public way to ask whether the graph that is being traced will be compiled.
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+
 from tf_center_loss_op import _arguments
 
 _PACKAGE = Path(__file__).resolve().parent
 _LIBRARY = _PACKAGE / "libtf_center_loss_op.so"
+_XLA_LIBRARY = _PACKAGE / "libtf_center_loss_op_xla.so"
 _REBUILD = (
     "pip install --force-reinstall --no-deps tf_center_loss_op (from a checkout: pip install .)"
 )
@@ -21,6 +25,7 @@ _REBUILD = (
 class _Native(NamedTuple):
     ops: object  # the module of generated op functions, None where unusable
     reason: str | None  # why unusable
+    xla: bool = False  # whether the ops compile under XLA
 
 
 def _minor(version):
@@ -48,9 +53,19 @@ def _load():
     if built is not None and _minor(built) != _minor(tf.__version__):
         return _Native(None, f"it was built for TensorFlow {built}, this is {tf.__version__}")
     try:
-        return _Native(tf.load_op_library(str(_LIBRARY)), None)
+        ops = tf.load_op_library(str(_LIBRARY))
     except (tf.errors.OpError, OSError) as error:
         return _Native(None, f"it does not load: {error}")
+    return _Native(ops, None, _load_xla())
+
+
+def _load_xla():
+    # Only after the ops themselves: XLA aborts the process over a lowering of unknown ops.
+    try:
+        tf.load_library(str(_XLA_LIBRARY))
+    except (tf.errors.OpError, OSError):
+        return False
+    return True
 
 
 def ops():
@@ -61,6 +76,12 @@ def ops():
 def usable():
     """Whether the native ops are loaded."""
     return _load().ops is not None
+
+
+def in_xla():
+    """Whether the graph that is being traced will be compiled (``jit_compile=True``)."""
+    graph = tf.compat.v1.get_default_graph()
+    return not tf.executing_eagerly() and GraphOrParentsInXlaContext(graph)
 
 
 @functools.cache
@@ -79,13 +100,20 @@ def choose(impl):
     if impl == "auto":
         impl = os.environ.get("TF_CENTER_LOSS_IMPL", "auto")
         _arguments.one_of("TF_CENTER_LOSS_IMPL (environment)", impl, _arguments.IMPLEMENTATIONS)
-    if impl == "graph" or usable():
-        return "graph" if impl == "graph" else "native"
+    if impl == "graph":
+        return "graph"
+    if not usable():
+        reason = _load().reason
+    elif in_xla() and not _load().xla:
+        reason = f"under XLA it needs {_XLA_LIBRARY.name}, which is not there or does not load"
+    else:
+        return "native"
     if impl == "native":
         raise RuntimeError(
-            f"impl: 'native' cannot run: {_load().reason}. To rebuild the library: {_REBUILD}"
+            f"impl: 'native' cannot run: {reason}. To rebuild the library: {_REBUILD}"
         )
-    _warn_once()
+    if not usable():
+        _warn_once()
     return "graph"
 
 
@@ -105,6 +133,6 @@ def build_info() -> dict:
         "tf_built": _record().get("tensorflow"),
         "tf_running": tf.__version__,
         "cuda": _record().get("cuda") if native else None,
-        "xla": False,
+        "xla": _load().xla,
         "library": str(_LIBRARY) if native else None,
     }

@@ -86,11 +86,17 @@ def _backward(op, upstream, residual_bits, features, labels, weight, sample_weig
 
 
 def _slices(op, handle, labels, rows):
-    """The gradient to the table: -rows at the labels that count."""
+    """The gradient to the table: -rows at the labels that count.
+
+    XLA knows no shapes that depend on values: there the others are rows of zeros for class 0.
+    """
     rows = -tf.cast(rows, op.get_attr("Tcenters"))
     if op.get_attr("has_ignore_label"):
         counted = tf.not_equal(labels, tf.cast(op.get_attr("ignore_label"), labels.dtype))
-        labels, rows = tf.boolean_mask(labels, counted), tf.boolean_mask(rows, counted)
+        if _native.in_xla():
+            labels, rows = tf.where(counted, labels, 0), tf.where(counted[:, tf.newaxis], rows, 0)
+        else:
+            labels, rows = tf.boolean_mask(labels, counted), tf.boolean_mask(rows, counted)
     return tf.IndexedSlices(rows, labels, tf.raw_ops.VariableShape(input=handle))
 
 

@@ -1,0 +1,454 @@
+"""jit_compile=True: the same numbers, in the same buffer, in every form that a step can take.
+
+The native op compiles to a call of the CPU kernel or, on other devices and where asked for, to HLO
+("hlo"); the pure-TensorFlow path compiles to what XLA makes of it ("graph").
+"""
+
+import re
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import oracle
+import plain
+import problems
+import stepping
+import tf_center_loss_op as tcl
+from child import run_python
+from conftest import GRAPH_ONLY
+from pairwise import all_pairs
+from tolerances import assert_close
+
+FORMS = ["graph"] if GRAPH_ONLY else ["call", "hlo", "graph"]
+
+
+@pytest.fixture
+def xla_library(native_library):
+    if not tcl.build_info()["xla"]:
+        pytest.fail("the XLA library was not built or does not load")
+
+
+@pytest.fixture(params=FORMS)
+def impl(request, monkeypatch):
+    """The argument `impl`, with which the form of the test's name is compiled."""
+    if request.param == "graph":
+        return "graph"
+    request.getfixturevalue("xla_library")
+    monkeypatch.setenv("TF_CENTER_LOSS_XLA_HLO", str(int(request.param == "hlo")))
+    return "native"
+
+
+def compiled(function):
+    return tf.function(function, jit_compile=True, autograph=True)
+
+
+SHAPES = [
+    problems.Shape((64,), 200, 10, "uniform", "the tutorial's"),
+    problems.Shape((1,), 1, 1, "uniform", "one of everything"),
+    problems.Shape((2, 3, 4), 6, 5, "uniform", "features of rank 4"),
+    problems.Shape((1500,), 33, 4000, "power-law", "groups of all sizes"),
+    problems.Shape((300,), 8, 3, "equal", "one group"),
+]
+
+FACTORS = {
+    "shape": SHAPES,
+    "rule": ["paper", "mean", "sum", "batch_mean", "paper_batch_mean", "tutorial"],
+    "dtype": list(problems.DTYPES),
+    "labels": ["int32", "int64", "onehot-uint8"],
+    "reduction": ["mean", "sum", "none"],
+    "ignore": [None, "outside", "class"],
+    "weights": [False, True],
+    "update_centers": [True, False],
+    "upstream": [False, True],
+    "mode": ["function", "unknown"],
+}
+
+
+def allowed(row):
+    ids = row["labels"] != "onehot-uint8"
+    return ids or (row["ignore"] != "outside" and row["shape"].classes <= 1000)
+
+
+def name(row):
+    return "-".join(str(value) for value in row.values())
+
+
+@pytest.mark.parametrize("row", all_pairs(FACTORS, allowed), ids=name)
+def test_every_pair_of_choices(impl, row):
+    row = dict(row)
+    problem = problems.make(
+        *(row.pop(k) for k in ("shape", "dtype", "labels", "weights", "ignore"))
+    )
+    options = {key: row[key] for key in ("rule", "reduction", "update_centers")} | {"alpha": 0.3}
+    upstream = None
+    if row["upstream"]:
+        upstream = problem.upstream if row["reduction"] == "none" else np.float64(-1.7)
+    outcome = stepping.run(
+        problem, mode=row["mode"], jit=True, upstream=upstream, impl=impl, **options
+    )
+    dtype = problem.features.dtype.name
+    stepping.check(problem, outcome, dtype=dtype, upstream=upstream, **options)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_call_gives_the_bits_of_the_op(xla_library, dtype):
+    problem = problems.make(SHAPES[3], dtype, weights=True, ignore="outside")
+    expected, actual = (
+        stepping.run(problem, mode="function", jit=jit, impl="native") for jit in (None, True)
+    )
+    for a, b in zip(actual, expected, strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_the_same_bits_in_every_run(impl):
+    problem = problems.make(SHAPES[3], weights=True)
+    first, second = (stepping.run(problem, mode="function", jit=True, impl=impl) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert np.array_equal(a, b)
+
+
+def loss_and_gradient(impl, centers, **options):
+    """A compiled function of features and labels."""
+
+    def call(features, labels, alpha=0.5):
+        with tf.GradientTape() as tape:
+            tape.watch(features)
+            loss = tcl.center_loss(features, labels, centers, alpha=alpha, impl=impl, **options)
+        return loss, tape.gradient(loss, features)
+
+    return compiled(call)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("ignore", [None, 9])
+def test_bad_labels(impl, reduction, ignore):
+    features = tf.random.normal([7, 5])
+    labels = tf.constant([2, -1, 2, 3, 0, 2**40, 9], tf.int64)
+    before = np.random.default_rng(0).normal(size=[3, 5]).astype(np.float32)
+    centers = tf.Variable(before)
+    loss, gradient = loss_and_gradient(impl, centers, reduction=reduction, ignore_label=ignore)(
+        features, labels
+    )
+    # The rest is as if the bad samples had features of NaN, which count in N.
+    bad = np.array([False, True, False, True, False, True, ignore is None])
+    truth = oracle.center_loss(
+        np.where(bad[:, None], np.nan, features),
+        np.where(bad, 0, labels),
+        before,
+        reduction=reduction,
+        ignore_label=ignore,
+    )
+    np.testing.assert_allclose(loss, truth.loss, rtol=1e-5)
+    np.testing.assert_allclose(gradient, truth.feature_gradient, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(centers.numpy(), truth.centers, rtol=1e-5, atol=1e-6)
+    assert np.isnan(gradient).all(axis=1).tolist() == bad.tolist()
+
+
+@pytest.mark.parametrize("alpha", [-0.5, np.inf, np.nan])
+def test_bad_alpha_moves_nothing(impl, alpha):
+    centers = tf.Variable(tf.ones([3, 2]))
+    step = loss_and_gradient(impl, centers)
+    try:  # The CPU kernel can raise under XLA, too.
+        loss, gradient = step(tf.zeros([2, 2]), tf.constant([0, 1]), tf.constant(alpha))
+    except tf.errors.InvalidArgumentError as error:
+        assert "alpha" in str(error)
+    else:
+        assert np.isnan(loss) and np.isnan(gradient).all()
+    assert (centers.numpy() == 1).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_non_finite_rows(impl, bad):
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(9, 17)).astype(np.float32)
+    features[4, 3] = bad
+    labels = [0, 1, 0, 2, 1, 1, 0, 2, 3]
+    before = rng.normal(size=(5, 17)).astype(np.float32)
+    centers = tf.Variable(before)
+    loss, gradient = loss_and_gradient(impl, centers, reduction="none")(
+        tf.constant(features), tf.constant(labels)
+    )
+    truth = oracle.center_loss(features, labels, before, reduction="none")
+    good = np.arange(9) != 4
+    assert not np.isfinite(loss[4]) and not np.isfinite(gradient[4, 3])
+    np.testing.assert_allclose(loss.numpy()[good], truth.loss[good], rtol=1e-5)
+    np.testing.assert_allclose(gradient.numpy()[good], truth.feature_gradient[good], rtol=1e-5)
+    np.testing.assert_allclose(centers.numpy(), truth.centers, rtol=1e-5, atol=1e-6)
+
+
+def test_any_batch_size(impl):
+    centers = tf.Variable(tf.random.normal([4, 3]))
+    step = loss_and_gradient(impl, centers)
+    for batch in (5, 0, 3):
+        features, before = tf.random.normal([batch, 3]), centers.numpy()
+        labels = np.arange(batch) % 2
+        loss, gradient = step(features, tf.constant(labels))
+        truth = oracle.center_loss(features, labels, before)
+        assert_close(loss, truth.loss, "float32")
+        assert_close(gradient, truth.feature_gradient, "float32")
+        assert_close(centers.numpy(), truth.centers, "float32")
+
+
+def test_update_centers(impl):
+    features, labels = tf.random.normal([6, 3]), [0, 1, 1, -1, 0, 1]
+    before = np.random.default_rng(0).normal(size=[4, 3])
+    centers = tf.Variable(before, dtype=tf.float32)
+
+    @compiled
+    def step():
+        tcl.update_centers(features, labels, centers, rule="mean", ignore_label=-1, impl=impl)
+
+    step()
+    truth = oracle.center_loss(features, labels, before, rule="mean", ignore_label=-1)
+    assert_close(centers.numpy(), truth.centers, "float32")
+
+
+def test_tape_outside_of_the_compiled_function(impl):
+    problem = problems.make(SHAPES[0])
+    features, centers = tf.constant(problem.features), tf.Variable(problem.centers)
+
+    @compiled
+    def loss(features):
+        return tcl.center_loss(features, problem.labels, centers, impl=impl)
+
+    with tf.GradientTape() as tape:
+        tape.watch(features)
+        value = loss(features)
+    truth = oracle.center_loss(problem.features, problem.ids, problem.centers)
+    assert_close(value, truth.loss, "float32")
+    assert_close(tape.gradient(value, features), truth.feature_gradient, "float32")
+    assert_close(centers.numpy(), truth.centers, "float32")
+
+
+def test_second_derivatives(impl):
+    features = tf.random.normal([6, 5], dtype=tf.float64)
+    centers = tf.Variable(tf.random.normal([4, 5], dtype=tf.float64))
+    labels, weights = tf.constant([2, 0, 2, 1, 2, 0]), tf.constant([1.0, 0.5, 0.0, 2.0, 3.0, 1.0])
+
+    def derivatives(loss_function, **options):
+        def compute(x):
+            with tf.GradientTape() as outer:
+                outer.watch(x)
+                with tf.GradientTape() as inner:
+                    inner.watch(x)
+                    loss = loss_function(
+                        x, labels, centers, sample_weight=weights, ignore_label=0, **options
+                    )
+                    loss = loss**2
+                gradients = inner.gradient(loss, [x, centers])
+                total = sum(tf.reduce_sum(tf.convert_to_tensor(g) ** 3) for g in gradients)
+            return [tf.convert_to_tensor(g) for g in outer.gradient(total, [x, centers])]
+
+        return compute
+
+    ours = compiled(derivatives(tcl.center_loss, update_centers=False, impl=impl))(features)
+    for actual, expected in zip(ours, derivatives(plain.loss)(features), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_gradient_to_the_centers(impl):
+    # Applied as an optimizer would: rows of ignored and of bad labels must not be touched.
+    features = tf.random.normal([6, 3])
+    labels = tf.constant([1, -1, 1, 2, 7, -1])
+    centers = tf.Variable(tf.zeros([4, 3]))
+
+    @compiled
+    def descend():
+        with tf.GradientTape() as tape:
+            loss = tcl.center_loss(
+                features,
+                labels,
+                centers,
+                reduction="sum",
+                ignore_label=-1,
+                impl=impl,
+                update_centers=False,
+            )
+        centers.scatter_sub(tape.gradient(loss, centers))
+
+    descend()
+    expected = np.zeros([4, 3], np.float32)
+    np.add.at(expected, [1, 1, 2], features.numpy()[[0, 2, 3]])
+    np.testing.assert_allclose(centers.numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("loop", ["for", "while_loop", "cond"])
+def test_loops(impl, loop):
+    features, labels = tf.random.normal([6, 3]), [0, 1, 1, 2, 0, 1]
+    centers = tf.Variable(tf.zeros([4, 3]))
+
+    def one(total):
+        return total + tcl.center_loss(features, labels, centers, impl=impl)
+
+    def steps():
+        total = tf.constant(0.0)
+        if loop == "for":
+            for _ in tf.range(4):
+                total = one(total)
+            return total
+        if loop == "cond":
+            for _ in range(4):
+                total = tf.cond(total >= 0, lambda t=total: one(t), lambda t=total: t)
+            return total
+        return tf.while_loop(lambda i, _: i < 4, lambda i, t: (i + 1, one(t)), (0, total))[1]
+
+    total = compiled(steps)()
+    table, expected = np.zeros([4, 3]), 0
+    for _ in range(4):
+        truth = oracle.center_loss(features, labels, table)
+        table, expected = truth.centers, expected + truth.loss
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    np.testing.assert_allclose(centers.numpy(), table, rtol=1e-5)
+
+
+def test_a_large_batch_needs_no_matrix_and_no_second_table(impl):
+    batch, dim, classes = 16384, 3, 70001
+    shape = problems.Shape((batch,), dim, classes, "power-law", "too large for its square")
+    problem = problems.make(shape)
+    centers = tf.Variable(problem.centers)
+    step = loss_and_gradient(impl, centers)
+    arguments = tf.constant(problem.features), tf.constant(problem.labels), tf.constant(0.5)
+    loss, gradient = step(*arguments)
+    truth = oracle.center_loss(problem.features, problem.ids, problem.centers)
+    assert_close(loss, truth.loss, "float32")
+    assert_close(gradient, truth.feature_gradient, "float32")
+    np.testing.assert_allclose(centers.numpy(), truth.centers, rtol=1e-4, atol=1e-4)
+
+    program = step.experimental_get_compiler_ir(*arguments)(stage="optimized_hlo")
+    sizes = {tuple(map(int, s.split(","))) for s in re.findall(r"\w\[([\d,]+)\]", program)}
+    assert all(np.prod(s) <= 2 * batch * dim for s in sizes if s != (classes, dim)), sizes
+    assert not re.search(rf"\[{classes},{dim}\]\S* copy\(", program)
+
+
+@pytest.mark.native
+def test_in_place(xla_library, tmp_path):
+    # A table of 512 MiB. A copy would show in the peak of the resident memory, or in the address.
+    run_python(
+        """
+        import resource
+        import numpy as np
+        import tensorflow as tf
+        import tf_center_loss_op as tcl
+
+        C, D, B = 2**19, 256, 256
+        centers = tf.Variable(tf.zeros([C, D]))
+        features = tf.random.normal([B, D])
+        labels = tf.random.uniform([B], 0, C - 10, tf.int64)
+
+        def address():
+            tf.raw_ops.DisableCopyOnRead(resource=centers.handle)
+            return np.asarray(memoryview(centers.read_value())).ctypes.data
+
+        def step(labels=labels):
+            return tcl.center_loss(features, labels, centers)
+
+        def read(labels=labels):
+            return tf.gather(centers, labels)
+
+        def alone():
+            return step()
+
+        def between_reads():
+            return read(), step(), read()
+
+        def read_first_and_used_last():
+            early = read()
+            return early * step()
+
+        def loss_first_step_later():
+            loss = tcl.center_loss(features, labels, centers, update_centers=False)
+            tcl.update_centers(features, labels, centers)
+            return loss
+
+        def read_in_a_branch():
+            early = tf.cond(features[0, 0] > 0, lambda: read()[0, 0], lambda: 0.0)
+            return early, step()
+
+        def sum_of_the_table():
+            return tf.reduce_sum(centers * centers), step()
+
+        def loop_between_reads():
+            total = read()
+            for i in tf.range(5, dtype=tf.int64):
+                total += read(labels + i)
+                step(labels + i)
+                total += read(labels + i)
+            return total, step()
+
+        programs = [alone, between_reads, read_first_and_used_last, loss_first_step_later,
+                    read_in_a_branch, sum_of_the_table, loop_between_reads]
+        programs = [tf.function(program, jit_compile=True) for program in programs]
+        before = address()
+        tf.function(step, jit_compile=True)(labels)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for program in programs:
+            for _ in range(2):
+                program()
+            assert address() == before, program
+            now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            assert now - peak < 2**18, (program, now - peak)  # KiB: half a table
+        step()  # and by the op without XLA
+        assert address() == before
+        """,
+        tmp_path,
+    )
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("first", ["package", "xla"])
+def test_whichever_comes_first(xla_library, tmp_path, first):
+    run_python(
+        f"""
+        import tensorflow as tf
+
+        def use_xla():
+            tf.function(lambda x: x + 1, jit_compile=True)(tf.zeros([2]))
+
+        if {first == "xla"}:
+            use_xla()
+        import tf_center_loss_op as tcl
+        assert tcl.build_info()["xla"]
+        use_xla()
+        centers = tf.Variable(tf.zeros([2, 1]))
+
+        @tf.function(jit_compile=True)
+        def step(x):
+            return tcl.center_loss(x, [0, 1], centers, rule="mean", impl="native")
+
+        assert float(step(tf.constant([[2.0], [4.0]]))) == 5
+        assert centers.numpy().tolist() == [[1], [2]]
+        """,
+        tmp_path,
+    )
+
+
+def layer_model(impl, jit):
+    keras.utils.set_random_seed(0)
+    image, label = keras.Input([8]), keras.Input([], dtype="int32")
+    embedding = keras.layers.Dense(4)(image)
+    layer = tcl.CenterLoss(3, weight=0.1, impl=impl)
+    model = keras.Model([image, label], keras.layers.Dense(3)(layer(embedding, label)))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.1), loss, jit_compile=jit)
+    return model, layer
+
+
+def test_the_layer_in_a_compiled_model(impl):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 8)).astype(np.float32)
+    y = rng.integers(0, 3, 40).astype(np.int32)
+    results = []
+    for jit in (True, False):
+        model, layer = layer_model(impl, jit)
+        # 40 samples in batches of 16: the last is smaller.
+        history = model.fit([x, y], y, batch_size=16, epochs=2, shuffle=False, verbose=0)
+        trained = layer.centers.numpy()
+        evaluated = model.evaluate([x, y], y, batch_size=16, verbose=0)
+        assert np.array_equal(layer.centers.numpy(), trained)
+        results.append((history.history["loss"], evaluated, trained))
+    for actual, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
+    assert trained.any()

@@ -1,0 +1,79 @@
+"""Without the library for XLA: everything else works, and XLA compiles pure TensorFlow instead."""
+
+import json
+
+import numpy as np
+import pytest
+
+from child import run_python
+from test_fallback import EXPECTED, FEATURES, LABELS, copy_package
+
+PROGRAM = f"""
+import json, warnings
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import tensorflow as tf
+    import tf_center_loss_op as tcl
+
+    centers = tf.Variable(tf.zeros([2, 2]))
+
+    def step(features, impl="auto"):
+        return tcl.center_loss(features, {LABELS}, centers, impl=impl)
+
+    features = tf.constant({FEATURES})
+    loss = float(tf.function(step, jit_compile=True)(features))
+    table = centers.numpy().tolist()
+    try:
+        tf.function(step, jit_compile=True)(features, "native")
+        error = None
+    except RuntimeError as e:
+        error = str(e)
+    if tcl.build_info()["native"]:
+        step(features, "native")
+        tf.function(step)(features, "native")
+print(json.dumps(dict(
+    loss=loss, centers=table, error=error, info=tcl.build_info(),
+    supports_jit=tcl.CenterLoss(2).supports_jit,
+    warnings=[str(w.message) for w in caught if "center" in str(w.message).lower()],
+)))
+"""
+
+
+def run(directory):
+    result = json.loads(run_python(PROGRAM, directory, paths=[directory]))
+    assert result["loss"] == pytest.approx(EXPECTED.loss)
+    assert np.allclose(result["centers"], EXPECTED.centers)
+    return result
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("broken", [False, True], ids=["missing", "broken"])
+def test_without_the_library_for_xla(native_library, tmp_path, broken):
+    import tf_center_loss_op as tcl
+
+    copy = copy_package(tmp_path)
+    library = copy / "libtf_center_loss_op.so"
+    library.symlink_to(tcl.build_info()["library"])
+    if broken:
+        (copy / "libtf_center_loss_op_xla.so").write_bytes(b"not a library")
+    result = run(tmp_path)
+    assert result["info"]["native"] is True and result["info"]["xla"] is False
+    assert result["supports_jit"] is False
+    assert result["warnings"] == []
+    assert "libtf_center_loss_op_xla.so" in result["error"] and "pip install" in result["error"]
+
+
+def test_without_any_library(tmp_path):
+    copy_package(tmp_path)
+    result = run(tmp_path)
+    assert result["info"]["native"] is False and result["info"]["xla"] is False
+    assert len(result["warnings"]) == 1
+
+
+@pytest.mark.native
+def test_with_the_library_for_xla(native_library):
+    import tf_center_loss_op as tcl
+
+    assert tcl.build_info()["xla"] is True
+    assert tcl.CenterLoss(2).supports_jit is True
