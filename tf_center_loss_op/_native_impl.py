@@ -112,10 +112,13 @@ def _step_gradient(op, upstream, _):
 @tf.RegisterGradient("TclCenterLoss")
 def _center_loss_gradient(op, upstream, _):
     handle, features, labels, weight, *sample_weight = op.inputs
+    # In the centers' type: the gradient to the centers is not rounded to 16 bits on its way.
+    wide = tf.cast(features, op.get_attr("Tcenters"))
     gradient = _backward(
-        op, upstream, op.outputs[1], features, labels, weight, sample_weight, centers=[handle]
+        op, upstream, op.outputs[1], wide, labels, weight, sample_weight, centers=[handle]
     )
-    return [_slices(op, handle, labels, gradient), gradient] + [None] * (len(op.inputs) - 2)
+    d_features = tf.cast(gradient, features.dtype)
+    return [_slices(op, handle, labels, gradient), d_features] + [None] * (len(op.inputs) - 2)
 
 
 @tf.RegisterGradient("TclCenterLossBackward")
