@@ -17,7 +17,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from rich.console import Console
 
-from bench import machine, report
+from bench import machine, memory, report
 from bench.cases import CASES, label_sweep
 from bench.implementations import IMPLEMENTATIONS
 from bench.together import measurements
@@ -38,14 +38,18 @@ def main():
         conditions["torch"] = torch and torch.version
         console.print(conditions)
         status = stack.enter_context(console.status("")).update
-        tables, cases, sweep = Tables(), [], []
+        status("memory")
+        swept, tables, cases, sweep = label_sweep(arguments.labels), Tables(), [], []
+        extra = memory.of_cases(arguments.cases, IMPLEMENTATIONS, arguments.torch)
+        extra |= memory.of_cases(swept, SWEPT)
         for case in arguments.cases:
-            cases += measurements([case], IMPLEMENTATIONS, tables, arguments.rounds, torch, status)
+            cases += measurements(
+                [case], IMPLEMENTATIONS, extra, tables, arguments.rounds, torch, status
+            )
             console.print(report.table(cases[-1]))
-        if arguments.labels:
+        if swept:
             # All tables at once, so that they are compared within a round.
-            swept = label_sweep(arguments.labels)
-            sweep = measurements(swept, SWEPT, tables, arguments.rounds, status=status)
+            sweep = measurements(swept, SWEPT, extra, tables, arguments.rounds, status=status)
             console.print(report.sweep_table(sweep))
     figures = report.figures(cases, sweep)
     console.print(report.summary(figures))

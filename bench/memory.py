@@ -1,4 +1,4 @@
-"""How much more memory a step takes while it runs, its results included.
+"""How much more memory a step takes: its results, its temporaries, what it keeps for the next one.
 
 Measured in a process of its own, by the kernel's high-water mark of resident memory (Linux; good to
 about 0.3 MB). Its allocator takes every block of a page or more from the system and gives it back
@@ -6,6 +6,8 @@ at once: otherwise memory left over from earlier steps would hide what a step ne
 """
 
 import dataclasses
+import functools
+import gc
 import json
 import os
 import subprocess
@@ -17,15 +19,19 @@ from bench.torch_process import TorchProcess
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
-def extra_memory(runner, steps=3):
-    """Bytes by which these steps raise the process's resident memory at their peak."""
-    runner.run(1)
-    runner.reset()
+def extra_memory(build, forget, steps=3):
+    """Bytes: the peak while the runner that `build()` makes runs some steps, beyond what is left
+    when it is gone and `forget()` has been called."""
+    runner = build()
+    runner.run(1)  # tracing takes memory, too
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the high-water mark is what is resident now
-    before = _status("VmRSS")
     runner.run(steps)
-    return max(0, _status("VmHWM") - before)
+    peak = _status("VmHWM")
+    del runner
+    gc.collect()
+    forget()
+    return max(0, peak - _status("VmRSS"))
 
 
 def of_cases(cases, keys, torch_python=None):
@@ -44,24 +50,26 @@ def of_cases(cases, keys, torch_python=None):
     if torch_python:
         with TorchProcess(torch_python, environment) as torch:
             for case, smaller in zip(cases, small, strict=True):
-                torch.load(smaller)
-                found[case]["torch"] = torch.extra_memory()
+                found[case]["torch"] = torch.extra_memory(smaller)
     return found
 
 
 def main():
     """The child: answers the request on its command line."""
-    from bench.implementations import IMPLEMENTATIONS
-    from bench.workload import Runner, Tables, Workload
+    from tensorflow.python.eager import context
+
+    from bench.together import runner
+    from bench.workload import Tables, Workload
 
     request = json.loads(sys.argv[1])
     tables, answer = Tables(), []
     for fields in request["cases"]:
         case = Case(**fields)
         workload = Workload(case, case.make(), tables.of([case])[case])
-        runners = {k: Runner(workload, IMPLEMENTATIONS[k].build(workload)) for k in request["keys"]}
-        answer.append({key: extra_memory(runner) for key, runner in runners.items()})
-        workload.clear()
+        builds = {key: functools.partial(runner, workload, key) for key in request["keys"]}
+        # The kernel cache keeps the kernels of eager ops, and with them what they keep.
+        forget = context.context().clear_kernel_cache
+        answer.append({key: extra_memory(build, forget) for key, build in builds.items()})
     print(json.dumps(answer))
 
 

@@ -76,7 +76,7 @@ def table(measurement):
             high,
             f"{bandwidth:.2f}" if key != EMPTY else "",
             share,
-            f"{implementation['extra_memory'] / 1e6:.2f}",
+            f"{implementation['extra_memory'] / 1e6:.2f}" if key not in ("copy", EMPTY) else "",
         )
     return out
 

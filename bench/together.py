@@ -2,10 +2,15 @@
 
 import os
 
-from bench import check, measure, memory
+from bench import check, measure
 from bench.implementations import IMPLEMENTATIONS
 from bench.machine import Others
 from bench.workload import Runner, Workload
+
+
+def runner(workload, key):
+    """The implementation of that key, ready to run on the workload."""
+    return Runner(workload, IMPLEMENTATIONS[key].build(workload))
 
 
 def prepare(case, table, keys, torch=None, status=lambda text: None):
@@ -17,7 +22,7 @@ def prepare(case, table, keys, torch=None, status=lambda text: None):
     runners = {}
     for key in keys:
         status(f"{case.name}: validating {key}")
-        runners[key] = Runner(workload, IMPLEMENTATIONS[key].build(workload))
+        runners[key] = runner(workload, key)
         if IMPLEMENTATIONS[key].computes:
             check.validate(f"{case.name}, {key}", runners[key], case.batches, truth)
     if torch:
@@ -28,14 +33,12 @@ def prepare(case, table, keys, torch=None, status=lambda text: None):
     return workload, runners
 
 
-def measurements(cases, keys, tables, rounds, torch=None, status=lambda text: None):
+def measurements(cases, keys, extra_memory, tables, rounds, torch=None, status=lambda text: None):
     """What `bench.report` takes, for cases whose implementations all take turns with each other."""
-    status("memory, in a process of its own")
-    extra_memory = memory.of_cases(cases, keys, torch and torch.python)
     workloads, runners = {}, {}
     for case, table in tables.of(cases).items():
         workloads[case], prepared = prepare(case, table, keys, torch, status)
-        runners |= {(case, key): runner for key, runner in prepared.items()}
+        runners |= {(case, key): one for key, one in prepared.items()}
     names = ", ".join(case.name for case in cases)
     seconds, cores_of_others = measure.seconds_per_step(
         runners,

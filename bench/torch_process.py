@@ -23,7 +23,7 @@ class TorchProcess:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.python, self.pid = python, self._process.pid
+        self.pid = self._process.pid
         self.version = self._ask("version")
 
     def load(self, case):
@@ -38,9 +38,9 @@ class TorchProcess:
         """See `bench.workload.Runner`; the seconds are taken there, without the pipe."""
         return self._ask("run", count)
 
-    def extra_memory(self):
+    def extra_memory(self, case):
         """`bench.memory.extra_memory` there."""
-        return self._ask("extra_memory")
+        return self._ask("extra_memory", dataclasses.asdict(case))
 
     def outcome(self):
         """See `bench.workload.Runner`."""

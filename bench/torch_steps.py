@@ -77,7 +77,9 @@ def serve():
         "load": lambda fields: runner.load(Case(**fields)) and None,
         "reset": runner.reset,
         "run": runner.run,
-        "extra_memory": lambda: memory.extra_memory(runner),
+        "extra_memory": lambda fields: memory.extra_memory(
+            lambda: runner.load(Case(**fields)), runner.reset
+        ),
         "outcome": lambda path: np.savez(path, **runner.outcome()._asdict()),
     }
     for line in sys.stdin:

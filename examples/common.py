@@ -210,6 +210,8 @@ def verification(features: np.ndarray, labels: np.ndarray, fars) -> dict[str, fl
     """True accept rates over all pairs, and the distances within and between the labels."""
     distance, same = pairs(features, labels)
     far, tar, _ = roc_curve(same, -distance)
+    # A rate of fewer than thirty false accepts would be noise.
+    fars = [f for f in fars if f * np.count_nonzero(~same) >= 30]
     result = {f"tar@{f:g}": float(np.interp(f, far, tar)) for f in fars}
     present, row = np.unique(labels, return_inverse=True)
     means = np.stack([features[row == k].mean(0) for k in range(len(present))])
@@ -279,8 +281,8 @@ def draw_verification(task: Task, runs: list[Run], title: str) -> Figure:
                     ls=style,
                     lw=1.8,
                 )
-        few = 10 / (~same).sum()  # below ten false accepts the curve is noise
-        curve.set(xscale="log", xlim=(max(few, 1e-5), 1), ylim=(0, 1.01), title=titles[name])
+        few = 30 / (~same).sum()  # fewer false accepts than thirty are noise
+        curve.set(xscale="log", xlim=(few, 1), ylim=(0, 1.01), title=titles[name])
         curve.set(xlabel="false accept rate", ylabel="true accept rate")
         curve.grid(alpha=0.3)
         curve.legend(loc="lower right", frameon=False)
@@ -357,8 +359,9 @@ def tune(task: Task, seed: int) -> dict:
             f"nearest {100 * result['nearest']:.1f} %, {tars}, ratio {result['ratio']:.3f}",
             flush=True,
         )
-    best = max(scores[1:], key=lambda score: score[f"tar@{task.fars[-1]:g}"])
-    print(f"   best at false accept rate {task.fars[-1]:g}: {best['weight']:g}, {best['alpha']:g}")
+    lowest = [name for name in result if "tar" in name][-1]
+    best = max(scores[1:], key=lambda score: score[lowest])
+    print(f"   best {lowest}: lambda {best['weight']:g}, alpha {best['alpha']:g}")
     return {"validation": scores}
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.preprocessing import normalize
 
 from examples import common
 from examples.common import Run, Split, Task
@@ -105,7 +106,8 @@ def load(seed: int, quick: bool) -> Task:
     svd.fit(tfidf.fit_transform([texts[i] for i in rows["train"]]))
     data = {}
     for name, chosen in rows.items():
-        vectors = svd.transform(tfidf.transform([texts[i] for i in chosen]))
+        vectors = normalize(svd.transform(tfidf.transform([texts[i] for i in chosen])))
+        vectors *= FEATURES**0.5  # numbers about 1, as the network's initial weights expect
         data[name] = Split(vectors.astype(np.float32), label[module[chosen]])
     size = {name: len(data[name].labels) for name in data}
     return Task(

@@ -90,16 +90,19 @@ def labels_of(pictures: np.ndarray) -> np.ndarray:
 
 
 def split(paths, label_of: dict[int, int]) -> Split:
-    """One picture for each font and label that the font has a character of."""
+    """The different pictures that these fonts have of each label."""
     pictures, labels = [], []
     for path in paths:
         has = characters(path)
         codes = [code for code in label_of if code in has]
-        drawn = render(path, codes)
-        ink = drawn.reshape(len(drawn), -1).any(1)  # some fonts map a character to nothing
-        pictures.append(drawn[ink])
-        labels.append(np.array([label_of[code] for code in codes])[ink])
-    return Split(np.concatenate(pictures)[..., None], np.concatenate(labels))
+        pictures.append(render(path, codes))
+        labels.extend(label_of[code] for code in codes)
+    pictures, labels = np.concatenate(pictures), np.array(labels)
+    flat = pictures.reshape(len(labels), -1)
+    # A box is the same in regular and bold: as a pair of one label it would say nothing.
+    _, kept = np.unique(np.column_stack([flat, labels]), axis=0, return_index=True)
+    kept = np.sort(kept[flat[kept].any(axis=1)])  # some fonts map a character to nothing
+    return Split(pictures[kept, :, :, None], labels[kept])
 
 
 def augment(images, seed):
@@ -211,18 +214,20 @@ def draw_neighbours(task: Task, runs: list[Run], rows: int = 12, count: int = 6)
     disagree = np.flatnonzero(right[0] != right[1])
     chosen = np.sort(np.random.default_rng(0).permutation(disagree)[:rows])
 
-    figure = Figure(figsize=(9, 0.56 * max(len(chosen), 1) + 1.5), layout="constrained")
+    height = 0.6 * max(len(chosen), 1)
+    figure = Figure(figsize=(9.6, height + 1.2))
     figure.suptitle(
-        f"{len(chosen)} of the {len(disagree)} test pictures on which the two disagree, drawn at "
-        f"random\n(softmax alone is right on {right[0][disagree].sum()}, with center loss on "
-        f"{right[1][disagree].sum()}; frame: the same character)",
+        f"{len(chosen)} of the {len(disagree)} test pictures (STIX) on which the two disagree, "
+        f"drawn at random\nright first: softmax alone {right[0][disagree].sum()}, with center loss "
+        f"{right[1][disagree].sum()}; framed: the same character",
         fontsize=11,
     )
     axes = figure.subplots(
         max(len(chosen), 1),
         2 * count + 3,
         squeeze=False,
-        width_ratios=[1, 0.5] + [1] * count + [0.5] + [1] * count,
+        width_ratios=[1, 0.6] + [1] * count + [0.6] + [1] * count,
+        gridspec_kw={"left": 0.01, "right": 0.99, "bottom": 0.01, "top": height / (height + 1.2)},
     )
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
@@ -236,9 +241,7 @@ def draw_neighbours(task: Task, runs: list[Run], rows: int = 12, count: int = 6)
                     axis.spines[:].set(visible=True, color=run.color, linewidth=2)
     axes[0][0].set_title("test", fontsize=10)
     for run, offset in zip(runs, (2, count + 3), strict=True):
-        axes[0][offset].set_title(
-            f"nearest training pictures: {run.title}", fontsize=10, loc="left", color=run.color
-        )
+        axes[0][offset].set_title(f"nearest: {run.title}", fontsize=10, loc="left", color=run.color)
     return figure
 
 
