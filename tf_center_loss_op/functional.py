@@ -1,5 +1,8 @@
 """The functions `center_loss` and `update_centers`: one check, one dispatch."""
 
+from __future__ import annotations
+
+import keras
 import tensorflow as tf
 
 from tf_center_loss_op import _arguments, _graph_impl, _native, _native_impl
@@ -15,14 +18,14 @@ def implementation(impl, centers):
 
 
 def center_loss(
-    features,
-    labels,
-    centers,
+    features: tf.types.experimental.TensorLike,
+    labels: tf.types.experimental.TensorLike,
+    centers: tf.Variable | keras.Variable,
     *,
-    alpha=0.5,
+    alpha: tf.types.experimental.TensorLike = 0.5,
     rule: str = "paper",
     reduction: str = "mean",
-    sample_weight=None,
+    sample_weight: tf.types.experimental.TensorLike | None = None,
     ignore_label: int | None = None,
     update_centers: bool = True,
     impl: str = "auto",
@@ -120,11 +123,11 @@ def weighted_center_loss(features, labels, centers, *, weight, impl, name=None, 
 
 
 def update_centers(
-    features,
-    labels,
-    centers,
+    features: tf.types.experimental.TensorLike,
+    labels: tf.types.experimental.TensorLike,
+    centers: tf.Variable | keras.Variable,
     *,
-    alpha=0.5,
+    alpha: tf.types.experimental.TensorLike = 0.5,
     rule: str = "paper",
     ignore_label: int | None = None,
     impl: str = "auto",

@@ -1,5 +1,7 @@
 """The Keras layer."""
 
+from __future__ import annotations
+
 import keras
 import tensorflow as tf
 
@@ -65,10 +67,10 @@ class CenterLoss(keras.layers.Layer):
         alpha: float = 0.5,
         rule: str = "paper",
         reduction: str = "mean",
-        centers_initializer="zeros",
+        centers_initializer: str | keras.initializers.Initializer = "zeros",
         ignore_label: int | None = None,
         impl: str = "auto",
-        **layer_kwargs,
+        **layer_kwargs: object,
     ):
         # No autocast: the features pass unchanged, and sample weights keep their precision.
         super().__init__(autocast=False, **layer_kwargs)

@@ -1,8 +1,9 @@
 // The CPU kernel as an XLA custom call: buffers to pointers, XLA's threads to a parallel-for.
 //
-// Why not HLO on the CPU: there the same step as HLO (xla_hlo.cc) reads and writes the batch some
-// ten times on one thread and takes FIGURES times as long. Either form moves the centers in place,
-// and either copies the table if the program also reads it in no order with the step;
+// Why not HLO on the CPU: as HLO (xla_hlo.cc) the same step reads and writes the batch some ten
+// times, most of it on one thread, and takes 2 to 5 times as long (256 to 4096 samples of 512
+// features, 100k and 1M labels, 2 cores). Either form moves the centers in place, and either is
+// given a copy of the table where the program also reads it in no order with the step;
 // AfterEarlierReads gives such reads an order.
 //
 // A kernel cannot raise under XLA, so a label out of range makes its own sample NaN: it is handed
@@ -69,9 +70,9 @@ bool HoldsTable(const xla::ShapeProto& shape, int64_t elements) {
 // that the step does not depend on it would hand a copy of the table. So what was read becomes an
 // operand too, unused. (A control dependency would do, but keeps passes from rewriting a gather
 // that the code generator then cannot take.) Values as large as the table are passed through: what
-// the step waits for is what came of them, the sum over the table or the loop's result. (Of one
-// that nothing has come of yet, the square of the table say, there is a copy: as much again as it
-// itself.)
+// the step waits for is what came of them, the sum over the table or the loop's result. Not seen,
+// and paid for with a copy, is what comes of a read only later in the program: a read of the whole
+// table (not a gather) whose value is used after the step.
 void AfterEarlierReads(xla::XlaBuilder& builder, int64_t elements) {
   std::deque<xla::HloInstructionProto>& program = InstructionsOf(builder);
   xla::HloInstructionProto& step = program.back();

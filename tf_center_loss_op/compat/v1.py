@@ -1,12 +1,16 @@
 """The tutorial's function, for TensorFlow 1 style graphs."""
 
+from __future__ import annotations
+
 import tensorflow as tf
 
 from tf_center_loss_op import _arguments
 from tf_center_loss_op.functional import implementation
 
 
-def center_loss(features, labels, alpha=0.0):
+def center_loss(
+    features: tf.Tensor, labels: tf.Tensor, alpha: float | tf.Tensor = 0.0
+) -> tuple[tf.Tensor, tf.Variable, tf.Operation]:
     """The center loss of the TensorFlow 1 tutorial: loss, centers, and the op that moves them.
 
     Equals, in a ``tf.compat.v1`` graph:
