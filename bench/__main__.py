@@ -24,7 +24,7 @@ from bench.together import measurements
 from bench.torch_process import TorchProcess
 from bench.workload import Tables
 
-SWEPT = ("fused loop", "plain loop", "graph loop", "kernel", "rows", "empty loop")
+SWEPT = ("fused loop", "tutorial loop", "kernel", "rows", "empty loop")
 
 
 def main():

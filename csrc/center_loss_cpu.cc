@@ -94,62 +94,90 @@ class Step {
         items_.push_back({g, begin + k * kItemMembers, split ? partials++ : -1});
       }
     }
+    if (partials == 0) return;
     partial_sums_.reset(new Center[static_cast<size_t>(partials * step_.dim)]);
     partial_counts_.reset(new int64_t[static_cast<size_t>(partials)]);
   }
 
-  const Center* CenterOf(int64_t item) const {
-    if (step_.features_are_residuals) return nullptr;
-    return step_.centers + groups_.label(items_[static_cast<size_t>(item)].group) * step_.dim;
-  }
+  // Samples of one item that are gone through together.
+  struct Chunk {
+    int64_t item;
+    int64_t begin;  // into groups.order()
+    RowArguments<Feature> rows;
+  };
 
   // Items that begin in [begin, end) of the grouped order.
   void RunItems(int64_t begin, int64_t end) {
     const auto first = std::lower_bound(items_.begin(), items_.end(), begin,
                                         [](const Item& a, int64_t b) { return a.begin < b; });
+    if (first == items_.end() || first->begin >= end) return;
     std::unique_ptr<Center[]> scratch(moves_ ? new Center[static_cast<size_t>(step_.dim)]
                                              : nullptr);
-    for (int64_t k = first - items_.begin();
-         k < static_cast<int64_t>(items_.size()) && items_[static_cast<size_t>(k)].begin < end;
-         ++k) {
-      RunItem(k, scratch.get());
+    Chunk chunks[2];
+    Chunk* chunk = &chunks[0];
+    Chunk* next = &chunks[1];
+    SetChunk(first - items_.begin(), first->begin, scratch.get(), chunk);
+    int64_t not_finite = 0;
+    for (;;) {
+      const Item& item = items_[static_cast<size_t>(chunk->item)];
+      const int64_t item_end = ItemEnd(chunk->item);
+      const int64_t chunk_end = chunk->begin + chunk->rows.rows;
+      const bool ends_item = chunk_end == item_end;
+      const bool ends_batch = chunk_end == groups_.counted();
+      if (!ends_batch) SetChunk(chunk->item + ends_item, chunk_end, scratch.get(), next);
+      chunk->rows.next = fetch_ && !ends_batch ? &next->rows : nullptr;
+      not_finite += RunChunk(*chunk, chunk->begin == item.begin);
+      if (ends_item) {
+        if (moves_) FinishItem(item, item_end, not_finite, chunk->rows);
+        not_finite = 0;
+        if (item_end >= end || ends_batch) return;
+      }
+      std::swap(chunk, next);
     }
   }
 
-  void RunItem(int64_t index, Center* scratch) {
+  void SetChunk(int64_t index, int64_t begin, Center* scratch, Chunk* chunk) const {
     const Item& item = items_[static_cast<size_t>(index)];
-    const int64_t end = ItemEnd(index);
-    Center* const sum = item.partial < 0 ? scratch : partial_sums_.get() + item.partial * step_.dim;
-    const Center* const center = CenterOf(index);
-    const Center* const next_center =
-        index + 1 < static_cast<int64_t>(items_.size()) ? CenterOf(index + 1) : center;
-
-    int64_t count = end - item.begin;
-    RowArguments<Feature> row;
-    row.centers = center;
-    row.sum = sum;
-    for (int64_t k = item.begin; k < end; ++k) {
-      const int64_t i = groups_.order()[k];
-      const Center weight = step_.sample_weight == nullptr ? 1 : step_.sample_weight[i];
-      row.features = Features(i);
-      row.factor = weight * sample_scale_;
-      if (step_.residual != nullptr) row.residual = step_.residual + i * step_.dim;
-      if (fetch_) {
-        row.next_features = k + 1 < groups_.counted() ? Features(groups_.order()[k + 1]) : nullptr;
-        row.next_centers = k + 1 < end ? center : next_center;
-      }
-      const Sum mode = !moves_ ? Sum::kNone : k == item.begin ? Sum::kStart : Sum::kAdd;
-      const Center squares = loops_.residual(row, mode, step_.dim);
-      StoreLoss(i, weight * (squares / 2));
-      // Finite squares prove finite features; only otherwise the row itself has to be asked.
-      if (!IsFinite(squares) && !loops_.all_finite(row.features, step_.dim)) --count;
+    const int64_t left = ItemEnd(index) - begin;
+    chunk->item = index;
+    chunk->begin = begin;
+    RowArguments<Feature>& rows = chunk->rows;
+    rows.rows = static_cast<int>(std::min<int64_t>(left, kMaxRows));
+    rows.centers = step_.features_are_residuals
+                       ? nullptr
+                       : step_.centers + groups_.label(item.group) * step_.dim;
+    rows.sum = item.partial < 0 ? scratch : partial_sums_.get() + item.partial * step_.dim;
+    for (int r = 0; r < rows.rows; ++r) {
+      const int64_t i = groups_.order()[begin + r];
+      rows.features[r] = Features(i);
+      rows.factor[r] = SampleWeight(i) * sample_scale_;
+      rows.residual[r] = step_.residual == nullptr ? nullptr : step_.residual + i * step_.dim;
     }
-    if (!moves_) return;
-    if (count != end - item.begin) SumFiniteMembers(item, end, center, sum);
+  }
+
+  // Returns how many of the samples hold a NaN or an infinity.
+  int64_t RunChunk(const Chunk& chunk, bool starts_item) {
+    const Sum mode = !moves_ ? Sum::kNone : starts_item ? Sum::kStart : Sum::kAdd;
+    Center squares[kMaxRows];
+    loops_.residual(chunk.rows, mode, step_.dim, squares);
+    int64_t not_finite = 0;
+    for (int r = 0; r < chunk.rows.rows; ++r) {
+      const int64_t i = groups_.order()[chunk.begin + r];
+      StoreLoss(i, SampleWeight(i) * (squares[r] / 2));
+      // Finite squares prove finite features; only otherwise the row itself has to be asked.
+      if (!IsFinite(squares[r])) not_finite += !loops_.all_finite(Features(i), step_.dim);
+    }
+    return not_finite;
+  }
+
+  void FinishItem(const Item& item, int64_t end, int64_t not_finite,
+                  const RowArguments<Feature>& rows) {
+    const int64_t count = end - item.begin - not_finite;
+    if (not_finite > 0) SumFiniteMembers(item, end, rows.centers, rows.sum);
     if (item.partial >= 0) {
       partial_counts_[static_cast<size_t>(item.partial)] = count;
     } else if (count > 0) {
-      MoveCenter(item.group, count, sum, 0, step_.dim);
+      MoveCenter(item.group, count, rows.sum, 0, step_.dim);
     }
   }
 
@@ -158,10 +186,13 @@ class Step {
     std::fill_n(sum, step_.dim, Center{0});
     for (int64_t k = item.begin; k < end; ++k) {
       RowArguments<Feature> row;
-      row.features = Features(groups_.order()[k]);
+      row.features[0] = Features(groups_.order()[k]);
+      row.residual[0] = nullptr;
       row.centers = center;
       row.sum = sum;
-      if (loops_.all_finite(row.features, step_.dim)) loops_.residual(row, Sum::kAdd, step_.dim);
+      if (!loops_.all_finite(row.features[0], step_.dim)) continue;
+      Center squares;
+      loops_.residual(row, Sum::kAdd, step_.dim, &squares);
     }
   }
 
@@ -228,6 +259,10 @@ class Step {
   }
 
   const Feature* Features(int64_t i) const { return step_.features + i * step_.dim; }
+
+  Center SampleWeight(int64_t i) const {
+    return step_.sample_weight == nullptr ? Center{1} : step_.sample_weight[i];
+  }
 
   const StepArguments<Feature, Label>& step_;
   const RowLoops<Feature>& loops_;

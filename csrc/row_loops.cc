@@ -134,80 +134,124 @@ TCL_INLINE Center Fold(const Center* lane) {
   return v[0][0] + v[0][1];
 }
 
-template <typename Feature, bool kCenters, bool kResidual, Sum kSum, bool kFetch>
-TCL_INLINE CenterType<Feature> ResidualRow(const RowArguments<Feature>& row, int64_t dim) {
+template <typename Feature>
+TCL_INLINE void Fetch(const RowArguments<Feature>& next, int64_t d) {
+  using Center = CenterType<Feature>;
+  constexpr int kLine = 64 / static_cast<int>(sizeof(Center));
+  for (int k = 0; k < kLanes; k += kLine) __builtin_prefetch(next.centers + d + k, 1);
+  for (int r = 0; r < next.rows; ++r) __builtin_prefetch(next.features[r] + d, 0);
+}
+
+template <typename Feature, int kRows, bool kCenters, bool kResidual, Sum kSum, bool kFetch>
+void ResidualRows(const RowArguments<Feature>& rows, int64_t dim, CenterType<Feature>* squares) {
   using Center = CenterType<Feature>;
   using L = Lanes<Center>;
   using T = Tail<Center>;
-  constexpr int kLine = 64 / static_cast<int>(sizeof(Center));
-  const Feature* const features = row.features;
-  const Center* const centers = row.centers;
-  Center* const residual = row.residual;
-  Center* const sum = row.sum;
-  L squares = L::Zero();
+  using V = typename T::Vector;
+  const Feature* features[kRows];
+  Center* residual[kRows];
+  Center factor[kRows];
+  L square_lanes[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    features[r] = rows.features[r];
+    residual[r] = rows.residual[r];
+    factor[r] = rows.factor[r];
+    square_lanes[r] = L::Zero();
+  }
+  const Center* const centers = rows.centers;
+  Center* const sum = rows.sum;
   int64_t d = 0;
   for (; d + kLanes <= dim; d += kLanes) {
-    if (kFetch) {
-      for (int k = 0; k < kLanes; k += kLine) __builtin_prefetch(row.next_centers + d + k, 1);
-      __builtin_prefetch(row.next_features + d, 0);
+    if (kFetch) Fetch(*rows.next, d);
+    L center = L::Zero(), total = L::Zero();
+    if (kCenters) center = L::Load(centers + d);
+    if (kSum == Sum::kAdd) total = L::Load(sum + d);
+    for (int r = 0; r < kRows; ++r) {
+      L value = WidenLanes(features[r] + d);
+      if (kCenters) value = value - center;
+      square_lanes[r] = square_lanes[r] + value * value;
+      if (kResidual) (value * factor[r]).Store(residual[r] + d);
+      if (kSum != Sum::kNone) total = kSum == Sum::kStart && r == 0 ? value : total + value;
     }
-    L value = WidenLanes(features + d);
-    if (kCenters) value = value - L::Load(centers + d);
-    squares = squares + value * value;
-    if (kResidual) (value * row.factor).Store(residual + d);
-    if (kSum == Sum::kStart) value.Store(sum + d);
-    if (kSum == Sum::kAdd) (L::Load(sum + d) + value).Store(sum + d);
+    if (kSum != Sum::kNone) total.Store(sum + d);
   }
-  Center lane[kLanes];
-  squares.Store(lane);
+  Center lane[kRows][kLanes];
+  for (int r = 0; r < kRows; ++r) square_lanes[r].Store(lane[r]);
   int l = 0;
   if (std::is_same<Feature, Center>::value) {
     for (; d + T::kWidth <= dim; d += T::kWidth, l += T::kWidth) {
-      using V = typename T::Vector;
-      V value = *reinterpret_cast<const V*>(features + d);
-      if (kCenters) value -= *reinterpret_cast<const V*>(centers + d);
-      *reinterpret_cast<V*>(lane + l) += value * value;
-      if (kResidual) *reinterpret_cast<V*>(residual + d) = value * row.factor;
-      if (kSum == Sum::kStart) *reinterpret_cast<V*>(sum + d) = value;
-      if (kSum == Sum::kAdd) *reinterpret_cast<V*>(sum + d) += value;
+      V center = {}, total = {};
+      if (kCenters) center = *reinterpret_cast<const V*>(centers + d);
+      if (kSum == Sum::kAdd) total = *reinterpret_cast<const V*>(sum + d);
+      for (int r = 0; r < kRows; ++r) {
+        V value = *reinterpret_cast<const V*>(features[r] + d);
+        if (kCenters) value -= center;
+        *reinterpret_cast<V*>(lane[r] + l) += value * value;
+        if (kResidual) *reinterpret_cast<V*>(residual[r] + d) = value * factor[r];
+        if (kSum != Sum::kNone) total = kSum == Sum::kStart && r == 0 ? value : total + value;
+      }
+      if (kSum != Sum::kNone) *reinterpret_cast<V*>(sum + d) = total;
     }
   }
   for (; d < dim; ++d, ++l) {
-    Center value = Widen(features[d]);
-    if (kCenters) value -= centers[d];
-    lane[l] += value * value;
-    if (kResidual) residual[d] = value * row.factor;
-    if (kSum == Sum::kStart) sum[d] = value;
-    if (kSum == Sum::kAdd) sum[d] += value;
+    for (int r = 0; r < kRows; ++r) {
+      Center value = Widen(features[r][d]);
+      if (kCenters) value -= centers[d];
+      lane[r][l] += value * value;
+      if (kResidual) residual[r][d] = value * factor[r];
+      if (kSum != Sum::kNone) sum[d] = kSum == Sum::kStart && r == 0 ? value : sum[d] + value;
+    }
   }
-  return Fold(lane);
+  for (int r = 0; r < kRows; ++r) squares[r] = Fold(lane[r]);
 }
 
-template <typename Feature, bool kCenters, bool kResidual, Sum kSum>
-CenterType<Feature> ResidualRow(const RowArguments<Feature>& row, int64_t dim) {
-  return kCenters && row.next_centers != nullptr
-             ? ResidualRow<Feature, kCenters, kResidual, kSum, kCenters>(row, dim)
-             : ResidualRow<Feature, kCenters, kResidual, kSum, false>(row, dim);
+template <typename Feature, int kRows, bool kCenters, bool kResidual, Sum kSum>
+void ResidualRows(const RowArguments<Feature>& rows, int64_t dim, CenterType<Feature>* squares) {
+  if (kCenters && rows.next != nullptr) {
+    return ResidualRows<Feature, kRows, kCenters, kResidual, kSum, kCenters>(rows, dim, squares);
+  }
+  return ResidualRows<Feature, kRows, kCenters, kResidual, kSum, false>(rows, dim, squares);
 }
 
-template <typename Feature, bool kCenters, bool kResidual>
-CenterType<Feature> ResidualRow(const RowArguments<Feature>& row, Sum mode, int64_t dim) {
+template <typename Feature, int kRows, bool kCenters, bool kResidual>
+void ResidualRows(const RowArguments<Feature>& rows, Sum mode, int64_t dim,
+                  CenterType<Feature>* squares) {
   switch (mode) {
     case Sum::kStart:
-      return ResidualRow<Feature, kCenters, kResidual, Sum::kStart>(row, dim);
+      return ResidualRows<Feature, kRows, kCenters, kResidual, Sum::kStart>(rows, dim, squares);
     case Sum::kAdd:
-      return ResidualRow<Feature, kCenters, kResidual, Sum::kAdd>(row, dim);
+      return ResidualRows<Feature, kRows, kCenters, kResidual, Sum::kAdd>(rows, dim, squares);
     case Sum::kNone:
-      break;
+      return ResidualRows<Feature, kRows, kCenters, kResidual, Sum::kNone>(rows, dim, squares);
   }
-  return ResidualRow<Feature, kCenters, kResidual, Sum::kNone>(row, dim);
+}
+
+template <typename Feature, int kRows>
+void ResidualRows(const RowArguments<Feature>& rows, Sum mode, int64_t dim,
+                  CenterType<Feature>* squares) {
+  if (rows.centers == nullptr) {
+    return ResidualRows<Feature, kRows, false, false>(rows, mode, dim, squares);
+  }
+  if (rows.residual[0] == nullptr) {
+    return ResidualRows<Feature, kRows, true, false>(rows, mode, dim, squares);
+  }
+  return ResidualRows<Feature, kRows, true, true>(rows, mode, dim, squares);
 }
 
 template <typename Feature>
-CenterType<Feature> Residual(const RowArguments<Feature>& row, Sum mode, int64_t dim) {
-  if (row.centers == nullptr) return ResidualRow<Feature, false, false>(row, mode, dim);
-  if (row.residual == nullptr) return ResidualRow<Feature, true, false>(row, mode, dim);
-  return ResidualRow<Feature, true, true>(row, mode, dim);
+void Residual(const RowArguments<Feature>& rows, Sum mode, int64_t dim,
+              CenterType<Feature>* squares) {
+  static_assert(kMaxRows == 4, "one case for each number of rows");
+  switch (rows.rows) {
+    case 1:
+      return ResidualRows<Feature, 1>(rows, mode, dim, squares);
+    case 2:
+      return ResidualRows<Feature, 2>(rows, mode, dim, squares);
+    case 3:
+      return ResidualRows<Feature, 3>(rows, mode, dim, squares);
+    default:
+      return ResidualRows<Feature, 4>(rows, mode, dim, squares);
+  }
 }
 
 template <typename Center>

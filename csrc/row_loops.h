@@ -1,4 +1,4 @@
-// The hot loops over one row of D numbers, compiled once per instruction set and chosen at run
+// The hot loops over rows of D numbers, compiled once per instruction set and chosen at run
 // time.
 //
 // Every instruction set gives the same bits: sums run in kLanes fixed lanes that are folded in a
@@ -19,27 +19,31 @@ enum class Isa { kBaseline, kAvx2, kAvx512 };
 // What is done with the sum of a group's residuals while a row goes by.
 enum class Sum { kNone, kStart, kAdd };
 
+// So many samples of one class are gone through together at most.
+constexpr int kMaxRows = 4;
+
+// `rows` samples of one class. Its center and the sum are read and written once for all.
 template <typename Feature>
 struct RowArguments {
   using Center = CenterType<Feature>;
 
-  const Feature* features = nullptr;
+  int rows = 1;
+  const Feature* features[kMaxRows];
+  Center factor[kMaxRows];
+  Center* residual[kMaxRows];       // residual[0] null: unwanted
   const Center* centers = nullptr;  // null: the features are the residual
-  Center factor = 1;
-  Center* residual = nullptr;  // null: unwanted
   Center* sum = nullptr;
-  // The rows of the next call, fetched meanwhile; null where they are in the cache anyway.
-  const Feature* next_features = nullptr;
-  const Center* next_centers = nullptr;
+  // What comes after, to be fetched meanwhile; null where it is in the cache anyway.
+  const RowArguments* next = nullptr;
 };
 
 template <typename Feature>
 struct RowLoops {
   using Center = CenterType<Feature>;
 
-  // With d = features - centers: returns the sum of d^2, writes residual = factor * d, and starts
-  // or continues sum += d.
-  Center (*residual)(const RowArguments<Feature>& row, Sum mode, int64_t dim);
+  // With d = features - centers, of each row: squares = the sum of d^2, residual = factor * d; and
+  // starts or continues sum += d, row by row.
+  void (*residual)(const RowArguments<Feature>& rows, Sum mode, int64_t dim, Center* squares);
 
   // centers += scale * sum.
   void (*move)(Center* centers, Center scale, const Center* sum, int64_t dim);

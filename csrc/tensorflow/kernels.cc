@@ -9,6 +9,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
 #include "csrc/center_loss.h"
 #include "csrc/center_loss_cpu.h"
 #include "csrc/names.h"
@@ -59,18 +60,17 @@ ParallelFor ThreadsOf(OpKernelContext* context) {
 class OutputBuffer {
  public:
   absl::Status Take(OpKernelContext* context, int output, const TensorShape& shape, Tensor* taken) {
-    tensorflow::mutex_lock lock(mutex_);
+    absl::MutexLock lock(mutex_);
     if (!(kept_.IsInitialized() && kept_.shape() == shape && kept_.RefCountIsOne())) {
-      TF_RETURN_IF_ERROR(
-          context->allocate_temp(context->expected_output_dtype(output), shape, &kept_));
+      TF_RETURN_IF_ERROR(Allocate(context, context->expected_output_dtype(output), shape, &kept_));
     }
     *taken = kept_;
     return absl::OkStatus();
   }
 
  private:
-  tensorflow::mutex mutex_;
-  Tensor kept_ TF_GUARDED_BY(mutex_);
+  absl::Mutex mutex_;
+  Tensor kept_ ABSL_GUARDED_BY(mutex_);
 };
 
 // What the ops have in common: their attributes, the checks of their arrays, the launch. Shapes
@@ -99,6 +99,10 @@ class BatchOp : public OpKernel {
           absl::InvalidArgumentError(absl::StrCat("reduction: unknown reduction '", name, "'")));
     }
   }
+
+  // On the thread that made its inputs: handing a small step to another takes longer than the step,
+  // and a large one spreads over the threads by itself.
+  bool IsExpensive() override { return false; }
 
  protected:
   using Arguments = StepArguments<Feature, Label>;

@@ -7,6 +7,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "csrc/tensorflow/huge_pages.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/resource_mgr.h"
 #include "tensorflow/core/framework/resource_var.h"
@@ -14,6 +15,9 @@
 #include "tensorflow/core/platform/mutex.h"
 
 namespace tcl {
+
+// Caches and the translation buffer hold the rows of a smaller table anyway.
+constexpr size_t kMinTableBytes = size_t{1} << 26;
 
 inline absl::Status FindVariable(tensorflow::OpKernelContext* context, int input,
                                  tensorflow::core::RefCountPtr<tensorflow::Var>* variable) {
@@ -30,6 +34,19 @@ inline absl::Status CheckInitialized(const tensorflow::Tensor& tensor) {
   if (tensor.IsInitialized()) return absl::OkStatus();
   return absl::FailedPreconditionError(
       "centers: the variable is not initialised; run its initializer before the first step");
+}
+
+// Large arrays on large pages.
+inline absl::Status Allocate(tensorflow::OpKernelContext* context, tensorflow::DataType dtype,
+                             const tensorflow::TensorShape& shape, tensorflow::Tensor* tensor) {
+  const int64_t bytes = shape.num_elements() * tensorflow::DataTypeSize(dtype);
+  if (bytes < kMinBytesForHugePages || !HugePagesWanted()) {
+    return context->allocate_temp(dtype, shape, tensor);
+  }
+  *tensor = tensorflow::Tensor(HugePageAllocator(), dtype, shape);
+  if (tensor->IsInitialized()) return absl::OkStatus();
+  return absl::ResourceExhaustedError(
+      absl::StrCat("no memory for ", shape.DebugString(), " ", tensorflow::DataTypeString(dtype)));
 }
 
 // Calls body(tensor) with the variable locked for writing, so that rows of the tensor can be
@@ -49,13 +66,11 @@ absl::Status WithWritableVariable(tensorflow::OpKernelContext* context, int inpu
   if (!variable->copy_on_read_mode.load()) {
     if (!tensor->RefCountIsOne()) {
       tensorflow::Tensor copy;
-      tensorflow::AllocatorAttributes attributes;
-      attributes.set_gpu_compatible(true);
-      attributes.set_nic_compatible(true);
-      TF_RETURN_IF_ERROR(
-          context->allocate_temp(tensor->dtype(), tensor->shape(), &copy, attributes));
+      TF_RETURN_IF_ERROR(Allocate(context, tensor->dtype(), tensor->shape(), &copy));
       std::memcpy(copy.data(), tensor->data(), tensor->TotalBytes());
       *tensor = copy;
+    } else if (tensor->TotalBytes() >= kMinTableBytes && HugePagesWanted()) {
+      MoveToHugePages(tensor->data(), static_cast<int64_t>(tensor->TotalBytes()));
     }
     variable->copy_on_read_mode.store(true);
   }

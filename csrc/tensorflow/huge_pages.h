@@ -1,0 +1,30 @@
+// Large arrays on large pages (2 MiB), where the system offers them. Rows of a table that are read
+// at random miss the translation buffer of small pages almost every time.
+//
+// TF_CENTER_LOSS_HUGE_PAGES=0 in the environment switches this off; it is off, too, where the
+// system says "never" (/sys/kernel/mm/transparent_hugepage/enabled).
+
+#ifndef TF_CENTER_LOSS_OP_CSRC_TENSORFLOW_HUGE_PAGES_H_
+#define TF_CENTER_LOSS_OP_CSRC_TENSORFLOW_HUGE_PAGES_H_
+
+#include <cstdint>
+
+#include "tensorflow/core/framework/allocator.h"
+
+namespace tcl {
+
+// Smaller arrays gain nothing.
+constexpr int64_t kMinBytesForHugePages = int64_t{1} << 22;
+
+bool HugePagesWanted();
+
+// Memory that is advised before it is touched, so that its first touch makes large pages at once.
+tensorflow::Allocator* HugePageAllocator();
+
+// Moves what lies in small pages into large ones; addresses and contents stay. Best effort, at
+// about two seconds for a gigabyte; almost free where it has been done before.
+void MoveToHugePages(const void* memory, int64_t bytes);
+
+}  // namespace tcl
+
+#endif  // TF_CENTER_LOSS_OP_CSRC_TENSORFLOW_HUGE_PAGES_H_
