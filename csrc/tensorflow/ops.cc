@@ -159,7 +159,8 @@ REGISTER_OP("TclUpdateCenters")
 
 // The backward pass: upstream times residual, in the features' type. Where upstream is one and the
 // types are the same, the residual's own buffer is the gradient. The other inputs are not read:
-// they are what the gradient of this op is taken to.
+// they are what the gradient of this op is taken to. A list of handles may be empty, and other than
+// an input of type resource it does not mark the op as stateful, which could then not be left out.
 REGISTER_OP("TclCenterLossBackward")
     .Input("upstream: Tcenters")
     .Input("residual_bits: Tbits")
@@ -167,10 +168,10 @@ REGISTER_OP("TclCenterLossBackward")
     .Input("labels: Tlabels")
     .Input("weight: Tcenters")
     .Input("sample_weight: num_weights * Tcenters")
-    .Input("centers: num_centers * resource")
+    .Input("centers: handles")
     .Output("gradient: T")
     .TCL_BATCH_ATTRS.TCL_BITS_ATTR.TCL_REDUCTION_ATTR.Attr("num_weights: int >= 0")
-    .Attr("num_centers: int >= 0")
+    .Attr("handles: list({resource}) >= 0")
     .SetShapeFn([](InferenceContext* c) {
       BatchShape shape;
       TF_RETURN_IF_ERROR(CheckBatch(c, -1, 2, 3, &shape));
