@@ -8,8 +8,11 @@ import shutil
 from pathlib import Path
 
 import keras
+import numpy as np
 
-_WEIGHTS, _STATE = "model.weights.h5", "state.json"
+from tf_center_loss_op import tables
+
+_STATE = "state.json"
 
 
 class AtomicBackup(keras.callbacks.Callback):
@@ -23,9 +26,12 @@ class AtomicBackup(keras.callbacks.Callback):
     are the same in both (a dataset that does not shuffle, or shuffles by a seed and the epoch).
 
     Args:
-      backup_dir: a folder for the backups of this one training, made where there is none. A backup
-        holds a copy of the centers; those of large tables take as long as writing them does.
+      backup_dir: a folder for the backups of this one training, made where there is none.
       delete_at_end: whether to remove the backups when `fit` has ended by itself.
+
+    Raises:
+      ValueError: at the start of `fit`: the model is not built, or the backup is of a model with
+        other variables. Nothing has been loaded.
 
     >>> import tf_center_loss_op as tcl
     >>> callback = tcl.AtomicBackup("backup")
@@ -43,12 +49,20 @@ class AtomicBackup(keras.callbacks.Callback):
         backups = self._backups()
         if not backups:
             return
-        epochs, folder = backups[-1]
-        if not self.model.optimizer.built:
-            self.model.optimizer.build(self.model.trainable_variables)
-        self.model.load_weights(folder / _WEIGHTS)
+        state, folder = backups[-1]
+        variables = self._variables()
+        if state["variables"] != _describe(variables):
+            raise ValueError(
+                f"backup_dir: expected a backup of this model, got one of other variables in "
+                f"{os.fspath(folder)!r}"
+            )
+        for variable, path in zip(variables, _paths(folder, variables), strict=True):
+            if _is_table(variable):
+                tables.load_centers(variable, path)
+            else:
+                variable.assign(np.load(path))
         # What fit() starts from; Keras has no public name for it.
-        self.model._initial_epoch = epochs
+        self.model._initial_epoch = state["epochs"]
 
     def on_epoch_end(self, epoch, logs=None):
         """Writes a backup, then removes the older ones."""
@@ -58,9 +72,16 @@ class AtomicBackup(keras.callbacks.Callback):
             shutil.rmtree(folder)
         partial = self.backup_dir / "new.partial"
         partial.mkdir()
-        self.model.save_weights(partial / _WEIGHTS)
-        (partial / _STATE).write_text(json.dumps({"epochs": epoch + 1}))
-        for path in (partial / _WEIGHTS, partial / _STATE, partial):
+        variables = self._variables()
+        paths = _paths(partial, variables)
+        for variable, path in zip(variables, paths, strict=True):
+            if _is_table(variable):
+                tables.save_centers(variable, path)
+            else:
+                np.save(path, keras.ops.convert_to_numpy(variable))
+        state = {"epochs": epoch + 1, "variables": _describe(variables)}
+        (partial / _STATE).write_text(json.dumps(state))
+        for path in (*paths, partial / _STATE, partial):
             _to_disk(path)
         # A name of its own, so that it never has to make way for another.
         names = [int(folder.name) for folder in older if folder.name.isdecimal()]
@@ -74,12 +95,33 @@ class AtomicBackup(keras.callbacks.Callback):
         if self.delete_at_end and self.backup_dir.exists():
             shutil.rmtree(self.backup_dir)
 
+    def _variables(self):
+        # With the states of metrics and random generators.
+        optimizer = self.model.optimizer
+        if not optimizer.built:
+            optimizer.build(self.model.trainable_variables)
+        return [*self.model.variables, *optimizer.variables]
+
     def _backups(self):
-        """(epochs, folder) of each complete backup, oldest first."""
+        """(state, folder) of each complete backup, oldest first."""
         folders = [path.parent for path in self.backup_dir.glob("*/" + _STATE)]
         folders = [folder for folder in folders if folder.name.isdecimal()]
         folders.sort(key=lambda folder: int(folder.name))
-        return [(json.loads((f / _STATE).read_text())["epochs"], f) for f in folders]
+        return [(json.loads((folder / _STATE).read_text()), folder) for folder in folders]
+
+
+def _describe(variables):
+    return [[str(variable.dtype), list(variable.shape)] for variable in variables]
+
+
+def _paths(folder, variables):
+    return [folder / f"{k}.npy" for k in range(len(variables))]
+
+
+def _is_table(variable):
+    """Whether a copy of it would be felt."""
+    bytes_of = np.prod(variable.shape) * np.dtype(variable.dtype).itemsize
+    return len(variable.shape) == 2 and bytes_of > tables.BLOCK_BYTES
 
 
 def _to_disk(path):

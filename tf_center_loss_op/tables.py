@@ -200,8 +200,16 @@ def load_centers(centers: tf.Variable | keras.Variable, path: str | os.PathLike)
         raise ValueError(
             f"path: expected {expected}, got {rows.dtype} {rows.shape} in {os.fspath(path)!r}"
         )
-    for begin, end in _blocks(rows.shape, rows.itemsize):
-        _write(table, begin, end, np.ascontiguousarray(rows[begin:end]))
+    if not rows.flags.c_contiguous:
+        raise ValueError(
+            f"path: expected an array in C order, got {os.fspath(path)!r} in Fortran's"
+        )
+    # Read, not mapped: pages of a mapped file count as the process's memory.
+    with open(path, "rb") as file:
+        file.seek(rows.offset)
+        for begin, end in _blocks(rows.shape, rows.itemsize):
+            block = np.fromfile(file, rows.dtype, (end - begin) * rows.shape[1])
+            _write(table, begin, end, block.reshape(end - begin, rows.shape[1]))
 
 
 def centers_from_dataset(
