@@ -1,0 +1,334 @@
+"""The layer in real training: schedules, the metric, when centers move, mixed precision, export."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import oracle
+import tf_center_loss_op as tcl
+from child import run_python
+from tolerances import assert_close
+
+B, D, C = 12, 3, 5
+
+
+@pytest.fixture
+def batch():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(B, D)).astype("f"), rng.integers(0, C, B).astype(np.int32)
+
+
+def numbers(layer):
+    return keras.ops.convert_to_numpy(layer.centers)
+
+
+def classifier(layer, bases=(), **compile_options):
+    """inputs -> Dense -> layer -> Dense, compiled."""
+    inputs, labels = keras.Input([D]), keras.Input([], dtype="int32")
+    embedded = keras.layers.Dense(D, name="embedding")(inputs)
+    logits = keras.layers.Dense(C)(layer([embedded, labels]))
+    kind = type("Model", (*bases, keras.Model), {}) if bases else keras.Model
+    model = kind([inputs, labels], logits)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(**dict(optimizer="adam", loss=loss) | compile_options)
+    return model
+
+
+# Weight and alpha: numbers, variables, schedules.
+
+
+@pytest.mark.parametrize("kind", [tf.Variable, lambda x: keras.Variable(x, trainable=False)])
+def test_variables_are_read_at_each_call(impl, kind, batch):
+    weight, alpha = kind(0.5), kind(0.25)
+    layer = tcl.CenterLoss(C, weight=weight, alpha=alpha, impl=impl)
+    assert [variable.name for variable in layer.weights] == []
+    call = tf.function(lambda x, y: [layer(x, y, training=True), layer.losses[-1]][1])
+    truth = oracle.center_loss(*batch, np.zeros([C, D]), alpha=0.25)
+    assert_close(call(*batch), 0.5 * truth.loss, "float32", "loss")
+    assert_close(numbers(layer), truth.centers, "float32", "centers")
+    weight.assign(2.0)
+    alpha.assign(0.0)
+    expected = 2 * oracle.center_loss(*batch, truth.centers).loss
+    np.testing.assert_allclose(call(*batch), expected, rtol=1e-5)
+    assert_close(numbers(layer), truth.centers, "float32", "centers")
+    assert layer.get_config()["weight"] == 2.0
+
+
+def test_schedules_follow_the_training_calls(impl, batch):
+    # weight 0, 1, 2, ... and alpha 0.5, 0.4, ...; evaluation in between does not count.
+    warm_up = keras.optimizers.schedules.PolynomialDecay(0.0, 10, 10.0)
+    slower = keras.optimizers.schedules.PolynomialDecay(0.5, 5, 0.0)
+    layer = tcl.CenterLoss(C, weight=warm_up, alpha=slower, impl=impl)
+    call = tf.function(lambda x, y, train: [layer(x, y, training=train), layer.losses[-1]][1])
+    centers = np.zeros([C, D])
+    for k in range(3):
+        truth = oracle.center_loss(*batch, centers, alpha=0.5 - 0.1 * k)
+        np.testing.assert_allclose(call(*batch, False), k * truth.loss, rtol=1e-5)
+        np.testing.assert_allclose(call(*batch, True), k * truth.loss, rtol=1e-5)
+        centers = truth.centers
+        np.testing.assert_allclose(numbers(layer), centers, rtol=1e-5, atol=1e-6)
+
+
+def test_a_schedule_is_saved_with_its_step(impl, batch, tmp_path):
+    warm_up = keras.optimizers.schedules.PolynomialDecay(0.0, 10, 10.0)
+    model = classifier(tcl.CenterLoss(C, weight=warm_up, impl=impl, name="centers"))
+    model.fit([*batch], batch[1], batch_size=4, verbose=0)
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    layer = again.get_layer("centers")
+    assert int(layer.steps.numpy()) == 3
+    assert layer.weight.get_config() == warm_up.get_config()
+    assert np.array_equal(numbers(layer), numbers(model.get_layer("centers")))
+
+
+@pytest.mark.parametrize("name", ["weight", "alpha"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), "0.5", True, tf.Variable([1.0])])
+def test_wrong_factors(name, value):
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: expected"):
+        tcl.CenterLoss(C, **{name: value})
+
+
+# The metric.
+
+
+def test_the_distance_stands_beside_the_loss(impl, batch, capsys):
+    features, labels = batch
+    inputs, label = keras.Input([D]), keras.Input([], dtype="int32")
+    layer = tcl.CenterLoss(C, alpha=0.0, impl=impl, name="centers", ignore_label=0)
+    model = keras.Model([inputs, label], layer([inputs, label]))
+    model.compile("sgd")
+    features[1] = np.nan
+    logs = model.fit([features, labels], batch_size=4, epochs=2).history
+    counted = (labels != 0) & (np.arange(B) != 1)
+    expected = np.linalg.norm(features[counted], axis=1).mean()
+    np.testing.assert_allclose(logs["centers_distance"], [expected] * 2, rtol=1e-5)
+    assert "centers_distance:" in capsys.readouterr().out
+    result = model.evaluate([features, labels], batch_size=4, verbose=0, return_dict=True)
+    np.testing.assert_allclose(result["centers_distance"], expected, rtol=1e-5)
+
+
+def test_without_the_metric(impl, batch):
+    model = classifier(tcl.CenterLoss(C, impl=impl, distance_metric=False))
+    assert set(model.fit([*batch], batch[1], verbose=0).history) == {"loss"}
+
+
+# When the centers move.
+
+
+def test_manual_update_moves_once_by_all_batches(impl, batch):
+    layer = tcl.CenterLoss(C, alpha=0.3, impl=impl, update="manual")
+    for traced in (False, True):
+
+        def step():
+            for part in (slice(0, 5), slice(5, B)):
+                layer(batch[0][part], batch[1][part], training=True)
+            layer.update_centers()
+
+        before = numbers(layer) if layer.built else np.zeros([C, D])
+        (tf.function(step) if traced else step)()
+        truth = oracle.center_loss(*batch, before, alpha=0.3)
+        assert_close(numbers(layer), truth.centers, "float32", "centers")
+    layer(*batch, training=False)
+    with pytest.raises(RuntimeError, match="expected a training call of the layer before it"):
+        layer.update_centers()
+
+
+def test_manual_update_without_manual_mode(batch):
+    layer = tcl.CenterLoss(C)
+    layer(*batch, training=True)
+    with pytest.raises(RuntimeError, match='update="manual"'):
+        layer.update_centers()
+
+
+def test_calls_left_over_from_another_trace_are_forgotten(impl, batch):
+    layer = tcl.CenterLoss(C, impl=impl, update="manual")
+    layer.build((None, D))
+    tf.function(lambda: layer(*batch, training=True))()
+    with pytest.raises(RuntimeError, match="expected a training call"):
+        layer.update_centers()
+
+
+def test_an_update_that_never_comes_is_an_error(batch, monkeypatch):
+    monkeypatch.setattr("tf_center_loss_op.layer.MOST_PENDING", 3)
+    layer = tcl.CenterLoss(C, update="manual")
+    for _ in range(3):
+        layer(*batch, training=True)
+    with pytest.raises(RuntimeError, match=r"expected update_centers\(\) at least once in 3"):
+        layer(*batch, training=True)
+
+
+@pytest.mark.parametrize("steps_per_execution", [1, 3])
+def test_after_the_optimizer_step(impl, batch, steps_per_execution):
+    # The residual is that of the forward pass, so it makes no difference when the centers move.
+    results = []
+    for update, bases in (("forward", ()), ("manual", (tcl.UpdateCentersAfterStep,))):
+        keras.utils.set_random_seed(1)
+        layer = tcl.CenterLoss(C, impl=impl, update=update)
+        model = classifier(layer, bases, steps_per_execution=steps_per_execution)
+        model.fit([*batch], batch[1], batch_size=4, epochs=2, shuffle=False, verbose=0)
+        results.append(model.get_weights())
+    for forward, manual in zip(*results, strict=True):
+        assert np.array_equal(forward, manual)
+
+
+def test_gradient_checkpointing_moves_the_centers_once(impl, batch):
+    dense = keras.layers.Dense(D)
+    layer = tcl.CenterLoss(C, impl=impl, update="manual")
+    dense.build((None, D)), layer.build((None, D))
+    calls = []
+
+    @tf.recompute_grad
+    def forward(x):
+        calls.append(1)
+        return dense(x)
+
+    with tf.GradientTape() as tape:
+        embedded = forward(tf.constant(batch[0]))
+        layer(embedded, batch[1], training=True)
+        loss = layer.losses[0]
+    tape.gradient(loss, dense.trainable_weights)
+    assert len(calls) == 2
+    layer.update_centers()
+    truth = oracle.center_loss(embedded.numpy(), batch[1], np.zeros([C, D]))
+    assert_close(numbers(layer), truth.centers, "float32", "centers")
+
+
+# fit.
+
+
+@pytest.mark.parametrize("jit_compile", [True, False, "auto"])
+def test_jit_compile(jit_compile, batch):
+    keras.utils.set_random_seed(1)
+    layer = tcl.CenterLoss(C)
+    model = classifier(layer, jit_compile=jit_compile)
+    losses = model.fit([*batch], batch[1], epochs=3, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    assert numbers(
+        model.layers[3] if hasattr(model.layers[3], "centers") else model.layers[2]
+    ).any()
+
+
+def test_sequential(impl, batch):
+    layer = tcl.CenterLoss(C, impl=impl)
+    model = keras.Sequential([layer, keras.layers.Dense(C)])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss, run_eagerly=False)
+    model.train_on_batch([*batch], batch[1])
+    truth = oracle.center_loss(*batch, np.zeros([C, D]))
+    assert_close(numbers(layer), truth.centers, "float32", "centers")
+
+
+def test_the_same_seed_gives_the_same_bits(impl, batch):
+    results = []
+    for _ in range(2):
+        keras.utils.set_random_seed(7)
+        initializer = tcl.RandomCenters(0.1, seed=2)
+        model = classifier(tcl.CenterLoss(C, impl=impl, centers_initializer=initializer))
+        model.fit([*batch], batch[1], batch_size=5, epochs=3, verbose=0)
+        results.append(model.get_weights())
+    for first, second in zip(*results, strict=True):
+        assert np.array_equal(first, second)
+
+
+def test_gradient_accumulation_in_the_optimizer(impl, batch):
+    # The optimizer steps every second batch; the centers by each batch, once.
+    layer = tcl.CenterLoss(C, impl=impl)
+    optimizer = keras.optimizers.SGD(0.0, gradient_accumulation_steps=2)
+    model = classifier(layer, optimizer=optimizer)
+    dense = model.get_layer("embedding")
+    model.fit([*batch], batch[1], batch_size=4, shuffle=False, verbose=0)
+    embedded, centers = np.asarray(dense(batch[0])), np.zeros([C, D])
+    for k in range(0, B, 4):
+        part = slice(k, k + 4)
+        centers = oracle.center_loss(embedded[part], batch[1][part], centers).centers
+    np.testing.assert_allclose(numbers(layer), centers, rtol=1e-4, atol=1e-6)
+
+
+# Mixed precision.
+
+
+class PlainCenters(keras.layers.Layer):
+    """The formula written out, as in the tutorial."""
+
+    def build(self, shape):
+        self.centers = self.add_weight(shape=(C, D), initializer="zeros", trainable=False)
+
+    def call(self, inputs):
+        features, labels = tf.cast(inputs[0], tf.float32), inputs[1]
+        table = self.centers._value
+        residual = features - tf.stop_gradient(tf.gather(table, labels))
+        self.add_loss(tf.nn.l2_loss(residual) / B)
+        _, index, counts = tf.unique_with_counts(labels)
+        n = tf.cast(tf.gather(counts, index), tf.float32)[:, tf.newaxis]
+        table.scatter_add(tf.IndexedSlices(tf.stop_gradient(0.5 / (1 + n) * residual), labels))
+        return inputs[0]
+
+
+def overflowing_fit(layer):
+    """A float16 fit in which one batch of eight overflows in the embedding."""
+    keras.utils.set_random_seed(0)
+    inputs, labels = keras.Input([D]), keras.Input([], dtype="int32")
+    embedded = keras.layers.Dense(D, dtype="mixed_float16", name="embedding")(inputs)
+    logits = keras.layers.Dense(C, dtype="float32")(layer([embedded, labels]))
+    model = keras.Model([inputs, labels], logits)
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.01))
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, C, 8 * B).astype(np.int32)
+    x = (np.eye(D)[y % D] + rng.normal(size=(8 * B, D)) / 5).astype("f")
+    x[3 * B : 4 * B] = 60000.0  # beyond float16 once it is multiplied
+    model.get_layer("embedding").kernel.assign(2 * np.eye(D))
+    model.fit([x, y], y, batch_size=B, shuffle=False, verbose=0)
+    after = model.fit([x[:B], y[:B]], y[:B], epochs=5, verbose=0).history["loss"]
+    return numbers(layer), after, model.get_layer("embedding").kernel.numpy()
+
+
+def test_an_overflow_in_float16_does_not_poison_the_table(impl):
+    table, losses, kernel = overflowing_fit(
+        tcl.CenterLoss(C, weight=0.1, impl=impl, dtype="mixed_float16")
+    )
+    assert np.isfinite(table).all() and table.any()
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+    assert np.isfinite(kernel).all()
+
+
+def test_the_plain_formula_is_poisoned_for_good():
+    table, losses, _ = overflowing_fit(PlainCenters(dtype="float32"))
+    assert not np.isfinite(table).all()
+    assert not np.isfinite(losses).any()
+
+
+def test_bfloat16_learns(impl, batch):
+    keras.utils.set_random_seed(0)
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = classifier(tcl.CenterLoss(C, weight=0.1, impl=impl))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    losses = model.fit([*batch], batch[1], epochs=10, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+
+
+# Export.
+
+
+def test_the_exported_embedding_loads_without_this_package(impl, batch, tmp_path):
+    model = classifier(tcl.CenterLoss(C, impl=impl))
+    model.fit([*batch], batch[1], verbose=0)
+    embedding = keras.Model(model.inputs[0], model.get_layer("embedding").output)
+    embedding.export(tmp_path / "exported", verbose=False)
+    np.save(tmp_path / "x.npy", batch[0])
+    run_python(
+        """
+        import sys
+        import numpy as np
+        import tensorflow as tf
+
+        sys.modules["tf_center_loss_op"] = None  # importing it would fail
+        loaded = tf.saved_model.load("exported")
+        np.save("y.npy", loaded.serve(np.load("x.npy")))
+        """,
+        tmp_path,
+    )
+    assert_close(np.load(tmp_path / "y.npy"), embedding(batch[0]), "float32", "features")
