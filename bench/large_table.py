@@ -1,0 +1,126 @@
+"""The life of a large table and the memory it takes: `python -m bench.large_table`.
+
+Creates, trains, saves, loads, checkpoints and restores a table, by default 10 million x 256
+float32, 10 GB; prints the time of each stage and the peak of the process's memory within it.
+Needs disk space for two copies of the table.
+"""
+
+import argparse
+import multiprocessing
+import os
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+import tensorflow as tf
+from rich.console import Console
+from rich.table import Table
+
+import tf_center_loss_op as tcl
+
+BATCH = 1024
+
+
+def peak_of(stage):
+    """(seconds, peak resident bytes, resident bytes afterwards) of stage()."""
+    Path("/proc/self/clear_refs").write_text("5")
+    start = time.perf_counter()
+    stage()
+    return time.perf_counter() - start, _status("VmHWM"), _status("VmRSS")
+
+
+def first_life(classes, dim, steps, folder):
+    """Makes, trains and saves a table; [(stage, seconds, peak, afterwards)]."""
+    rng = np.random.default_rng(0)
+    rows = tf.constant(rng.integers(0, classes, BATCH))
+    features = tf.constant(rng.standard_normal((BATCH, dim), np.float32))
+    centers = None
+
+    def create():
+        nonlocal centers
+        centers = tcl.create_centers(classes, dim, initializer=tcl.RandomCenters(seed=0))
+
+    @tf.function(autograph=False)
+    def step(labels):
+        return tcl.center_loss(features, labels, centers)
+
+    def train():
+        for _ in range(steps):
+            step(tf.constant(rng.integers(0, classes, BATCH)))
+
+    def save():
+        tcl.save_centers(centers, f"{folder}/centers.npy")
+
+    def load():
+        before = tcl.centers_of(rows, centers)
+        centers.scatter_update(tf.IndexedSlices(tf.zeros_like(before), rows))
+        tcl.load_centers(centers, f"{folder}/centers.npy")
+        assert np.array_equal(tcl.centers_of(rows, centers), before), "other numbers"
+
+    def checkpoint():
+        tf.train.Checkpoint(centers=centers).write(f"{folder}/checkpoint")
+        np.save(f"{folder}/rows.npy", tcl.centers_of(rows, centers))
+
+    return [
+        ("create, normal random numbers", *peak_of(create)),
+        (f"{steps} steps of {BATCH} samples", *peak_of(train)),
+        ("save_centers", *peak_of(save)),
+        ("load_centers", *peak_of(load)),
+        ("tf.train.Checkpoint.write", *peak_of(checkpoint)),
+        ("a step after it", *peak_of(lambda: step(rows))),
+    ]
+
+
+def second_life(classes, dim, steps, folder):
+    """Restores it in a new process and goes on."""
+    rows = tf.constant(np.random.default_rng(0).integers(0, classes, BATCH))
+    centers = tcl.create_centers(classes, dim)
+
+    def restore():
+        tf.train.Checkpoint(centers=centers).read(f"{folder}/checkpoint")
+
+    def train():
+        for _ in range(steps):
+            tcl.update_centers(tf.ones([BATCH, dim]), rows, centers)
+
+    stages = [("new process: tf.train.Checkpoint.read", *peak_of(restore))]
+    saved = np.load(f"{folder}/rows.npy")
+    assert np.array_equal(tcl.centers_of(rows, centers), saved), "other numbers"
+    return [*stages, (f"{steps} steps", *peak_of(train))]
+
+
+def main():
+    """Runs each life in a process of its own and prints the table."""
+    parser = argparse.ArgumentParser(prog="python -m bench.large_table", description=__doc__)
+    parser.add_argument("--classes", type=int, default=10**7)
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--folder", help="for the files (default: a temporary one)")
+    arguments = parser.parse_args()
+    sizes = arguments.classes, arguments.dim, arguments.steps
+    out = Table(
+        title=f"{sizes[0]:,} × {sizes[1]} float32, {4e-9 * sizes[0] * sizes[1]:.2f} GB; "
+        f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB of memory"
+    )
+    for name in ("stage", "seconds", "peak GB", "GB afterwards"):
+        out.add_column(name, justify="left" if name == "stage" else "right")
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        for life in (first_life, second_life):
+            with multiprocessing.get_context("spawn").Pool(1) as process:
+                for stage, seconds, peak, after in process.apply(life, (*sizes, folder)):
+                    out.add_row(stage, f"{seconds:.2f}", f"{peak / 1e9:.2f}", f"{after / 1e9:.2f}")
+    Console(width=100).print(out)
+
+
+def _status(field):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return 1024 * int(line.split()[1])
+    raise KeyError(field)
+
+
+if __name__ == "__main__":
+    main()
