@@ -54,6 +54,7 @@ struct StepArguments {
   Center* centers = nullptr;              // [C, D], written only if options.update_centers
   Center* loss = nullptr;                 // one number, or [B] for Reduction::kNone; null: unwanted
   Center* residual = nullptr;             // [B, D] d(loss)/d(features); null: unwanted
+  Center* squared_distance = nullptr;     // [B] ||d_i||^2, 0 where ignored; null: unwanted
   bool features_are_residuals = false;
   StepOptions<Center> options;
 };

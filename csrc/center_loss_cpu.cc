@@ -164,6 +164,7 @@ class Step {
     for (int r = 0; r < chunk.rows.rows; ++r) {
       const int64_t i = groups_.order()[chunk.begin + r];
       StoreLoss(i, SampleWeight(i) * (squares[r] / 2));
+      if (step_.squared_distance != nullptr) step_.squared_distance[i] = squares[r];
       // Finite squares prove finite features; only otherwise the row itself has to be asked.
       if (!IsFinite(squares[r])) not_finite += !loops_.all_finite(Features(i), step_.dim);
     }
@@ -240,6 +241,7 @@ class Step {
     for (int64_t k = std::max(begin, groups_.counted()); k < end; ++k) {
       const int64_t i = groups_.order()[k];
       StoreLoss(i, 0);
+      if (step_.squared_distance != nullptr) step_.squared_distance[i] = 0;
       if (step_.residual != nullptr) {
         std::fill_n(step_.residual + i * step_.dim, step_.dim, Center{0});
       }

@@ -31,7 +31,8 @@ SIGNATURES = {
         dict(num_classes=REQUIRED),
         dict(weight=1.0)
         | STEP
-        | dict(reduction="mean", centers_initializer="zeros", ignore_label=None, impl="auto"),
+        | dict(reduction="mean", centers_initializer="zeros", ignore_label=None, impl="auto")
+        | dict(update="forward", distance_metric=True),
     ),
     "compat.v1.center_loss": (dict(features=REQUIRED, labels=REQUIRED, alpha=0.0), {}),
     "build_info": ({}, {}),

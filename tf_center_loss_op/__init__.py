@@ -2,8 +2,32 @@
 
 from tf_center_loss_op import compat
 from tf_center_loss_op._native import build_info
+from tf_center_loss_op.backup import AtomicBackup
 from tf_center_loss_op.conventions import CONVENTIONS
 from tf_center_loss_op.functional import center_loss, update_centers
-from tf_center_loss_op.layer import CenterLoss
+from tf_center_loss_op.layer import CenterLoss, UpdateCentersAfterStep
+from tf_center_loss_op.tables import (
+    RandomCenters,
+    centers_from_dataset,
+    centers_of,
+    create_centers,
+    load_centers,
+    save_centers,
+)
 
-__all__ = ["CONVENTIONS", "CenterLoss", "build_info", "center_loss", "compat", "update_centers"]
+__all__ = [
+    "AtomicBackup",
+    "CONVENTIONS",
+    "CenterLoss",
+    "RandomCenters",
+    "UpdateCentersAfterStep",
+    "build_info",
+    "center_loss",
+    "centers_from_dataset",
+    "centers_of",
+    "compat",
+    "create_centers",
+    "load_centers",
+    "save_centers",
+    "update_centers",
+]

@@ -14,13 +14,14 @@ from tf_center_loss_op import _native
 from tf_center_loss_op._arguments import Arguments
 
 
-def center_loss(a: Arguments) -> tf.Tensor:
-    """The loss; the centers have moved where a.update_centers."""
+def center_loss(a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
+    """The loss and ||x_i - c_{y_i}||^2 [B]; the centers have moved where a.update_centers."""
     loss, residual = loss_and_residual(a)
+    squared_distance = tf.reduce_sum(residual * residual, axis=1)
     if not a.update_centers:
-        return loss
+        return loss, squared_distance
     with tf.control_dependencies([update_from_residual(a, residual)]):
-        return tf.identity(loss)
+        return tf.identity(loss), squared_distance
 
 
 def update_centers(a: Arguments) -> tf.Operation | None:

@@ -10,21 +10,19 @@ from tf_center_loss_op import _native
 from tf_center_loss_op._arguments import Arguments
 
 
-def center_loss(a: Arguments) -> tf.Tensor:
-    """The loss; the centers have moved where a.update_centers."""
-    if not a.update_centers:
-        return loss_and_residual(a)[0]
-    return (
-        _native.ops()
-        .tcl_center_loss_step(
+def center_loss(a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
+    """The loss and ||x_i - c_{y_i}||^2 [B]; the centers have moved where a.update_centers."""
+    if a.update_centers:
+        out = _native.ops().tcl_center_loss_step(
             centers=a.centers.handle,
             alpha=a.alpha,
             rule=a.rule,
             **_batch(a),
             **_loss(a),
         )
-        .loss
-    )
+    else:
+        out = _read_only(a)
+    return out.loss, out.squared_distance
 
 
 def update_centers(a: Arguments) -> tf.Operation | None:
@@ -36,9 +34,8 @@ def update_centers(a: Arguments) -> tf.Operation | None:
 
 def loss_and_residual(a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
     """The loss and d(loss)/d(features) [B, D] in the centers' type; no center moves."""
-    variable_accessed(a.centers)
-    loss, bits = _native.ops().tcl_center_loss(centers=a.centers.handle, **_batch(a), **_loss(a))
-    return loss, tf.bitcast(bits, a.centers.dtype)
+    out = _read_only(a)
+    return out.loss, tf.bitcast(out.residual_bits, a.centers.dtype)
 
 
 def update_from_residual(a: Arguments, residual: tf.Tensor) -> tf.Operation | None:
@@ -50,6 +47,11 @@ def update_from_residual(a: Arguments, residual: tf.Tensor) -> tf.Operation | No
         from_residual=True,
         **_batch(a) | {"features": residual},
     )
+
+
+def _read_only(a):
+    variable_accessed(a.centers)
+    return _native.ops().tcl_center_loss(centers=a.centers.handle, **_batch(a), **_loss(a))
 
 
 def _batch(a):
@@ -101,7 +103,7 @@ def _slices(op, handle, labels, rows):
 
 
 @tf.RegisterGradient("TclCenterLossStep")
-def _step_gradient(op, upstream, _):
+def _step_gradient(op, upstream, *_):
     _, features, labels, weight, _, *sample_weight = op.inputs
     gradient = _backward(
         op, upstream, op.outputs[1], features, labels, weight, sample_weight, centers=[]
@@ -110,7 +112,7 @@ def _step_gradient(op, upstream, _):
 
 
 @tf.RegisterGradient("TclCenterLoss")
-def _center_loss_gradient(op, upstream, _):
+def _center_loss_gradient(op, upstream, *_):
     handle, features, labels, weight, *sample_weight = op.inputs
     # In the centers' type: the gradient to the centers is not rounded to 16 bits on its way.
     wide = tf.cast(features, op.get_attr("Tcenters"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import keras
 import tensorflow as tf
 
@@ -96,7 +98,7 @@ def center_loss(
     Source: Wen, Zhang, Li, Qiao, "A Discriminative Feature Learning Approach for Deep Face
     Recognition", ECCV 2016, equations 2 to 4.
     """
-    return weighted_center_loss(
+    return loss_and_squared_distance(
         features,
         labels,
         centers,
@@ -109,17 +111,26 @@ def center_loss(
         update_centers=update_centers,
         impl=impl,
         name=name,
-    )
+    ).loss
 
 
-def weighted_center_loss(features, labels, centers, *, weight, impl, name=None, **options):
-    """`center_loss` times weight, which the fused op multiplies in on its way."""
+class Result(NamedTuple):
+    """What a call computed, and the batch as the implementation saw it."""
+
+    loss: tf.Tensor
+    squared_distance: tf.Tensor  # [B] ||x_i - c_{y_i}||^2, without a gradient
+    features: tf.Tensor  # [B, D]
+    labels: tf.Tensor  # [B] class ids
+
+
+def loss_and_squared_distance(features, labels, centers, *, weight, impl, name=None, **options):
+    """`center_loss` times weight, which the fused op multiplies in on its way, and more."""
     with tf.name_scope(name or "center_loss"):
         a = _arguments.check(features, labels, centers, weight=weight, **options)
-        loss = implementation(impl, a.centers).center_loss(a)
+        loss, squared_distance = implementation(impl, a.centers).center_loss(a)
         if a.reduction == "none" and a.loss_shape is not None:
             loss = tf.reshape(loss, a.loss_shape)
-        return loss
+        return Result(loss, tf.stop_gradient(squared_distance), a.features, a.labels)
 
 
 def update_centers(

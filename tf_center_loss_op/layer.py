@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import keras
 import tensorflow as tf
+from keras.optimizers.schedules import LearningRateSchedule
 
-from tf_center_loss_op import _arguments, _native
-from tf_center_loss_op.functional import weighted_center_loss
+from tf_center_loss_op import _arguments, _native, tables
+from tf_center_loss_op.functional import loss_and_squared_distance, update_centers
+
+UPDATES = ("forward", "manual")
+
+# Training calls in eager mode that a layer with update="manual" keeps for its update_centers().
+MOST_PENDING = 1024
 
 
 @keras.saving.register_keras_serializable(package="tf_center_loss_op")
@@ -20,17 +26,25 @@ class CenterLoss(keras.layers.Layer):
 
     The centers move in training only, once for each forward pass; evaluation and prediction leave
     them as they are. They are a non-trainable weight: no optimizer touches them, and they are
-    saved and restored with the model.
+    saved and restored with the model. The progress bar shows the mean distance of the samples to
+    the centers of their classes beside the loss, as ``<layer's name>_distance``.
 
     Args:
       num_classes: C, the number of classes.
-      weight: lambda, the factor of the loss (equation 5 of the paper), >= 0.
-      alpha: step size of the centers, a number >= 0.
+      weight: lambda, the factor of the loss (equation 5 of the paper), >= 0: a number, a scalar
+        variable, or a schedule from `keras.optimizers.schedules` over the training calls of this
+        layer (a warm-up, for example).
+      alpha: step size of the centers, >= 0: likewise.
       rule: the rule of the step, see `center_loss`.
       reduction: ``"mean"`` (default) or ``"sum"`` over the batch, or ``"none"``.
-      centers_initializer: a Keras initializer, or its name, for the centers ``[C, D]``.
+      centers_initializer: a Keras initializer, or its name, for the centers ``[C, D]``. Zeros and
+        `RandomCenters` are made in place, without a second copy of a large table.
       ignore_label: samples with this label are left out.
       impl: ``"auto"``, ``"native"`` or ``"graph"``, see `center_loss`.
+      update: when the centers move. ``"forward"``: in each training call. ``"manual"``: when
+        `update_centers` is called, once for all training calls since; for gradient accumulation,
+        gradient checkpointing and steps after the optimizer's (`UpdateCentersAfterStep`).
+      distance_metric: whether to track the mean distance; the op computes it on its way.
       **layer_kwargs: ``name``, ``dtype`` and the like, of `keras.layers.Layer`.
 
     Call arguments:
@@ -42,6 +56,10 @@ class CenterLoss(keras.layers.Layer):
 
     Attributes:
       centers: float32 ``[C, D]``.
+      weight, alpha: may be set between calls; a compiled function keeps a number it was traced
+        with, but reads a variable anew.
+      distance: the `keras.metrics.Mean` of the distances, or None. Samples that are ignored or
+        not finite are left out.
 
     Raises:
       TypeError, ValueError: as `center_loss`, at construction or in the call.
@@ -63,13 +81,15 @@ class CenterLoss(keras.layers.Layer):
         self,
         num_classes: int,
         *,
-        weight: float = 1.0,
-        alpha: float = 0.5,
+        weight: float | tf.Variable | keras.Variable | LearningRateSchedule = 1.0,
+        alpha: float | tf.Variable | keras.Variable | LearningRateSchedule = 0.5,
         rule: str = "paper",
         reduction: str = "mean",
         centers_initializer: str | keras.initializers.Initializer = "zeros",
         ignore_label: int | None = None,
         impl: str = "auto",
+        update: str = "forward",
+        distance_metric: bool = True,
         **layer_kwargs: object,
     ):
         # No autocast: the features pass unchanged, and sample weights keep their precision.
@@ -79,15 +99,22 @@ class CenterLoss(keras.layers.Layer):
         _arguments.one_of("rule", rule, _arguments.RULES)
         _arguments.one_of("reduction", reduction, _arguments.REDUCTIONS)
         _arguments.one_of("impl", impl, _arguments.IMPLEMENTATIONS)
+        _arguments.one_of("update", update, UPDATES)
+        if not isinstance(distance_metric, bool):
+            raise TypeError(f"distance_metric: expected True or False, got {distance_metric!r}")
         self.num_classes = num_classes
-        self.weight = _arguments.number("weight", weight)
-        self.alpha = _arguments.number("alpha", alpha)
+        self.weight = _factor("weight", weight)
+        self.alpha = _factor("alpha", alpha)
         self.rule = rule
         self.reduction = reduction
         self.centers_initializer = keras.initializers.get(centers_initializer)
         self.ignore_label = ignore_label
         self.impl = impl
+        self.update = update
+        self.distance = keras.metrics.Mean(f"{self.name}_distance") if distance_metric else None
+        self.steps = None
         self.supports_jit = _native.build_info()["xla"]
+        self._pending = _Pending()
 
     def build(self, features_shape, labels_shape=None, sample_weight_shape=None):
         """Creates the centers."""
@@ -101,11 +128,15 @@ class CenterLoss(keras.layers.Layer):
         self.centers = self.add_weight(
             name="centers",
             shape=(self.num_classes, features_shape[-1]),
-            initializer=self.centers_initializer,
+            initializer=tables.in_place(self.centers_initializer),
             dtype="float32",
             trainable=False,
             autocast=False,
         )
+        if any(isinstance(factor, LearningRateSchedule) for factor in (self.weight, self.alpha)):
+            self.steps = self.add_weight(
+                name="steps", shape=(), initializer="zeros", dtype="int64", trainable=False
+            )
 
     def call(self, features, labels=None, sample_weight=None, training=None):
         """Adds the loss and returns the features."""
@@ -116,8 +147,39 @@ class CenterLoss(keras.layers.Layer):
                 "labels: expected layer(features, labels) or layer([features, labels]), got None; "
                 "to predict without labels, make a model that ends at the features"
             )
-        self.add_loss(self._loss(features, labels, sample_weight, training))
+        self.add_loss(self._loss(features, labels, sample_weight, bool(training)))
         return features
+
+    def update_centers(self):
+        """Moves the centers, once, by the training calls since the last time (update="manual").
+
+        The batches of several calls count as one: n_j and N are over all of them. Call it where
+        those calls were made: in the same `tf.function`, or in eager mode.
+
+        Raises:
+          RuntimeError: the layer updates in its forward pass, or no training call came before.
+        """
+        if self.update != "manual":
+            raise RuntimeError(
+                'update_centers: expected a layer with update="manual", got '
+                f"update={self.update!r}, whose centers moved in the forward pass already"
+            )
+        batches = self._pending.take()
+        if not batches:
+            raise RuntimeError(
+                "update_centers: expected a training call of the layer before it, in the same "
+                "tf.function or in eager mode, got none"
+            )
+        features, labels = (tf.concat(parts, axis=0) for parts in zip(*batches, strict=True))
+        update_centers(
+            features,
+            labels,
+            self.centers,
+            alpha=self._now(self.alpha),
+            rule=self.rule,
+            ignore_label=self.ignore_label,
+            impl=self.impl,
+        )
 
     def compute_output_spec(self, features, labels=None, sample_weight=None, training=None):
         """The features' own shape and type."""
@@ -128,13 +190,15 @@ class CenterLoss(keras.layers.Layer):
         """The constructor's arguments."""
         return super().get_config() | {
             "num_classes": self.num_classes,
-            "weight": self.weight,
-            "alpha": self.alpha,
+            "weight": _factor_config(self.weight),
+            "alpha": _factor_config(self.alpha),
             "rule": self.rule,
             "reduction": self.reduction,
             "centers_initializer": keras.initializers.serialize(self.centers_initializer),
             "ignore_label": self.ignore_label,
             "impl": self.impl,
+            "update": self.update,
+            "distance_metric": self.distance is not None,
         }
 
     def _loss(self, features, labels, sample_weight, training):
@@ -142,16 +206,111 @@ class CenterLoss(keras.layers.Layer):
         # The centers of a layer are float32 whatever the features are.
         if features.dtype == tf.float64:
             features = tf.cast(features, tf.float32)
-        return weighted_center_loss(
+        result = loss_and_squared_distance(
             features,
             labels,
             self.centers,
-            weight=self.weight,
-            alpha=self.alpha,
+            weight=self._now(self.weight),
+            alpha=self._now(self.alpha),
             rule=self.rule,
             reduction=self.reduction,
             sample_weight=sample_weight,
             ignore_label=self.ignore_label,
-            update_centers=bool(training),
+            update_centers=training and self.update == "forward",
             impl=self.impl,
         )
+        if training and self.update == "manual":
+            self._pending.add(tf.stop_gradient(result.features), result.labels)
+        if training and self.steps is not None:
+            self.steps.assign_add(1)
+        if self.distance is not None:
+            squared = result.squared_distance
+            counts = tf.math.is_finite(squared)
+            if self.ignore_label is not None:
+                counts &= tf.not_equal(result.labels, self.ignore_label)
+            self.distance.update_state(tf.sqrt(tf.where(counts, squared, 0)), counts)
+        return result.loss
+
+    def _now(self, factor):
+        """The factor's number at this step."""
+        return factor(self.steps) if isinstance(factor, LearningRateSchedule) else factor
+
+
+class UpdateCentersAfterStep:
+    """Mixin for a `keras.Model`: its centers move after each step of the optimizer.
+
+    Equals, for each `CenterLoss` layer with ``update="manual"`` in the model:
+
+        logs = super().train_step(data)
+        layer.update_centers()
+
+    The residuals are those of the forward pass, x_i - c_{y_i}: no sample is embedded anew.
+
+    >>> import keras
+    >>> import tf_center_loss_op as tcl
+    >>> class Model(tcl.UpdateCentersAfterStep, keras.Model):
+    ...     pass
+    """
+
+    def train_step(self, *args, **kwargs):
+        """The model's own step, then the centers'."""
+        logs = super().train_step(*args, **kwargs)
+        for layer in self._flatten_layers(include_self=False):
+            if isinstance(layer, CenterLoss) and layer.update == "manual":
+                layer.update_centers()
+        return logs
+
+
+class _Pending:
+    """The training calls whose centers have not moved yet.
+
+    A class, because Keras would track a list as part of the layer's state.
+    """
+
+    def __init__(self):
+        self._batches = []
+
+    def add(self, features, labels):
+        self._forget_other_graphs()
+        if len(self._batches) >= MOST_PENDING:
+            raise RuntimeError(
+                f"update: expected update_centers() at least once in {MOST_PENDING} training "
+                'calls of a layer with update="manual", got none'
+            )
+        self._batches.append((features, labels))
+
+    def take(self):
+        self._forget_other_graphs()
+        taken, self._batches = self._batches, []
+        return taken
+
+    def _forget_other_graphs(self):
+        # Left over from a trace that never called update_centers().
+        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        self._batches = [
+            batch for batch in self._batches if getattr(batch[0], "graph", None) is graph
+        ]
+
+
+def _factor(name, value):
+    """A number, scalar variable or schedule >= 0, as it is used in `call`."""
+    if isinstance(value, dict):
+        value = keras.saving.deserialize_keras_object(value)
+    if isinstance(value, LearningRateSchedule):
+        return value
+    # Unwrapped, or Keras would take it for a weight of the layer.
+    value = _arguments.unwrap(value)
+    if isinstance(value, tf.Variable):
+        if not (value.dtype.is_floating and value.shape.is_compatible_with([])):
+            raise ValueError(
+                f"{name}: expected a scalar floating-point variable, "
+                f"got {value.dtype.name} {value.shape}"
+            )
+        return value
+    return _arguments.number(name, value)
+
+
+def _factor_config(value):
+    if isinstance(value, LearningRateSchedule):
+        return keras.saving.serialize_keras_object(value)
+    return float(value)

@@ -1,8 +1,13 @@
 #include "csrc/tensorflow/huge_pages.h"
 
 #include <cstdlib>
+#include <cstring>
 #include <fstream>
 #include <string>
+#include <unordered_map>
+#include <utility>
+
+#include "absl/synchronization/mutex.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -20,6 +25,18 @@ bool SystemOffersHugePages() {
   return !modes.empty() && modes.find("[never]") == std::string::npos;
 }
 
+}  // namespace
+
+bool HugePagesWanted() {
+  static const bool wanted = [] {
+    const char* const set = std::getenv("TF_CENTER_LOSS_HUGE_PAGES");
+    return (set == nullptr || std::string(set) != "0") && SystemOffersHugePages();
+  }();
+  return wanted;
+}
+
+namespace {
+
 #if defined(__linux__)
 constexpr int kCollapse = 25;  // MADV_COLLAPSE, since Linux 6.1; older kernels refuse it
 
@@ -36,34 +53,59 @@ class Allocator : public tensorflow::Allocator {
  public:
   std::string Name() override { return "tf_center_loss_op_huge_pages"; }
 
+#if defined(__linux__)
+  void* AllocateRaw(size_t /*alignment*/, size_t bytes) override {
+    bytes = (bytes + kHugePage - 1) & ~(kHugePage - 1);
+    // One large page more, so that the array can begin on a whole one.
+    void* const mapping = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE,
+                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (mapping == MAP_FAILED) return nullptr;
+    const uint64_t first = reinterpret_cast<uint64_t>(mapping);
+    void* const memory = reinterpret_cast<void*>((first + kHugePage - 1) & ~(kHugePage - 1));
+    if (HugePagesWanted()) madvise(memory, bytes, MADV_HUGEPAGE);
+    absl::MutexLock lock(mutex_);
+    mappings_[memory] = {mapping, bytes + kHugePage};
+    return memory;
+  }
+
+  void DeallocateRaw(void* memory) override {
+    absl::MutexLock lock(mutex_);
+    const auto found = mappings_.find(memory);
+    munmap(found->second.first, found->second.second);
+    mappings_.erase(found);
+  }
+#else
   void* AllocateRaw(size_t /*alignment*/, size_t bytes) override {
     void* const memory = std::aligned_alloc(kHugePage, (bytes + kHugePage - 1) & ~(kHugePage - 1));
-#if defined(__linux__)
-    if (memory != nullptr) Advise(memory, static_cast<int64_t>(bytes), MADV_HUGEPAGE);
-#endif
+    if (memory != nullptr) std::memset(memory, 0, bytes);
     return memory;
   }
 
   void DeallocateRaw(void* memory) override { std::free(memory); }
+#endif
+
+  bool Owns(const void* memory) {
+    absl::MutexLock lock(mutex_);
+    return mappings_.count(memory) != 0;
+  }
+
+ private:
+  absl::Mutex mutex_;
+  std::unordered_map<const void*, std::pair<void*, size_t>> mappings_ ABSL_GUARDED_BY(mutex_);
 };
 
-}  // namespace
-
-bool HugePagesWanted() {
-  static const bool wanted = [] {
-    const char* const set = std::getenv("TF_CENTER_LOSS_HUGE_PAGES");
-    return (set == nullptr || std::string(set) != "0") && SystemOffersHugePages();
-  }();
-  return wanted;
-}
-
-tensorflow::Allocator* HugePageAllocator() {
+Allocator* TheAllocator() {
   static Allocator* const allocator = new Allocator;
   return allocator;
 }
 
+}  // namespace
+
+tensorflow::Allocator* HugePageAllocator() { return TheAllocator(); }
+
 void MoveToHugePages(const void* memory, int64_t bytes) {
 #if defined(__linux__)
+  if (TheAllocator()->Owns(memory)) return;
   Advise(memory, bytes, MADV_HUGEPAGE);
   Advise(memory, bytes, kCollapse);
 #endif

@@ -18,11 +18,11 @@ constexpr int64_t kMinBytesForHugePages = int64_t{1} << 22;
 
 bool HugePagesWanted();
 
-// Memory that is advised before it is touched, so that its first touch makes large pages at once.
+// Zeros straight from the system, which become memory, in large pages, when they are first touched.
 tensorflow::Allocator* HugePageAllocator();
 
 // Moves what lies in small pages into large ones; addresses and contents stay. Best effort, at
-// about two seconds for a gigabyte; almost free where it has been done before.
+// about two seconds for a gigabyte; nothing to do for memory of the HugePageAllocator.
 void MoveToHugePages(const void* memory, int64_t bytes);
 
 }  // namespace tcl

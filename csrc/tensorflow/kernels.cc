@@ -157,7 +157,7 @@ class BatchOp : public OpKernel {
   }
 
   absl::Status AllocateOutputs(OpKernelContext* context, Arguments* step) {
-    Tensor* loss;
+    Tensor *loss, *squared_distance;
     TF_RETURN_IF_ERROR(context->allocate_output(
         0, step->options.reduction == Reduction::kNone ? TensorShape({step->batch}) : TensorShape(),
         &loss));
@@ -165,7 +165,9 @@ class BatchOp : public OpKernel {
     TF_RETURN_IF_ERROR(
         residual_buffer_.Take(context, 1, TensorShape({step->batch, step->dim}), &residual));
     context->set_output(1, residual);
+    TF_RETURN_IF_ERROR(context->allocate_output(2, TensorShape({step->batch}), &squared_distance));
     step->loss = loss->flat<Center>().data();
+    step->squared_distance = squared_distance->flat<Center>().data();
     step->residual = static_cast<Center*>(residual.data());
     return absl::OkStatus();
   }
@@ -286,6 +288,33 @@ class CenterLossBackwardOp : public OpKernel {
         BestIsa());
   }
 };
+
+template <typename T>
+class ZerosOp : public OpKernel {
+ public:
+  using OpKernel::OpKernel;
+
+  void Compute(OpKernelContext* context) override {
+    TensorShape shape;
+    const auto sizes = context->input(0).flat<int64_t>();
+    OP_REQUIRES_OK(context, TensorShape::BuildTensorShape(
+                                absl::MakeConstSpan(sizes.data(), sizes.size()), &shape));
+    const Tensor zeros(HugePageAllocator(), tensorflow::DataTypeToEnum<T>::v(), shape);
+    OP_REQUIRES(context, zeros.IsInitialized(),
+                absl::ResourceExhaustedError(
+                    absl::StrCat("no memory for a table of shape ", shape.DebugString())));
+    context->set_output(0, zeros);
+  }
+};
+
+#define TCL_ZEROS(T)                                          \
+  REGISTER_KERNEL_BUILDER(Name("TclZeros")                    \
+                              .Device(tensorflow::DEVICE_CPU) \
+                              .HostMemory("shape")            \
+                              .TypeConstraint<T>("dtype"),    \
+                          ZerosOp<T>);
+TCL_ZEROS(float)
+TCL_ZEROS(double)
 
 #define TCL_UNPAREN(...) __VA_ARGS__
 #define TCL_REGISTER_ONE(OpName, Kernel, T, Label)                      \

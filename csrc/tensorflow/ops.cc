@@ -73,11 +73,12 @@ absl::Status CheckSampleWeight(InferenceContext* c, int input, DimensionHandle b
   return Mismatch(c, "sample_weight", c->input(input), c->DebugString(c->Vector(batch)));
 }
 
-absl::Status SetLossAndResidual(InferenceContext* c, const BatchShape& shape) {
+absl::Status SetLossOutputs(InferenceContext* c, const BatchShape& shape) {
   std::string reduction;
   TF_RETURN_IF_ERROR(c->GetAttr("reduction", &reduction));
   c->set_output(0, reduction == "none" ? c->Vector(shape.batch) : c->Scalar());
   c->set_output(1, c->Matrix(shape.batch, shape.dim));
+  c->set_output(2, c->Vector(shape.batch));
   return absl::OkStatus();
 }
 
@@ -102,7 +103,7 @@ absl::Status SetLossAndResidual(InferenceContext* c, const BatchShape& shape) {
 
 }  // namespace
 
-// Loss, residual and the step of the centers, in one pass over the batch.
+// Loss, residual, ||x_i - c_{y_i}||^2 and the step of the centers, in one pass over the batch.
 REGISTER_OP("TclCenterLossStep")
     .Input("centers: resource")
     .Input("features: T")
@@ -112,6 +113,7 @@ REGISTER_OP("TclCenterLossStep")
     .Input("sample_weight: num_weights * Tcenters")
     .Output("loss: Tcenters")
     .Output("residual_bits: Tbits")
+    .Output("squared_distance: Tcenters")
     .TCL_BATCH_ATTRS.TCL_BITS_ATTR.TCL_REDUCTION_ATTR.TCL_RULE_ATTR.Attr("num_weights: int >= 0")
     .SetIsStateful()
     .SetShapeFn([](InferenceContext* c) {
@@ -120,10 +122,10 @@ REGISTER_OP("TclCenterLossStep")
       TF_RETURN_IF_ERROR(CheckScalar(c, 3, "weight"));
       TF_RETURN_IF_ERROR(CheckScalar(c, 4, "alpha"));
       TF_RETURN_IF_ERROR(CheckSampleWeight(c, 5, shape.batch));
-      return SetLossAndResidual(c, shape);
+      return SetLossOutputs(c, shape);
     });
 
-// Loss and residual; nothing is written.
+// The same without the step; nothing is written.
 REGISTER_OP("TclCenterLoss")
     .Input("centers: resource")
     .Input("features: T")
@@ -132,6 +134,7 @@ REGISTER_OP("TclCenterLoss")
     .Input("sample_weight: num_weights * Tcenters")
     .Output("loss: Tcenters")
     .Output("residual_bits: Tbits")
+    .Output("squared_distance: Tcenters")
     .TCL_BATCH_ATTRS.TCL_BITS_ATTR.TCL_REDUCTION_ATTR.Attr("num_weights: int >= 0")
     .SetIsStateful()
     .SetShapeFn([](InferenceContext* c) {
@@ -139,7 +142,7 @@ REGISTER_OP("TclCenterLoss")
       TF_RETURN_IF_ERROR(CheckBatch(c, 0, 1, 2, &shape));
       TF_RETURN_IF_ERROR(CheckScalar(c, 3, "weight"));
       TF_RETURN_IF_ERROR(CheckSampleWeight(c, 4, shape.batch));
-      return SetLossAndResidual(c, shape);
+      return SetLossOutputs(c, shape);
     });
 
 // The step of the centers alone. With `from_residual`, features hold the residual x_i - c_{y_i} of
@@ -157,9 +160,24 @@ REGISTER_OP("TclUpdateCenters")
       return CheckScalar(c, 3, "alpha");
     });
 
+// A table of zeros on large pages, which take up memory only when they are written. Stateful, so
+// that no optimizer makes a constant of it or shares one table among two variables.
+REGISTER_OP("TclZeros")
+    .Input("shape: int64")
+    .Output("zeros: dtype")
+    .Attr("dtype: {float, double}")
+    .SetIsStateful()
+    .SetShapeFn([](InferenceContext* c) {
+      ShapeHandle shape;
+      TF_RETURN_IF_ERROR(c->MakeShapeFromShapeTensor(0, &shape));
+      c->set_output(0, shape);
+      return absl::OkStatus();
+    });
+
 // The backward pass: upstream times residual, in the features' type. Where upstream is one and the
 // types are the same, the residual's own buffer is the gradient. The other inputs are not read:
-// they are what the gradient of this op is taken to.
+// they are what the gradient of this op is taken to. A list of handles may be empty, and other than
+// an input of type resource it does not mark the op as stateful, which could then not be left out.
 REGISTER_OP("TclCenterLossBackward")
     .Input("upstream: Tcenters")
     .Input("residual_bits: Tbits")
@@ -167,10 +185,10 @@ REGISTER_OP("TclCenterLossBackward")
     .Input("labels: Tlabels")
     .Input("weight: Tcenters")
     .Input("sample_weight: num_weights * Tcenters")
-    .Input("centers: num_centers * resource")
+    .Input("centers: handles")
     .Output("gradient: T")
     .TCL_BATCH_ATTRS.TCL_BITS_ATTR.TCL_REDUCTION_ATTR.Attr("num_weights: int >= 0")
-    .Attr("num_centers: int >= 0")
+    .Attr("handles: list({resource}) >= 0")
     .SetShapeFn([](InferenceContext* c) {
       BatchShape shape;
       TF_RETURN_IF_ERROR(CheckBatch(c, -1, 2, 3, &shape));

@@ -183,6 +183,7 @@ ffi::Error RunStep(const StepKind& kind, bool weighted, ffi::ThreadPool& pool,
   if (kind.has_loss) {
     step.loss = result(first_loss);
     step.residual = result(first_loss + 1);
+    step.squared_distance = result(first_loss + 2);
   }
   step.features_are_residuals = kind.from_residual;
   step.options.rule = kind.rule;
@@ -280,6 +281,7 @@ StepResults StepOnCpu(const StepKind& kind, const StepOperands& in) {
                          ? xla::ShapeUtil::MakeShape(in.center_type, {in.batch})
                          : xla::ShapeUtil::MakeShape(in.center_type, {}));
     shapes.push_back(xla::ShapeUtil::MakeShape(in.center_type, {in.batch, in.dim}));
+    shapes.push_back(xla::ShapeUtil::MakeShape(in.center_type, {in.batch}));
   }
   xla::XlaBuilder* const builder = in.features.builder();
   const XlaOp call = xla::CustomCall(
@@ -297,6 +299,7 @@ StepResults StepOnCpu(const StepKind& kind, const StepOperands& in) {
     // As numbers here and as numbers in the backward pass: the two conversions cancel out.
     out.residual_bits =
         xla::BitcastConvertType(xla::GetTupleElement(call, next++), BitsOf(in.center_type));
+    out.squared_distance = xla::GetTupleElement(call, next);
   }
   return out;
 }

@@ -172,7 +172,8 @@ absl::StatusOr<StepResults> StepInHlo(const StepKind& kind, const StepOperands& 
   if (kind.has_loss) {
     const bool mean = kind.reduction == Reduction::kMean;
     const XlaOp weight = kind.moves ? xla::Select(good_alpha, in.weight, nan) : in.weight;
-    XlaOp loss = SumOf(residual * residual, in.center_type, {1}) * xla::ScalarLike(zero, 0.5);
+    out.squared_distance = SumOf(residual * residual, in.center_type, {1});
+    XlaOp loss = out.squared_distance * xla::ScalarLike(zero, 0.5);
     XlaOp factor = xla::Broadcast(mean ? weight / total : weight, {in.batch});
     if (in.sample_weight) {
       loss = loss * ZeroUnless(counted, *in.sample_weight);

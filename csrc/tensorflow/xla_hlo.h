@@ -37,9 +37,10 @@ struct StepOperands {
 };
 
 struct StepResults {
-  xla::XlaOp centers;        // where the kind moves them
-  xla::XlaOp loss;           // where the kind has a loss
-  xla::XlaOp residual_bits;  // likewise
+  xla::XlaOp centers;           // where the kind moves them
+  xla::XlaOp loss;              // where the kind has a loss
+  xla::XlaOp residual_bits;     // likewise
+  xla::XlaOp squared_distance;  // likewise
 };
 
 inline xla::PrimitiveType BitsOf(xla::PrimitiveType center_type) {

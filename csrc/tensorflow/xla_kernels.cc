@@ -78,6 +78,7 @@ class StepLowering : public XlaOpKernel {
     if (kind_.has_loss) {
       context->SetOutput(0, out.loss);
       context->SetOutput(1, out.residual_bits);
+      context->SetOutput(2, out.squared_distance);
     }
   }
 

@@ -1,0 +1,264 @@
+"""Large tables are made, filled, saved and loaded by blocks; a bad file changes nothing."""
+
+import json
+import os
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tf_center_loss_op as tcl
+from child import run_python
+from tf_center_loss_op import tables
+
+C, D = 37, 5
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Several blocks, the last one shorter."""
+    monkeypatch.setattr(tables, "BLOCK_BYTES", 10 * D * 4)
+
+
+@pytest.fixture
+def centers():
+    return tf.Variable(np.arange(C * D, dtype=np.float32).reshape(C, D), trainable=False)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_create(dtype):
+    centers = tcl.create_centers(C, D, dtype=dtype)
+    assert centers.shape == (C, D) and centers.dtype.name == dtype and not centers.trainable
+    assert not centers.numpy().any()
+    tcl.update_centers(tf.ones([1, D], dtype), [3], centers)
+    assert np.flatnonzero(centers.numpy().any(axis=1)).tolist() == [3]
+
+
+def test_two_tables_do_not_share_memory():
+    first, second = tcl.create_centers(C, D), tcl.create_centers(C, D)
+    tcl.update_centers(tf.ones([1, D]), [3], first)
+    assert not second.numpy().any()
+
+
+@pytest.mark.parametrize("wrong", [dict(num_classes=0), dict(dim=2.0), dict(dtype="float16")])
+def test_create_with_wrong_sizes(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        tcl.create_centers(**dict(num_classes=C, dim=D) | wrong)
+
+
+def test_random_centers():
+    same = [tcl.RandomCenters(2.0, seed=5)((4000, D), "float32").numpy() for _ in range(2)]
+    assert np.array_equal(*same)
+    assert abs(same[0].mean()) < 0.05 and abs(same[0].std() - 2) < 0.05
+    # Each block has numbers of its own.
+    assert len(np.unique(same[0])) > 0.99 * same[0].size
+    other = tcl.RandomCenters(2.0, seed=6)((4000, D), "float32").numpy()
+    assert not np.array_equal(same[0], other)
+    unseeded = [tcl.RandomCenters()((3, D), "float32").numpy() for _ in range(2)]
+    assert not np.array_equal(*unseeded)
+
+
+def test_random_centers_in_a_layer(tmp_path):
+    layer = tcl.CenterLoss(C, centers_initializer=tcl.RandomCenters(0.5, seed=1))
+    layer.build((None, D))
+    expected = tcl.RandomCenters(0.5, seed=1)((C, D), "float32")
+    assert np.array_equal(layer.centers.numpy(), expected)
+    again = tcl.CenterLoss.from_config(layer.get_config())
+    assert again.centers_initializer.get_config() == {"stddev": 0.5, "seed": 1}
+
+
+def test_rows(centers):
+    assert np.array_equal(tcl.centers_of([3, 36, 3], centers), centers.numpy()[[3, 36, 3]])
+    assert tcl.centers_of(tf.zeros([2, 4], tf.int64), centers).shape == (2, 4, D)
+    with pytest.raises(TypeError, match="labels: expected dtype int32 or int64, got float32"):
+        tcl.centers_of([1.0], centers)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="37"):
+        tcl.centers_of([37], centers)
+    with pytest.raises(TypeError, match="centers: expected a tf.Variable"):
+        tcl.centers_of([1], centers.numpy())
+
+
+@pytest.mark.parametrize("wrap", [lambda v: v, lambda v: keras.Variable(v)])
+def test_save_and_load(centers, wrap, tmp_path):
+    path, numbers = tmp_path / "centers.npy", centers.numpy()
+    tcl.save_centers(wrap(centers), path)
+    assert np.array_equal(np.load(path), numbers)
+    assert os.listdir(tmp_path) == ["centers.npy"]
+    loaded = wrap(tf.Variable(tf.zeros([C, D]), trainable=False))
+    tcl.load_centers(loaded, path)
+    assert np.array_equal(loaded.numpy(), numbers)
+
+
+def test_a_write_that_fails_leaves_the_old_file(centers, tmp_path, monkeypatch):
+    path = tmp_path / "centers.npy"
+    tcl.save_centers(centers, path)
+    before = path.read_bytes()
+    centers.assign_add(tf.ones([C, D]))
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        tcl.save_centers(centers, path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["centers.npy"]
+
+
+def bad_files(path, numbers):
+    np.save(path / "shape.npy", numbers[:, :4])
+    np.save(path / "classes.npy", numbers[:-1])
+    np.save(path / "dtype.npy", numbers.astype(np.float64))
+    np.save(path / "whole.npy", numbers)
+    whole = (path / "whole.npy").read_bytes()
+    (path / "truncated.npy").write_bytes(whole[:-1])
+    (path / "header.npy").write_bytes(whole[:20])
+    (path / "empty.npy").write_bytes(b"")
+    (path / "text.npy").write_text("no array at all")
+    np.savez(path / "several.npy", numbers)
+    os.replace(path / "several.npy.npz", path / "several.npy")
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("shape", r"expected float32 \(37, 5\) as the centers are, got float32 \(37, 4\)"),
+        ("classes", r"got float32 \(36, 5\)"),
+        ("dtype", r"got float64 \(37, 5\)"),
+        ("truncated", "expected a complete .npy file"),
+        ("header", "expected a complete .npy file"),
+        ("empty", "expected a complete .npy file"),
+        ("text", "expected a complete .npy file"),
+        ("several", "expected a .npy file of one array"),
+    ],
+)
+def test_a_bad_file_changes_nothing(centers, name, words, tmp_path):
+    before = centers.numpy()
+    bad_files(tmp_path, before + 1)
+    with pytest.raises(ValueError, match=f"path: .*{words}"):
+        tcl.load_centers(centers, tmp_path / f"{name}.npy")
+    assert np.array_equal(centers.numpy(), before)
+
+
+def test_a_file_that_is_not_there(centers, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        tcl.load_centers(centers, tmp_path / "none.npy")
+
+
+@pytest.fixture
+def samples():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(200, D)).astype(np.float32), rng.integers(0, C - 2, 200)
+
+
+def test_class_means_of_a_dataset(samples, centers):
+    features, labels = samples
+    before = centers.numpy()
+    features[7, 2], features[9, 0] = np.nan, np.inf
+    labels[11] = -1
+    dataset = tf.data.Dataset.from_tensor_slices((features, labels)).batch(32)
+    counts = tcl.centers_from_dataset(dataset, centers, ignore_label=-1, progress=False)
+    good = np.isfinite(features).all(axis=1)
+    for j in range(C):
+        members = features[good & (labels == j)].astype(np.float64)
+        assert counts[j] == len(members)
+        expected = members.mean(axis=0) if len(members) else before[j]
+        np.testing.assert_allclose(centers.numpy()[j], expected, rtol=1e-5, atol=1e-6)
+    assert not counts[-2:].any()
+
+
+def test_class_means_of_embedded_inputs(samples, centers, capsys):
+    features, labels = samples
+    model = keras.Sequential([keras.Input([D]), keras.layers.Dense(D)])
+    batches = [(features[:100], labels[:100]), (features[100:], labels[100:])]
+    tcl.centers_from_dataset(batches, centers, embed=model)
+    embedded = np.asarray(model(features))
+    j = labels[0]
+    expected = embedded[labels == j].mean(axis=0)
+    np.testing.assert_allclose(centers.numpy()[j], expected, rtol=1e-5, atol=1e-6)
+    assert "2/2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "batch, words",
+    [
+        ((np.ones([2, 4]), [0, 1]), r"features: expected shape \[B, 5\], got \(2, 4\)"),
+        ((np.ones([2, 5]), [0.0, 1.0]), r"labels: expected integers"),
+        ((np.ones([2, 5]), [0, C]), r"labels\[1\] = 37 is outside \[0, 37\)"),
+    ],
+)
+def test_class_means_of_bad_batches(centers, batch, words):
+    before = centers.numpy()
+    good = (np.ones([2, 5]), np.array([0, 1]))
+    with pytest.raises(ValueError, match=words):
+        tcl.centers_from_dataset([good, batch], centers, progress=False)
+    assert np.array_equal(centers.numpy(), before)
+
+
+def test_no_second_copy_of_a_large_table(impl, tmp_path):
+    # 1 GiB; beside it a block of 64 MiB, and what TensorFlow takes for itself.
+    out = run_python(
+        f"""
+        import json
+        import numpy as np
+        import tensorflow as tf
+        import tf_center_loss_op as tcl
+
+        def reset():
+            open("/proc/self/clear_refs", "w").write("5")
+
+        def status(field):  # bytes; of files only what was mapped is not counted
+            for line in open("/proc/self/status"):
+                if line.startswith(field):
+                    return 1024 * int(line.split()[1])
+
+        C, D = 2**20, 256
+        start = status("VmHWM")
+        centers = tcl.create_centers(C, D, initializer=tcl.RandomCenters(seed=0))
+        tcl.update_centers(tf.ones([2, D]), [0, C - 1], centers, impl={impl!r})
+        seen = dict(made=status("VmHWM") - start)
+        for what in "save_centers", "load_centers":
+            reset()
+            before = status("RssAnon")
+            getattr(tcl, what)(centers, "centers.npy")
+            seen[what] = status("VmHWM") - status("RssFile") - before
+        reset()
+        before = status("VmHWM")
+        tcl.centers_of([5, 7], centers)
+        seen["centers_of"] = status("VmHWM") - before
+        print(json.dumps(seen))
+        """,
+        tmp_path,
+    )
+    seen = json.loads(out)
+    table = 2**30
+    assert table < seen["made"] < 1.6 * table
+    assert seen["save_centers"] < table / 4
+    assert seen["load_centers"] < table / 4
+    assert seen["centers_of"] < table / 16
+
+
+@pytest.mark.native
+def test_zeros_take_up_memory_only_where_they_are_written(tmp_path):
+    out = run_python(
+        """
+        import json, time
+        import tensorflow as tf
+        import tf_center_loss_op as tcl
+
+        def resident():
+            for line in open("/proc/self/status"):
+                if line.startswith("RssAnon"):
+                    return 1024 * int(line.split()[1])
+
+        layer = tcl.CenterLoss(2**22)  # 4 GiB
+        tcl.update_centers(tf.ones([1, 256]), [1], tcl.create_centers(10, 256))
+        before = resident()
+        layer.build((None, 256))
+        layer(tf.ones([1, 256]), tf.constant([2**22 - 1]), training=True)
+        print(json.dumps(resident() - before))
+        """,
+        tmp_path,
+    )
+    assert int(out) < 2**26
