@@ -9,7 +9,6 @@ is computed exactly. How many those are depends on the data, a few for each samp
 from __future__ import annotations
 
 import math
-import numbers
 
 import keras
 import numpy as np
@@ -82,13 +81,13 @@ def nearest_centers(
     """
     with tf.name_scope(name or "nearest_centers"):
         features, table = _arguments_of(features, centers)
-        k = _positive("k", k)
+        k = _arguments.positive("k", k)
         if table.static_rows is not None and k > table.static_rows:
             raise ValueError(
                 f"k: expected at most C = {table.static_rows}, the rows of centers, got {k}"
             )
         threshold = None if threshold is None else _threshold(threshold, table.dtype)
-        block = _default_block(table) if block is None else _positive("block", block)
+        block = _default_block(table) if block is None else _arguments.positive("block", block)
         outer = tf.shape(features)[:-1]
         x = tf.reshape(features, [-1, table.width])
         labels, distances = _in_parts(
@@ -236,14 +235,6 @@ def _arguments_of(features, centers):
 
 def _names(types):
     return ", ".join(t.name for t in types)
-
-
-def _positive(name, value):
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name}: expected an int >= 1, got {value!r} ({type(value).__name__})")
-    if value < 1:
-        raise ValueError(f"{name}: expected an int >= 1, got {value}")
-    return int(value)
 
 
 def _threshold(value, dtype):
