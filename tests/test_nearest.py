@@ -65,8 +65,9 @@ def test_every_source(source, traced, k):
     assert_exact(nearest(features), features, centers, k)
 
 
-@pytest.mark.parametrize("block", [1, 2, 299, 300, 10**9])
+@pytest.mark.parametrize("block", [7, 299, 300, 10**9])
 def test_any_block(block):
+    # Also one in which fewer rows remain than are asked for.
     features, centers = problem()
     assert_exact(tcl.nearest_centers(features, centers, k=3, block=block), features, centers, 3)
 
@@ -257,11 +258,10 @@ def test_wrong_labels(source):
         assert f"labels[7] = {value} is outside [0, 300)" in str(caught.value)
 
 
-@pytest.mark.parametrize("where", ["variable", "file"])
-def test_memory(tmp_path, where):
-    # 2^20 x 64 numbers, 256 MiB; and so are the scores of all samples and classes.
+def test_memory(tmp_path):
+    # 2^20 x 64 numbers, 256 MiB, and so are the scores of all samples and classes.
     out = run_python(
-        f"""
+        """
         import json
         import threading
         import numpy as np
@@ -272,50 +272,41 @@ def test_memory(tmp_path, where):
         C, D, B = 2**20, 64, 64
         PART = 2**14
         rng = np.random.default_rng(0)
-        if {where == "file"}:
-            table = np.lib.format.open_memmap("centers.npy", "w+", "f", (C, D))
-        else:
-            table = tf.Variable(tf.zeros([C, D]))
+        file = np.lib.format.open_memmap("centers.npy", "w+", "f", (C, D))
+        variable = tf.Variable(tf.zeros([C, D]))
         for i in range(0, C, PART):
-            part = rng.random((PART, D), np.float32)
-            if {where == "file"}:
-                table[i : i + PART] = part
-            else:
-                table.scatter_update(tf.IndexedSlices(part, tf.range(i, i + PART)))
+            file[i : i + PART] = rng.random((PART, D), np.float32)
+            variable.scatter_update(tf.IndexedSlices(file[i : i + PART], tf.range(i, i + PART)))
         labels = rng.integers(0, C, B)
-        rows = table[labels] if {where == "file"} else tf.gather(table, labels).numpy()
-        features = rows + rng.random((B, D), np.float32) / 100
-        if {where == "variable"}:
-            # A step: the mode in which a dense read copies.
-            tcl.update_centers(features[:1], labels[:1], table, alpha=1e-9)
-
-        def nearest(x):
-            return tcl.nearest_centers(x, table, block=2**15)[0]
-
-        tcl.nearest_centers(features, table[:1000])  # whatever TensorFlow allocates once
+        features = file[labels] + rng.random((B, D), np.float32) / 100
+        # A step: the mode in which a dense read copies.
+        tcl.update_centers(features[:1], labels[:1], variable, alpha=1e-9)
+        tcl.nearest_centers(features, file[:1000])  # whatever TensorFlow allocates once
         process = psutil.Process()
 
         def anonymous():  # the pages of a mapped file are not ours
             return process.memory_info().rss - process.memory_info().shared
 
-        before, highest, done = anonymous(), [0], threading.Event()
+        before, highest, done = anonymous(), 0, threading.Event()
 
         def watch():
+            global highest
             while not done.wait(0.002):
-                highest[0] = max(highest[0], anonymous())
+                highest = max(highest, anonymous())
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        found = [nearest(features), tf.function(nearest)(features)]
+        nearest = lambda table: tcl.nearest_centers(features, table, block=2**15)[0]
+        found = [nearest(file), nearest(variable), tf.function(nearest)(variable)]
+        own = tcl.distance_to_center(features, labels, variable)
         done.set()
         watcher.join()
         good = all(np.array_equal(f, labels) for f in found)
-        print(json.dumps(dict(good=good, grown=highest[0] - before)))
+        print(json.dumps(dict(good=good, grown=highest - before)))
         """,
         tmp_path,
     )
+    (tmp_path / "centers.npy").unlink()
     result = json.loads(out)
     assert result["good"]
     assert result["grown"] < 160 * 2**20
-    if where == "file":
-        (tmp_path / "centers.npy").unlink()
