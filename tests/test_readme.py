@@ -1,4 +1,4 @@
-"""Every Python block of the README runs as it stands, alone."""
+"""Every Python block of the README and of the guides runs as it stands, alone."""
 
 import re
 from pathlib import Path
@@ -7,25 +7,26 @@ import pytest
 
 from child import run_python
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def snippets():
-    """(line, source) of each block; without a README one case that fails."""
-    if not README.exists():
-        return [pytest.param(0, None, id="missing")]
-    text = README.read_text()
-    blocks = re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    starts = [(text.count("\n", 0, block.start()) + 1, block.group(1)) for block in blocks]
-    return [pytest.param(*start, id=f"line {start[0]}") for start in starts]
+    """(source) of each block, named by its page and line."""
+    cases = []
+    for page in filter(Path.exists, PAGES):
+        text = page.read_text()
+        for block in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            line = text.count("\n", 0, block.start()) + 1
+            cases.append(pytest.param(block.group(1), id=f"{page.name} line {line}"))
+    return cases
 
 
-def test_there_are_snippets():
-    assert README.exists()
-    assert snippets()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_there_are_snippets(page):
+    assert "\n```python\n" in page.read_text()
 
 
-@pytest.mark.parametrize("line, source", snippets())
-def test_snippet(line, source, tmp_path):
-    assert source, f"no {README.name}"
+@pytest.mark.parametrize("source", snippets())
+def test_snippet(source, tmp_path):
     run_python(source, tmp_path)

@@ -6,6 +6,9 @@ from tf_center_loss_op.backup import AtomicBackup
 from tf_center_loss_op.conventions import CONVENTIONS
 from tf_center_loss_op.functional import center_loss, update_centers
 from tf_center_loss_op.layer import CenterLoss, UpdateCentersAfterStep
+from tf_center_loss_op.monitor import CentersMonitor
+from tf_center_loss_op.nearest import distance_to_center, nearest_centers
+from tf_center_loss_op.pictures import draw_embeddings, export_projector
 from tf_center_loss_op.tables import (
     RandomCenters,
     centers_from_dataset,
@@ -19,6 +22,7 @@ __all__ = [
     "AtomicBackup",
     "CONVENTIONS",
     "CenterLoss",
+    "CentersMonitor",
     "RandomCenters",
     "UpdateCentersAfterStep",
     "build_info",
@@ -27,7 +31,11 @@ __all__ = [
     "centers_of",
     "compat",
     "create_centers",
+    "distance_to_center",
+    "draw_embeddings",
+    "export_projector",
     "load_centers",
+    "nearest_centers",
     "save_centers",
     "update_centers",
 ]

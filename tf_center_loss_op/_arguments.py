@@ -95,6 +95,15 @@ def number(name, value):
     return float(value)
 
 
+def positive(name, value):
+    """Raises unless value is an int >= 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected an int >= 1, got {_describe(value)}")
+    if value < 1:
+        raise ValueError(f"{name}: expected an int >= 1, got {value}")
+    return int(value)
+
+
 class StatelessCenters:
     """A keras.Variable inside a `keras.StatelessScope`, as far as the graph path needs a variable.
 

@@ -1,0 +1,312 @@
+"""Nearest centers and distances: exact, in bounded memory, from whatever holds the table."""
+
+import json
+
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tf_center_loss_op as tcl
+from child import run_python
+from tolerances import EPSILON
+
+C, D, B = 300, 7, 40
+
+
+def brute_force(features, centers, k, dtype="float32"):
+    """Labels and distances [B, k] by all differences in float64; ties by the lowest label."""
+    x, c = np.asarray(features, np.float64), np.asarray(centers, np.float64)
+    # Distances that round to one number are equal.
+    distances = np.sqrt(np.square(x[:, None] - c[None]).sum(-1)).astype(dtype)
+    labels = np.argsort(distances, axis=1, kind="stable")[:, :k]
+    return labels, np.take_along_axis(distances, labels, 1)
+
+
+def assert_exact(found, features, centers, k=1, dtype="float32"):
+    labels, distances = (np.asarray(part).reshape(-1, k) for part in found)
+    expected_labels, expected = brute_force(features, centers, k, dtype)
+    assert distances.dtype == dtype and labels.dtype == np.int64
+    np.testing.assert_array_equal(labels, expected_labels)
+    # float64 sums have no wider type to be rounded from.
+    units = 1 if dtype == "float32" else 4
+    np.testing.assert_allclose(distances, expected, rtol=units * EPSILON[dtype])
+
+
+def problem(offset=0.0, noise=0.5, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    centers = (rng.normal(size=(C, D)) + offset).astype(dtype)
+    features = (centers[rng.integers(0, C, B)] + noise * rng.normal(size=(B, D))).astype(dtype)
+    return features, centers
+
+
+SOURCES = {
+    "tensor": tf.constant,
+    "variable": tf.Variable,
+    "keras": keras.Variable,
+    "numpy": np.asarray,
+    "list": lambda c: c.tolist(),
+}
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "function"])
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("k", [1, 4])
+def test_every_source(source, traced, k):
+    features, centers = problem()
+    table = SOURCES[source](centers)
+
+    def nearest(x):
+        return tcl.nearest_centers(x, table, k=k, block=64)
+
+    if traced:  # a batch size that is not known while tracing
+        nearest = tf.function(nearest, input_signature=[tf.TensorSpec([None, D])])
+    assert_exact(nearest(features), features, centers, k)
+
+
+@pytest.mark.parametrize("block", [7, 299, 300, 10**9])
+def test_any_block(block):
+    # Also one in which fewer rows remain than are asked for.
+    features, centers = problem()
+    assert_exact(tcl.nearest_centers(features, centers, k=3, block=block), features, centers, 3)
+
+
+def test_more_samples_than_are_read_at_a_time():
+    rng = np.random.default_rng(1)
+    features, centers = rng.normal(size=(1100, 3)).astype("f"), problem()[1][:, :3]
+    assert_exact(tcl.nearest_centers(features, centers), features, centers)
+
+
+@pytest.mark.parametrize(
+    "offset, noise",
+    [(1e4, 0.5), (1e4, 1e-2), (1e6, 1.0), (-3e15, 1e9)],
+    ids=str,
+)
+def test_far_from_the_origin(offset, noise):
+    # |x|^2 - 2 x.c + |c|^2 has no right digit here.
+    features, centers = problem(offset, noise)
+    assert_exact(tcl.nearest_centers(features, centers, k=2), features, centers, 2)
+
+
+def test_two_clusters_far_apart():
+    # No common origin helps: each cluster is far from the mean of both.
+    features, centers = problem(noise=1e-2)
+    features[::2] += 5e3
+    centers[::3] += 5e3
+    assert_exact(tcl.nearest_centers(features, centers, k=5), features, centers, 5)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e18, 1e30], ids=str)
+def test_squares_that_over_and_underflow(scale):
+    features, centers = (scale * part for part in problem())
+    features, centers = features.astype("f"), centers.astype("f")
+    assert_exact(tcl.nearest_centers(features, centers), features, centers)
+
+
+def test_float64():
+    features, centers = problem(1e7, dtype=np.float64)
+    found = tcl.nearest_centers(features, centers, k=2)
+    assert_exact(found, features, centers, 2, "float64")
+    narrow = centers.astype(np.float32)
+    assert_exact(tcl.nearest_centers(features, narrow), features, narrow, 1, "float64")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
+def test_features_and_tables_of_16_bits(dtype):
+    features, centers = problem()
+    features = features.astype(dtype)
+    assert_exact(tcl.nearest_centers(features, tf.Variable(centers)), features, centers)
+    table = centers.astype(dtype)
+    assert_exact(tcl.nearest_centers(features, table, k=3), features, table, 3)
+
+
+def test_ties_go_to_the_lowest_label():
+    centers = np.tile(np.float32([[3, 4], [0, 0], [-3, -4], [6, 8]]), (50, 1))
+    labels, distances = tcl.nearest_centers(np.zeros([3, 2], "f"), centers, k=50, block=7)
+    assert labels[2].numpy().tolist() == list(range(1, 200, 4))
+    assert not distances.numpy().any()
+    assert_exact(tcl.nearest_centers(np.ones([1, 2], "f"), centers, k=120), [[1, 1]], centers, 120)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_table_of_zeros(k):
+    features = problem()[0]
+    centers = np.zeros([500, D], "f")
+    assert_exact(tcl.nearest_centers(features, centers, k=k), features, centers, k)
+    centers[[0, 77, 400]] = 100
+    assert_exact(tcl.nearest_centers(features, centers, k=k), features, centers, k)
+
+
+def test_not_finite():
+    features, centers = problem()
+    bad = [1, 5, 6]
+    features[1, 0], features[5], features[6, 2] = np.nan, np.inf, -np.inf
+    centers[:3] = [[np.nan], [np.inf], [-np.inf]]
+    labels, distances = (part.numpy() for part in tcl.nearest_centers(features, centers))
+    assert labels[bad].tolist() == [-1] * 3 and np.isnan(distances[bad]).all()
+    good = np.setdiff1d(np.arange(B), bad)
+    expected = brute_force(features[good], centers[3:], 1)
+    assert np.array_equal(labels[good], expected[0][:, 0] + 3)
+    assert np.array_equal(distances[good], expected[1][:, 0])
+
+
+def test_fewer_finite_centers_than_k():
+    labels, distances = tcl.nearest_centers([[1.0]], [[np.nan], [3.0], [np.inf]], k=3)
+    assert labels.numpy().tolist() == [[1, -1, -1]]
+    assert distances.numpy().tolist() == [[2.0, np.inf, np.inf]]
+
+
+def test_threshold():
+    centers, features = [[0.0], [10.0]], [[1.0], [4.0], [9.5], [np.nan]]
+    for threshold in (2, 2.0, tf.constant(2.0), tf.Variable(2.0)):
+        labels, distances = tcl.nearest_centers(features, centers, threshold=threshold)
+        assert labels.numpy().tolist() == [0, -1, 1, -1]
+        np.testing.assert_array_equal(distances, np.float32([1, 4, 0.5, np.nan]))
+    at = tcl.nearest_centers(features, centers, threshold=4.0)[0]
+    assert at.numpy().tolist() == [0, 0, 1, -1]  # "beyond" leaves the threshold itself in
+
+
+@pytest.mark.parametrize("shape", [[], [4], [2, 3], [0], [2, 0]], ids=str)
+def test_shapes(shape):
+    features, centers = np.ones([*shape, D], np.float32), problem()[1]
+    for k, last in ((1, []), (2, [2])):
+        labels, distances = tcl.nearest_centers(features, centers, k=k)
+        assert labels.shape == distances.shape == shape + last
+    labels = tcl.nearest_centers(features, centers)[0]
+    assert tcl.distance_to_center(features, labels, centers).shape == shape
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_distance_to_center(source):
+    features, centers = problem(1e4)
+    labels = np.random.default_rng(2).integers(0, C, B)
+    labels[3], features[4, 0] = -1, np.nan
+    expected = np.linalg.norm(features.astype("d") - centers[labels].astype("d"), axis=1)
+    expected[3] = np.nan
+    table = SOURCES[source](centers)
+
+    def distance(x, y):
+        return tcl.distance_to_center(x, y, table)
+
+    for function in (distance, tf.function(distance)):
+        found = function(features, labels)
+        np.testing.assert_allclose(found, expected.astype("f"), rtol=EPSILON["float32"])
+
+
+def test_a_memory_mapped_file(tmp_path):
+    features, centers = problem()
+    np.save(tmp_path / "centers.npy", centers)
+    mapped = np.load(tmp_path / "centers.npy", mmap_mode="r")
+    assert_exact(tcl.nearest_centers(features, mapped, block=50), features, centers)
+    traced = tf.function(lambda x: tcl.nearest_centers(x, mapped, block=50))
+    assert_exact(traced(features), features, centers)
+    operations = traced.get_concrete_function(features).graph.get_operations()
+    sizes = [out.shape.num_elements() or 0 for op in operations for out in op.outputs]
+    assert max(sizes) < C * D
+
+
+def test_no_gradient_and_nothing_on_the_tape():
+    features, centers = (tf.Variable(part) for part in problem())
+    with tf.GradientTape(persistent=True) as tape:
+        distances = tcl.nearest_centers(features, centers)[1]
+        own = tcl.distance_to_center(features, tf.range(B), centers)
+    for value in (distances, own):
+        assert tape.gradient(value, [features, centers]) == [None, None]
+
+
+@pytest.mark.parametrize(
+    "wrong, error, words",
+    [
+        (dict(k=0), ValueError, ["k", ">= 1", "0"]),
+        (dict(k=301), ValueError, ["k", "C = 300", "301"]),
+        (dict(k=1.5), TypeError, ["k", "int", "1.5"]),
+        (dict(block=0), ValueError, ["block", ">= 1", "0"]),
+        (dict(block="all"), TypeError, ["block", "int", "all"]),
+        (dict(threshold=-1.0), ValueError, ["threshold", ">= 0", "-1.0"]),
+        (dict(threshold=[1.0]), TypeError, ["threshold", "number", "[1.0]"]),
+        (dict(threshold=tf.ones([2])), ValueError, ["threshold", "scalar", "(2,)"]),
+        (dict(features=np.zeros([4, 6], "f")), ValueError, ["features", "[..., 7]", "(4, 6)"]),
+        (dict(features=np.zeros([4, D], int)), TypeError, ["features", "float32", "int64"]),
+        (dict(features=1.0), ValueError, ["features", "[..., D]", "()"]),
+        (dict(centers=np.zeros([C, D], int)), TypeError, ["centers", "float32", "int64"]),
+        (dict(centers=np.zeros([C], "f")), ValueError, ["centers", "[C, D]", "(300,)"]),
+    ],
+    ids=str,
+)
+def test_wrong_arguments(wrong, error, words):
+    features, centers = problem()
+    arguments = dict(features=features, centers=centers) | wrong
+    with pytest.raises(error) as caught:
+        tcl.nearest_centers(**arguments)
+    message = str(caught.value)
+    assert message.startswith(words[0] + ":") and all(word in message for word in words)
+
+
+@pytest.mark.parametrize("source", ["variable", "numpy"])
+def test_wrong_labels(source):
+    features, centers = problem()
+    table, labels = SOURCES[source](centers), np.zeros(B, np.int32)
+    with pytest.raises(TypeError, match="labels: expected dtype int32 or int64, got float32"):
+        tcl.distance_to_center(features, labels.astype("f"), table)
+    with pytest.raises(ValueError, match=r"labels: expected shape \(40,\).* got \(39,\)"):
+        tcl.distance_to_center(features, labels[1:], table)
+    for value in (300, -2):
+        labels[7] = value
+        with pytest.raises(tf.errors.InvalidArgumentError, match="is outside") as caught:
+            tcl.distance_to_center(features, labels, table)
+        assert f"labels[7] = {value} is outside [0, 300)" in str(caught.value)
+
+
+def test_memory(tmp_path):
+    # 2^20 x 64 numbers, 256 MiB, and so are the scores of all samples and classes.
+    out = run_python(
+        """
+        import json
+        import threading
+        import numpy as np
+        import psutil
+        import tensorflow as tf
+        import tf_center_loss_op as tcl
+
+        C, D, B = 2**20, 64, 64
+        PART = 2**14
+        rng = np.random.default_rng(0)
+        file = np.lib.format.open_memmap("centers.npy", "w+", "f", (C, D))
+        variable = tf.Variable(tf.zeros([C, D]))
+        for i in range(0, C, PART):
+            file[i : i + PART] = rng.random((PART, D), np.float32)
+            variable.scatter_update(tf.IndexedSlices(file[i : i + PART], tf.range(i, i + PART)))
+        labels = rng.integers(0, C, B)
+        features = file[labels] + rng.random((B, D), np.float32) / 100
+        # A step: the mode in which a dense read copies.
+        tcl.update_centers(features[:1], labels[:1], variable, alpha=1e-9)
+        tcl.nearest_centers(features, file[:1000])  # whatever TensorFlow allocates once
+        process = psutil.Process()
+
+        def anonymous():  # the pages of a mapped file are not ours
+            return process.memory_info().rss - process.memory_info().shared
+
+        before, highest, done = anonymous(), 0, threading.Event()
+
+        def watch():
+            global highest
+            while not done.wait(0.002):
+                highest = max(highest, anonymous())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        nearest = lambda table: tcl.nearest_centers(features, table, block=2**15)[0]
+        found = [nearest(file), nearest(variable), tf.function(nearest)(variable)]
+        own = tcl.distance_to_center(features, labels, variable)
+        done.set()
+        watcher.join()
+        good = all(np.array_equal(f, labels) for f in found)
+        print(json.dumps(dict(good=good, grown=highest - before)))
+        """,
+        tmp_path,
+    )
+    (tmp_path / "centers.npy").unlink()
+    result = json.loads(out)
+    assert result["good"]
+    assert result["grown"] < 160 * 2**20
