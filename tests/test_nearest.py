@@ -129,6 +129,16 @@ def test_ties_go_to_the_lowest_label():
     assert_exact(tcl.nearest_centers(np.ones([1, 2], "f"), centers, k=120), [[1, 1]], centers, 120)
 
 
+@pytest.mark.parametrize("far, near", [(1e3, 1e-3), (1.0, 1e-5), (1.0, 1e-20), (1e-15, 1e-22)])
+def test_distances_that_round_to_one_number(far, near):
+    # Samples all around and far from the centers: most distances are equal as float32.
+    features, centers = problem()
+    features, centers = features * np.float32(far), centers * np.float32(near)
+    for block in (300, 64):
+        found = tcl.nearest_centers(features, centers, k=4, block=block)
+        assert_exact(found, features, centers, 4)
+
+
 @pytest.mark.parametrize("k", [1, 3])
 def test_a_table_of_zeros(k):
     features = problem()[0]

@@ -331,23 +331,30 @@ def _candidates(x, centers, origin, distances, k):
     Compares |x - c|^2 - |x|^2 = |c|^2 - 2 x.c, whose rounding error is at most `error`, with the
     k-th smallest so far.
     """
-    epsilon = tf.experimental.numpy.finfo(x.dtype.as_numpy_dtype).eps
-    # A row with k rows of zeros before it is nobody's k-th: a table in its first epoch is mostly
-    # zeros, and all of them would tie.
+    limits = np.finfo(x.dtype.as_numpy_dtype)
+    # D + 8: the products and sums, and the shift of the origin.
+    rounding = (x.shape[1] + 8) * float(limits.eps)
+    product = rounding
+    if tf.config.list_physical_devices("GPU"):
+        # TensorFloat-32, the default there, keeps ten bits of the factors.
+        tf32 = tf.config.experimental.tensor_float_32_execution_enabled()
+        product += 2.0**-9 if tf32 else 0.0
+    hidden = x.shape[1] * float(limits.tiny)  # in products that underflow
+    # A row of zeros with k before it is nobody's k-th: a table in its first epoch is mostly zeros,
+    # and all of them would tie.
     zero = tf.reduce_all(centers == 0, axis=1)
     surplus = zero & (tf.cumsum(tf.cast(zero, tf.int32)) > k)
     x, centers = x - origin, centers - origin
     square_x, square_c = tf.reduce_sum(x * x, 1, keepdims=True), tf.reduce_sum(centers**2, 1)
-    norm_x, norm_c = tf.sqrt(square_x), tf.sqrt(square_c)
+    norm_x, norm_c = tf.sqrt(square_x + hidden), tf.sqrt(square_c + hidden)
     score = square_c - 2 * tf.matmul(x, centers, transpose_b=True)
-    # D + 8: the products and sums, and the shift of the origin.
-    gamma = (x.shape[1] + 8) * epsilon
-    error = gamma * norm_c * (2 * norm_x + norm_c)
+    error = product * norm_c * (2 * norm_x + norm_c) + 4 * hidden
     highest = tf.where(surplus, math.inf, score + error)
-    before = distances**2 * (1 + 8 * epsilon) - square_x * (1 - gamma)
-    bounds = tf.concat([before, highest], 1)
+    bounds = tf.concat([distances**2 - square_x, highest], 1)
     bounds = tf.where(tf.math.is_nan(bounds), math.inf, bounds)
     bound = -tf.math.top_k(-bounds, k).values[:, -1:]
+    # Distances that differ by less are equal when they are rounded, and then the label decides.
+    bound += 2 * rounding * (tf.abs(bound) + square_x) + 4 * hidden
     # Not `<=`: a NaN, from an overflow, rules nothing out.
     return tf.where(~((score - error > bound) | surplus))
 
