@@ -156,19 +156,26 @@ class BatchOp : public OpKernel {
         absl::StrCat("alpha: expected a finite number >= 0, got ", step->options.alpha));
   }
 
+  // Residual and distances only where somebody takes them; in eager mode somebody may.
   absl::Status AllocateOutputs(OpKernelContext* context, Arguments* step) {
-    Tensor *loss, *squared_distance;
+    Tensor* loss;
     TF_RETURN_IF_ERROR(context->allocate_output(
         0, step->options.reduction == Reduction::kNone ? TensorShape({step->batch}) : TensorShape(),
         &loss));
-    Tensor residual;
-    TF_RETURN_IF_ERROR(
-        residual_buffer_.Take(context, 1, TensorShape({step->batch, step->dim}), &residual));
-    context->set_output(1, residual);
-    TF_RETURN_IF_ERROR(context->allocate_output(2, TensorShape({step->batch}), &squared_distance));
     step->loss = loss->flat<Center>().data();
-    step->squared_distance = squared_distance->flat<Center>().data();
-    step->residual = static_cast<Center*>(residual.data());
+    if (context->output_required(1)) {
+      Tensor residual;
+      TF_RETURN_IF_ERROR(
+          residual_buffer_.Take(context, 1, TensorShape({step->batch, step->dim}), &residual));
+      context->set_output(1, residual);
+      step->residual = static_cast<Center*>(residual.data());
+    }
+    if (context->output_required(2)) {
+      Tensor* squared_distance;
+      TF_RETURN_IF_ERROR(
+          context->allocate_output(2, TensorShape({step->batch}), &squared_distance));
+      step->squared_distance = squared_distance->flat<Center>().data();
+    }
     return absl::OkStatus();
   }
 
