@@ -6,6 +6,7 @@
 #include <cmath>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
@@ -56,21 +57,27 @@ ParallelFor ThreadsOf(OpKernelContext* context) {
 
 // The memory of an op's largest output, kept from one step to the next and used again as soon as
 // nobody else holds it. Given back to the system after each step, its pages would have to be
-// faulted in anew, which takes as long as writing to them.
+// faulted in anew, which takes as long as writing to them. Two of them, because a loop holds the
+// gradient of one step while the next is made.
 class OutputBuffer {
  public:
   absl::Status Take(OpKernelContext* context, int output, const TensorShape& shape, Tensor* taken) {
     absl::MutexLock lock(mutex_);
-    if (!(kept_.IsInitialized() && kept_.shape() == shape && kept_.RefCountIsOne())) {
-      TF_RETURN_IF_ERROR(Allocate(context, context->expected_output_dtype(output), shape, &kept_));
+    const auto reusable = [&shape](const Tensor& tensor) {
+      return tensor.IsInitialized() && tensor.shape() == shape && tensor.RefCountIsOne();
+    };
+    if (!reusable(kept_[0])) std::swap(kept_[0], kept_[1]);
+    if (!reusable(kept_[0])) {
+      TF_RETURN_IF_ERROR(
+          Allocate(context, context->expected_output_dtype(output), shape, &kept_[0]));
     }
-    *taken = kept_;
+    *taken = kept_[0];
     return absl::OkStatus();
   }
 
  private:
   absl::Mutex mutex_;
-  Tensor kept_ ABSL_GUARDED_BY(mutex_);
+  Tensor kept_[2] ABSL_GUARDED_BY(mutex_);
 };
 
 // What the ops have in common: their attributes, the checks of their arrays, the launch. Shapes
