@@ -1,0 +1,60 @@
+// The center loss step on a GPU: the launcher's contract in plain C++, without a CUDA header.
+
+#ifndef TF_CENTER_LOSS_OP_CUDA_CENTER_LOSS_CUDA_H_
+#define TF_CENTER_LOSS_OP_CUDA_CENTER_LOSS_CUDA_H_
+
+#include <cstdint>
+
+#include "csrc/center_loss.h"
+
+namespace tcl {
+
+// Device memory that the kernel keeps its bookkeeping in, from one launch to the next. All of it
+// must be zero before its first launch; every launch leaves it ready for the next one. It serves
+// one stream at a time, and batches up to the sizes it was asked for.
+struct CudaWorkspace {
+  void* memory = nullptr;   // CudaWorkspaceBytes() of device memory, aligned to 16 bytes
+  int64_t batch = 0;        // largest B
+  int64_t dim = 0;          // largest D
+  int64_t center_size = 4;  // bytes of a center's number
+  bool atomic = false;      // whether CudaOptions::atomic may be set
+};
+
+// O(B) bytes, and D numbers for every eighth sample (every second one where `atomic`). Nothing
+// depends on the number of classes.
+int64_t CudaWorkspaceBytes(const CudaWorkspace& workspace);
+
+// What a launch may take from device memory instead of from StepOptions, and how it sums.
+template <typename Center>
+struct CudaOptions {
+  const Center* alpha = nullptr;   // one number on the device, null: StepOptions::alpha
+  const Center* weight = nullptr;  // one number on the device, null: StepOptions::weight
+  // Sums the residuals of a class with float atomics, in whatever order they arrive: the bits of
+  // the moved centers then differ from run to run.
+  bool atomic = false;
+};
+
+// Puts the step on `stream` (a cudaStream_t) as one kernel launch and returns at once, with a
+// cudaError_t. All pointers of `step` are device memory. A kernel cannot raise: a label that is
+// neither in [0, C) nor ignored makes its sample's loss and residual NaN and touches nothing else;
+// with an alpha that is negative or not finite no center moves, and the loss and the residual are
+// NaN. The bits of the results depend on the inputs alone, unless `atomic`.
+template <typename Feature, typename Label>
+int CenterLossOnCuda(const StepArguments<Feature, Label>& step,
+                     const CudaOptions<CenterType<Feature>>& options,
+                     const CudaWorkspace& workspace, void* stream);
+
+// The backward pass: gradient[i, :] = upstream[i] * residual[i, :], or upstream[0] for every row
+// where `per_sample` is false; rounded to the features' type. `gradient` may be `residual` itself:
+// an upstream of one then costs no memory traffic.
+template <typename Feature>
+int BackwardOnCuda(const CenterType<Feature>* upstream, bool per_sample,
+                   const CenterType<Feature>* residual, Feature* gradient, int64_t batch,
+                   int64_t dim, void* stream);
+
+// The words for a value that the functions above returned.
+const char* CudaErrorText(int error);
+
+}  // namespace tcl
+
+#endif  // TF_CENTER_LOSS_OP_CUDA_CENTER_LOSS_CUDA_H_

@@ -1,0 +1,187 @@
+// Rows in registers, sums over a warp, and counters that blocks of one launch meet at.
+
+#ifndef TF_CENTER_LOSS_OP_CUDA_DEVICE_CUH_
+#define TF_CENTER_LOSS_OP_CUDA_DEVICE_CUH_
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "csrc/numeric_types.h"
+
+// Shared memory of the size that the launch asked for.
+#if !defined(TCL_DYNAMIC_SHARED)
+#define TCL_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+
+namespace tcl {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// A warp holds up to kColumns of a row at a time, kPerLane of them in each lane: 64 bytes, which is
+// enough loads in flight to hide the latency of memory, and few enough registers (row, next row,
+// center and sum) for two blocks of 256 threads on a multiprocessor. Half of that where the numbers
+// come one by one, since each then has an address of its own.
+template <typename Center, int Width>
+constexpr int kPerLane = (Width == 1 ? 32 : 64) / static_cast<int>(sizeof(Center));
+template <typename Center, int Width>
+constexpr int kColumns = kWarp * kPerLane<Center, Width>;
+
+// kStreamed: read or written once, not worth a place in the caches. kShared: written by other
+// multiprocessors during this launch, so the first-level cache, which may be stale, is passed by.
+enum class Cache { kNormal, kStreamed, kShared };
+
+template <typename T>
+using Word = std::conditional_t<sizeof(T) == 2, unsigned short, T>;
+
+template <Cache cache, typename T>
+__device__ __forceinline__ T LoadWord(const T* address) {
+  if constexpr (cache == Cache::kStreamed) return __ldcs(address);
+  if constexpr (cache == Cache::kShared) return __ldcg(address);
+  return *address;
+}
+
+template <Cache cache, typename T>
+__device__ __forceinline__ void StoreWord(T* address, T value) {
+  if constexpr (cache == Cache::kStreamed) {
+    __stcs(address, value);
+  } else {
+    *address = value;
+  }
+}
+
+// Width numbers in one access: 16 bytes, or 8 where the numbers have 16 bits.
+template <int Width, typename T>
+using Vector = std::conditional_t<Width * sizeof(T) == 16, uint4, uint2>;
+
+template <int Width, Cache cache, typename T>
+__device__ __forceinline__ void LoadVector(const T* address, CenterType<T>* out) {
+  using Bytes = std::conditional_t<Width == 1, Word<T>, Vector<Width, T>>;
+  static_assert(sizeof(Bytes) == Width * sizeof(T), "one access for one vector");
+  const Bytes bytes = LoadWord<cache>(reinterpret_cast<const Bytes*>(address));
+  T numbers[Width];
+  memcpy(numbers, &bytes, sizeof(bytes));
+#pragma unroll
+  for (int e = 0; e < Width; ++e) out[e] = Widen(numbers[e]);
+}
+
+template <int Width, Cache cache, typename T>
+__device__ __forceinline__ void StoreVector(T* address, const T* in) {
+  using Bytes = std::conditional_t<Width == 1, Word<T>, Vector<Width, T>>;
+  static_assert(sizeof(Bytes) == Width * sizeof(T), "one access for one vector");
+  Bytes bytes;
+  memcpy(&bytes, in, sizeof(bytes));
+  StoreWord<cache>(reinterpret_cast<Bytes*>(address), bytes);
+}
+
+// Adds Width numbers at `address`, each atomically, in one access where the device can.
+template <int Width, typename T>
+__device__ __forceinline__ void AddVector(T* address, const T* in) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if constexpr (Width == 4 && std::is_same_v<T, float>) {
+    atomicAdd(reinterpret_cast<float4*>(address), float4{in[0], in[1], in[2], in[3]});
+    return;
+  }
+#endif
+#pragma unroll
+  for (int e = 0; e < Width; ++e) atomicAdd(address + e, in[e]);
+}
+
+// The first column of this lane's vector number `vector` of the columns that start at `column`.
+template <int Width>
+__device__ __forceinline__ int64_t ColumnOf(int64_t column, int vector) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  return column + (static_cast<int64_t>(vector) * kWarp + lane) * Width;
+}
+
+// This lane's share of kColumns of a row of D numbers; zeros beyond its end. Width divides D, so a
+// vector lies in the row or beyond it.
+template <int Width, Cache cache, typename T>
+__device__ __forceinline__ void LoadRow(const T* row, int64_t column, int64_t dim,
+                                        CenterType<T> (&out)[kPerLane<CenterType<T>, Width>]) {
+#pragma unroll
+  for (int v = 0; v < kPerLane<CenterType<T>, Width> / Width; ++v) {
+    const int64_t at = ColumnOf<Width>(column, v);
+    if (at < dim) {
+      LoadVector<Width, cache>(row + at, out + v * Width);
+    } else {
+#pragma unroll
+      for (int e = 0; e < Width; ++e) out[v * Width + e] = 0;
+    }
+  }
+}
+
+template <int Width, Cache cache, typename T>
+__device__ __forceinline__ void StoreRow(T* row, int64_t column, int64_t dim,
+                                         const T (&in)[kPerLane<CenterType<T>, Width>]) {
+#pragma unroll
+  for (int v = 0; v < kPerLane<CenterType<T>, Width> / Width; ++v) {
+    const int64_t at = ColumnOf<Width>(column, v);
+    if (at < dim) StoreVector<Width, cache>(row + at, in + v * Width);
+  }
+}
+
+// Asks for a row of D numbers to be brought into the second-level cache.
+template <typename T>
+__device__ __forceinline__ void PrefetchRow(const T* row, int64_t dim) {
+  constexpr int kLine = 128;
+  const char* const begin = reinterpret_cast<const char*>(row);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  for (int64_t at = int64_t{lane} * kLine; at < dim * static_cast<int64_t>(sizeof(T));
+       at += kWarp * kLine) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(begin + at));
+#else
+    (void)begin;
+#endif
+  }
+}
+
+// The sum over the lanes, the same in each of them, always added in the same order.
+template <typename T>
+__device__ __forceinline__ T WarpSum(T value) {
+#pragma unroll
+  for (int other = kWarp / 2; other > 0; other /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, other);
+  }
+  return value;
+}
+
+// For the lane, the sum over the lanes before it.
+__device__ __forceinline__ int WarpSumBefore(int value) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  int sum = value;
+#pragma unroll
+  for (int other = 1; other < kWarp; other *= 2) {
+    const int before = __shfl_up_sync(kAllLanes, sum, other);
+    if (lane >= other) sum += before;
+  }
+  return sum - value;
+}
+
+// Blocks of one launch that meet. Arrive: what the block has written is visible to whoever has
+// waited for it. Only for launches whose blocks are all resident (cooperative launches).
+__device__ __forceinline__ void Arrive(int* counter) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    atomicAdd(counter, 1);
+  }
+}
+
+__device__ __forceinline__ void WaitFor(const int* counter, int arrivals) {
+  if (threadIdx.x == 0) {
+    while (__ldcg(counter) < arrivals) __nanosleep(32);
+    __threadfence();
+  }
+  __syncthreads();
+}
+
+}  // namespace
+}  // namespace tcl
+
+#endif  // TF_CENTER_LOSS_OP_CUDA_DEVICE_CUH_

@@ -1,0 +1,182 @@
+// Stands in for CUDA's header of this name where cuda/*.cu is compiled for the host: the part of
+// CUDA that those files use, run by emulator.cc.
+//
+// Every thread of a launch is a fiber. One runs at a time; where it may lose the processor (at
+// barriers, warp functions, atomics, fences and loads past the first-level cache) the scheduler
+// picks the next by the seed. Memory is sequentially consistent: what only a missing fence would
+// show cannot be seen here.
+
+#ifndef TF_CENTER_LOSS_OP_TESTS_EMULATOR_CUDA_RUNTIME_H_
+#define TF_CENTER_LOSS_OP_TESTS_EMULATOR_CUDA_RUNTIME_H_
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __nanosleep(nanoseconds) ::emulator::Spin()
+#define __syncthreads() ::emulator::SyncThreads(__FILE__, __LINE__)
+#define __syncwarp() ::emulator::SyncWarp(__FILE__, __LINE__)
+#define __threadfence() ::emulator::MayYield()
+#define TCL_DYNAMIC_SHARED(name) unsigned char* const name = ::emulator::SharedMemory()
+
+struct dim3 {
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  unsigned x, y, z;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+namespace emulator {
+
+constexpr int kWarp = 32;
+
+void SyncThreads(const char* file, int line);
+void SyncWarp(const char* file, int line);
+void MayYield();
+void Spin();  // waits for somebody else
+unsigned char* SharedMemory();
+
+// Meets the other lanes of the warp in the same function; the bits that each of them brought.
+const uint64_t* Exchange(const char* what, uint64_t bits);
+int Lane();
+
+int Launch(unsigned grid, unsigned block, size_t shared, bool cooperative,
+           const std::function<void()>& body);
+
+template <typename T>
+uint64_t BitsOf(T value) {
+  static_assert(sizeof(T) <= 8);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  return bits;
+}
+
+template <typename T>
+T FromBits(uint64_t bits) {
+  T value;
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+}  // namespace emulator
+
+// Those of the thread that runs.
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+using std::max;
+using std::min;
+
+template <typename T>
+T __ldcg(const T* address) {
+  ::emulator::MayYield();
+  return *address;
+}
+template <typename T>
+T __ldcs(const T* address) {
+  return *address;
+}
+template <typename T>
+void __stcs(T* address, T value) {
+  *address = value;
+}
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+
+template <typename T>
+T atomicAdd(T* address, T value) {
+  ::emulator::MayYield();
+  const T before = *address;
+  *address = before + value;
+  return before;
+}
+inline unsigned atomicOr(unsigned* address, unsigned value) {
+  ::emulator::MayYield();
+  const unsigned before = *address;
+  *address |= value;
+  return before;
+}
+inline int atomicCAS(int* address, int expected, int value) {
+  ::emulator::MayYield();
+  const int before = *address;
+  if (before == expected) *address = value;
+  return before;
+}
+
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  const uint64_t* all = ::emulator::Exchange("__shfl_sync", ::emulator::BitsOf(value));
+  return ::emulator::FromBits<T>(all[lane % ::emulator::kWarp]);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  const uint64_t* all = ::emulator::Exchange("__shfl_xor_sync", ::emulator::BitsOf(value));
+  return ::emulator::FromBits<T>(all[::emulator::Lane() ^ mask]);
+}
+template <typename T>
+T __shfl_up_sync(unsigned, T value, int delta) {
+  const uint64_t* all = ::emulator::Exchange("__shfl_up_sync", ::emulator::BitsOf(value));
+  const int lane = ::emulator::Lane();
+  return ::emulator::FromBits<T>(all[lane >= delta ? lane - delta : lane]);
+}
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  const uint64_t* all = ::emulator::Exchange("__ballot_sync", vote);
+  unsigned votes = 0;
+  for (int lane = 0; lane < ::emulator::kWarp; ++lane) votes |= unsigned(all[lane] != 0) << lane;
+  return votes;
+}
+inline bool __all_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) == mask; }
+template <typename T>
+unsigned __match_any_sync(unsigned, T value) {
+  const uint64_t* all = ::emulator::Exchange("__match_any_sync", ::emulator::BitsOf(value));
+  unsigned same = 0;
+  for (int lane = 0; lane < ::emulator::kWarp; ++lane) {
+    same |= unsigned(all[lane] == ::emulator::BitsOf(value)) << lane;
+  }
+  return same;
+}
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2 };
+using cudaStream_t = void*;
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int cooperative;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
+};
+
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+const char* cudaGetErrorString(cudaError_t error);
+
+template <typename... Expected, typename... Actual>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...),
+                               const Actual&... arguments) {
+  const bool cooperative = config->numAttrs > 0 && config->attrs[0].val.cooperative;
+  return static_cast<cudaError_t>(::emulator::Launch(config->gridDim.x, config->blockDim.x,
+                                                     config->dynamicSmemBytes, cooperative,
+                                                     [&] { kernel(arguments...); }));
+}
+
+#endif  // TF_CENTER_LOSS_OP_TESTS_EMULATOR_CUDA_RUNTIME_H_

@@ -1,0 +1,105 @@
+// What Python calls: the launchers of cuda/, on host memory.
+
+#include <cstdint>
+
+#include "cuda/center_loss_cuda.h"
+
+namespace {
+
+template <typename Feature, typename Label, typename Emulated>
+int Step(const Emulated& e) {
+  using Center = tcl::CenterType<Feature>;
+  tcl::StepArguments<Feature, Label> step;
+  step.batch = e.batch;
+  step.dim = e.dim;
+  step.classes = e.classes;
+  step.features = static_cast<const Feature*>(e.features);
+  step.labels = static_cast<const Label*>(e.labels);
+  step.sample_weight = static_cast<const Center*>(e.sample_weight);
+  step.centers = static_cast<Center*>(e.centers);
+  step.loss = static_cast<Center*>(e.loss);
+  step.residual = static_cast<Center*>(e.residual);
+  step.squared_distance = static_cast<Center*>(e.squared_distance);
+  step.features_are_residuals = e.features_are_residuals;
+  step.options.rule = static_cast<tcl::Rule>(e.rule);
+  step.options.reduction = static_cast<tcl::Reduction>(e.reduction);
+  step.options.has_ignore_label = e.has_ignore_label;
+  step.options.ignore_label = e.ignore_label;
+  step.options.update_centers = e.update_centers;
+  const Center alpha = static_cast<Center>(e.alpha), weight = static_cast<Center>(e.weight);
+  tcl::CudaOptions<Center> options;
+  if (e.numbers_in_memory) {
+    options.alpha = &alpha;
+    options.weight = &weight;
+  } else {
+    step.options.alpha = alpha;
+    step.options.weight = weight;
+  }
+  options.atomic = e.atomic;
+  return tcl::CenterLossOnCuda(step, options, e.workspace, nullptr);
+}
+
+template <typename Feature>
+int Backward(const void* upstream, bool per_sample, const void* residual, void* gradient,
+             int64_t batch, int64_t dim) {
+  using Center = tcl::CenterType<Feature>;
+  return tcl::BackwardOnCuda(static_cast<const Center*>(upstream), per_sample,
+                             static_cast<const Center*>(residual), static_cast<Feature*>(gradient),
+                             batch, dim, nullptr);
+}
+
+}  // namespace
+
+extern "C" {
+
+struct TclEmulatedStep {
+  int64_t batch, dim, classes;
+  const void *features, *labels, *sample_weight;
+  void *centers, *loss, *residual, *squared_distance;
+  int64_t ignore_label;
+  double alpha, weight;
+  tcl::CudaWorkspace workspace;
+  int32_t feature_type, rule, reduction;
+  bool long_labels, features_are_residuals, has_ignore_label, update_centers, numbers_in_memory,
+      atomic;
+};
+
+int64_t tcl_emulator_workspace_bytes(const tcl::CudaWorkspace* workspace) {
+  return tcl::CudaWorkspaceBytes(*workspace);
+}
+
+int tcl_emulator_step(const TclEmulatedStep* e) {
+  switch (e->feature_type) {
+    case 0:
+      return e->long_labels ? Step<float, int64_t>(*e) : Step<float, int32_t>(*e);
+#if !defined(TCL_FLOAT_ONLY)
+    case 1:
+      return e->long_labels ? Step<double, int64_t>(*e) : Step<double, int32_t>(*e);
+    case 2:
+      return e->long_labels ? Step<tcl::Half, int64_t>(*e) : Step<tcl::Half, int32_t>(*e);
+    case 3:
+      return e->long_labels ? Step<tcl::BFloat16, int64_t>(*e) : Step<tcl::BFloat16, int32_t>(*e);
+#endif
+  }
+  return -1;
+}
+
+int tcl_emulator_backward(int feature_type, const void* upstream, bool per_sample,
+                          const void* residual, void* gradient, int64_t batch, int64_t dim) {
+  switch (feature_type) {
+    case 0:
+      return Backward<float>(upstream, per_sample, residual, gradient, batch, dim);
+#if !defined(TCL_FLOAT_ONLY)
+    case 1:
+      return Backward<double>(upstream, per_sample, residual, gradient, batch, dim);
+    case 2:
+      return Backward<tcl::Half>(upstream, per_sample, residual, gradient, batch, dim);
+    case 3:
+      return Backward<tcl::BFloat16>(upstream, per_sample, residual, gradient, batch, dim);
+#endif
+  }
+  return -1;
+}
+
+const char* tcl_emulator_error(int error) { return tcl::CudaErrorText(error); }
+}
