@@ -1001,6 +1001,23 @@ int BackwardOnCuda(const CenterType<Feature>* upstream, bool per_sample,
                             batch, dim);
 }
 
+int AllocateOnCuda(void** memory, int64_t bytes) {
+  return cudaMalloc(memory, static_cast<size_t>(bytes));
+}
+
+void FreeOnCuda(void* memory) { cudaFree(memory); }
+
+int WaitForCuda() { return cudaDeviceSynchronize(); }
+
+int CopyOnCuda(void* to, const void* from, int64_t bytes, void* stream) {
+  return cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice,
+                         static_cast<cudaStream_t>(stream));
+}
+
+int ZeroOnCuda(void* memory, int64_t bytes, void* stream) {
+  return cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream));
+}
+
 const char* CudaErrorText(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 #define TCL_INSTANTIATE_STEP(Feature, Label)                                                   \

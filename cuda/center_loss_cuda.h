@@ -52,6 +52,15 @@ int BackwardOnCuda(const CenterType<Feature>* upstream, bool per_sample,
                    const CenterType<Feature>* residual, Feature* gradient, int64_t batch,
                    int64_t dim, void* stream);
 
+// Device memory, and the end of all work on the device.
+int AllocateOnCuda(void** memory, int64_t bytes);
+void FreeOnCuda(void* memory);
+int WaitForCuda();
+
+// Device memory to device memory, and zeros into it, on the stream.
+int CopyOnCuda(void* to, const void* from, int64_t bytes, void* stream);
+int ZeroOnCuda(void* memory, int64_t bytes, void* stream);
+
 // The words for a value that the functions above returned.
 const char* CudaErrorText(int error);
 

@@ -78,17 +78,28 @@ __device__ __forceinline__ void StoreVector(T* address, const T* in) {
   StoreWord<cache>(reinterpret_cast<Bytes*>(address), bytes);
 }
 
+template <int Count, typename T>
+__device__ __forceinline__ void AddOneByOne(T* address, const T* in) {
+#pragma unroll
+  for (int e = 0; e < Count; ++e) atomicAdd(address + e, in[e]);
+}
+
+__device__ __forceinline__ void AddFour(float* address, const float* in) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  atomicAdd(reinterpret_cast<float4*>(address), float4{in[0], in[1], in[2], in[3]});
+#else
+  AddOneByOne<4>(address, in);
+#endif
+}
+
 // Adds Width numbers at `address`, each atomically, in one access where the device can.
 template <int Width, typename T>
 __device__ __forceinline__ void AddVector(T* address, const T* in) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if constexpr (Width == 4 && std::is_same_v<T, float>) {
-    atomicAdd(reinterpret_cast<float4*>(address), float4{in[0], in[1], in[2], in[3]});
-    return;
+    AddFour(address, in);
+  } else {
+    AddOneByOne<Width>(address, in);
   }
-#endif
-#pragma unroll
-  for (int e = 0; e < Width; ++e) atomicAdd(address + e, in[e]);
 }
 
 // The first column of this lane's vector number `vector` of the columns that start at `column`.

@@ -1,7 +1,7 @@
 """Center loss for TensorFlow and Keras, as one fused op."""
 
 from tf_center_loss_op import compat
-from tf_center_loss_op._native import build_info
+from tf_center_loss_op._native import build_info, set_gpu_atomics
 from tf_center_loss_op.backup import AtomicBackup
 from tf_center_loss_op.conventions import CONVENTIONS
 from tf_center_loss_op.functional import center_loss, update_centers
@@ -37,5 +37,6 @@ __all__ = [
     "load_centers",
     "nearest_centers",
     "save_centers",
+    "set_gpu_atomics",
     "update_centers",
 ]

@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-# There is no public way to ask whether the graph that is being traced will be compiled.
+# There is no public way to ask whether op determinism is on, or whether the graph that is being
+# traced will be compiled.
+from tensorflow.python.framework.config import is_op_determinism_enabled
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from tf_center_loss_op import _arguments
@@ -115,6 +117,57 @@ def choose(impl):
     if not usable():
         _warn_once()
     return "graph"
+
+
+_gpu_atomics = None  # what set_gpu_atomics was given
+
+
+def set_gpu_atomics(enabled: bool) -> None:
+    """Whether the fused op may sum residuals on a GPU by float atomics, in any order.
+
+    Off by default: the same inputs then give the same bits. The environment variable
+    ``TF_CENTER_LOSS_GPU_ATOMICS=1`` turns it on for a process that never calls this. The CPU and
+    XLA are not concerned. Calls that are traced or run afterwards take it up.
+
+    Args:
+      enabled: True or False.
+
+    Raises:
+      TypeError: ``enabled`` is no bool.
+      RuntimeError: True under ``tf.config.experimental.enable_op_determinism()``, here or, where
+        that is called later, at the next call of the op.
+
+    >>> import tf_center_loss_op as tcl
+    >>> tcl.set_gpu_atomics(False)
+    """
+    global _gpu_atomics
+    if not isinstance(enabled, bool):
+        raise TypeError(f"enabled: expected True or False, got {enabled!r}")
+    if enabled:
+        _refuse_atomics_under_determinism("enabled")
+    _gpu_atomics = enabled
+
+
+def gpu_atomics():
+    """Whether ops are to be made with `atomic`."""
+    if _gpu_atomics is not None:
+        name, wanted = "set_gpu_atomics", _gpu_atomics
+    else:
+        name = "TF_CENTER_LOSS_GPU_ATOMICS"
+        value = os.environ.get(name, "0")
+        _arguments.one_of(f"{name} (environment)", value, ("0", "1"))
+        wanted = value == "1"
+    if wanted:
+        _refuse_atomics_under_determinism(name)
+    return wanted
+
+
+def _refuse_atomics_under_determinism(name):
+    if is_op_determinism_enabled():
+        raise RuntimeError(
+            f"{name}: expected False under tf.config.experimental.enable_op_determinism(), got "
+            "True: a sum by atomics depends on the order in which threads come"
+        )
 
 
 def build_info() -> dict:

@@ -17,6 +17,7 @@ def center_loss(a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
             centers=a.centers.handle,
             alpha=a.alpha,
             rule=a.rule,
+            atomic=_native.gpu_atomics(),
             **_batch(a),
             **_loss(a),
         )
@@ -28,7 +29,11 @@ def center_loss(a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
 def update_centers(a: Arguments) -> tf.Operation | None:
     """The step of the centers alone."""
     return _native.ops().tcl_update_centers(
-        centers=a.centers.handle, alpha=a.alpha, rule=a.rule, **_batch(a)
+        centers=a.centers.handle,
+        alpha=a.alpha,
+        rule=a.rule,
+        atomic=_native.gpu_atomics(),
+        **_batch(a),
     )
 
 
@@ -44,6 +49,7 @@ def update_from_residual(a: Arguments, residual: tf.Tensor) -> tf.Operation | No
         centers=a.centers.handle,
         alpha=a.alpha,
         rule=a.rule,
+        atomic=_native.gpu_atomics(),
         from_residual=True,
         **_batch(a) | {"features": residual},
     )
@@ -68,7 +74,7 @@ def _loss(a):
         "weight": a.weight,
         "sample_weight": [] if a.sample_weight is None else [a.sample_weight],
         "reduction": a.reduction,
-        "Tbits": tf.int64 if a.centers.dtype == tf.float64 else tf.int32,
+        "Tbits": tf.int64 if a.centers.dtype == tf.float64 else tf.uint32,
     }
 
 

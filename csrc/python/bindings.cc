@@ -12,6 +12,7 @@
 #include "csrc/center_loss.h"
 #include "csrc/center_loss_cpu.h"
 #include "csrc/names.h"
+#include "csrc/python/modules.h"
 
 namespace py = pybind11;
 
@@ -183,6 +184,9 @@ PYBIND11_MODULE(_kernels, module) {
 features [B, D] float32, float64, float16 or bfloat16; labels [B] int32 or int64; centers [C, D]
 float64 for float64 features, else float32. residual [B, D] is d(loss)/d(features) before it is
 rounded to the features' type, in the centers' type. Raises ValueError, with nothing written.)");
+#if defined(TCL_HAVE_CUDA)
+  DefineCuda(module);
+#endif
 }
 
 }  // namespace tcl

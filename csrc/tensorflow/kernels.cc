@@ -1,51 +1,29 @@
-// The ops on TensorFlow's tensors: check, lock, pointers, launch, status. The mathematics lies in
-// csrc/center_loss_cpu.cc.
+// The ops on the CPU. The mathematics lies in csrc/center_loss_cpu.cc.
 
 #define EIGEN_USE_THREADS
 
 #include <cmath>
-#include <string>
+#include <cstring>
 #include <type_traits>
 #include <utility>
 
-#include "absl/status/status.h"
-#include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
-#include "csrc/center_loss.h"
 #include "csrc/center_loss_cpu.h"
-#include "csrc/names.h"
-#include "csrc/tensorflow/variable_access.h"
-#include "tensorflow/core/framework/op_kernel.h"
-#include "tensorflow/core/framework/register_types.h"
-#include "tensorflow/core/framework/tensor.h"
+#include "csrc/tensorflow/huge_pages.h"
+#include "csrc/tensorflow/step_ops.h"
 #include "tensorflow/core/platform/threadpool.h"
 
 namespace tcl {
 namespace {
 
-using tensorflow::OpInputList;
 using tensorflow::OpKernel;
 using tensorflow::OpKernelConstruction;
 using tensorflow::OpKernelContext;
 using tensorflow::Tensor;
 using tensorflow::TensorShape;
 
-// TensorFlow's element type -> the kernels' (numeric_types.h); the 16-bit ones are layout twins.
-template <typename T>
-struct FeatureOf {
-  using type = T;
-};
-template <>
-struct FeatureOf<Eigen::half> {
-  using type = Half;
-};
-template <>
-struct FeatureOf<Eigen::bfloat16> {
-  using type = BFloat16;
-};
-
-template <typename T>
-using CenterOf = CenterType<typename FeatureOf<T>::type>;
+// Caches and the translation buffer hold the rows of a smaller table anyway.
+constexpr size_t kMinTableBytes = size_t{1} << 26;
 
 ParallelFor ThreadsOf(OpKernelContext* context) {
   return [context](int64_t total, int64_t bytes, const Work& work) {
@@ -53,6 +31,19 @@ ParallelFor ThreadsOf(OpKernelContext* context) {
     const auto adaptive = tensorflow::thread::ThreadPool::SchedulingParams::Adaptive(bytes / 4);
     context->device()->tensorflow_cpu_worker_threads()->workers->ParallelFor(total, adaptive, work);
   };
+}
+
+// Large arrays on large pages.
+absl::Status Allocate(OpKernelContext* context, tensorflow::DataType dtype,
+                      const TensorShape& shape, Tensor* tensor) {
+  const int64_t bytes = shape.num_elements() * tensorflow::DataTypeSize(dtype);
+  if (bytes < kMinBytesForHugePages || !HugePagesWanted()) {
+    return context->allocate_temp(dtype, shape, tensor);
+  }
+  *tensor = Tensor(HugePageAllocator(), dtype, shape);
+  if (tensor->IsInitialized()) return absl::OkStatus();
+  return absl::ResourceExhaustedError(
+      absl::StrCat("no memory for ", shape.DebugString(), " ", tensorflow::DataTypeString(dtype)));
 }
 
 // The memory of an op's largest output, kept from one step to the next and used again as soon as
@@ -80,110 +71,43 @@ class OutputBuffer {
   Tensor kept_[2] ABSL_GUARDED_BY(mutex_);
 };
 
-// What the ops have in common: their attributes, the checks of their arrays, the launch. Shapes
-// are checked here again because they may be unknown while tracing.
-template <typename T, typename Label>
-class BatchOp : public OpKernel {
+template <typename T, typename LabelType>
+class OnCpu {
  public:
-  using Feature = typename FeatureOf<T>::type;
+  using Element = T;
+  using Label = LabelType;
   using Center = CenterOf<T>;
+  using Arguments = StepArguments<typename FeatureOf<T>::type, Label>;
 
-  explicit BatchOp(OpKernelConstruction* context) : OpKernel(context) {
-    OP_REQUIRES_OK(context, context->GetAttr("has_ignore_label", &options_.has_ignore_label));
-    int64_t ignore_label;
-    OP_REQUIRES_OK(context, context->GetAttr("ignore_label", &ignore_label));
-    options_.ignore_label = ignore_label;
-    std::string name;
-    if (context->HasAttr("rule")) {
-      OP_REQUIRES_OK(context, context->GetAttr("rule", &name));
-      OP_REQUIRES(context, ParseRule(name, &options_.rule),
-                  absl::InvalidArgumentError(absl::StrCat("rule: unknown rule '", name, "'")));
-    }
-    if (context->HasAttr("reduction")) {
-      OP_REQUIRES_OK(context, context->GetAttr("reduction", &name));
-      OP_REQUIRES(
-          context, ParseReduction(name, &options_.reduction),
-          absl::InvalidArgumentError(absl::StrCat("reduction: unknown reduction '", name, "'")));
-    }
-  }
+  explicit OnCpu(OpKernelConstruction*) {}
 
-  // On the thread that made its inputs: handing a small step to another takes longer than the step,
-  // and a large one spreads over the threads by itself.
-  bool IsExpensive() override { return false; }
-
- protected:
-  using Arguments = StepArguments<Feature, Label>;
-
-  absl::Status Bind(const Tensor& features, const Tensor& labels, const Tensor& centers,
-                    Arguments* step) const {
-    if (features.dims() != 2) return Mismatch("features", features, "[B, D]");
-    const int64_t batch = features.dim_size(0), dim = features.dim_size(1);
-    if (labels.shape() != TensorShape({batch})) {
-      return Mismatch("labels", labels, TensorShape({batch}).DebugString());
-    }
-    if (centers.dtype() != tensorflow::DataTypeToEnum<Center>::v()) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("centers: expected dtype ",
-                       tensorflow::DataTypeString(tensorflow::DataTypeToEnum<Center>::v()),
-                       ", got ", tensorflow::DataTypeString(centers.dtype())));
-    }
-    if (centers.dims() != 2 || centers.dim_size(1) != dim) {
-      return Mismatch("centers", centers, absl::StrCat("[C, ", dim, "]"));
-    }
-    step->batch = batch;
-    step->dim = dim;
-    step->classes = centers.dim_size(0);
-    step->features = reinterpret_cast<const Feature*>(features.flat<T>().data());
-    step->labels = labels.flat<Label>().data();
-    // Written only where options.update_centers says so, and then the variable is locked for it.
-    step->centers = const_cast<Center*>(centers.flat<Center>().data());
-    step->options = options_;
-    step->options.update_centers = false;
-    return absl::OkStatus();
-  }
-
-  static absl::Status BindWeights(const Tensor& weight, const OpInputList& sample_weight,
-                                  Arguments* step) {
-    if (weight.dims() != 0) return Mismatch("weight", weight, "[]");
+  static absl::Status SetWeight(const Tensor& weight, Arguments* step) {
     step->options.weight = weight.scalar<Center>()();
-    if (sample_weight.size() == 0) return absl::OkStatus();
-    if (sample_weight[0].shape() != TensorShape({step->batch})) {
-      return Mismatch("sample_weight", sample_weight[0], TensorShape({step->batch}).DebugString());
-    }
-    step->sample_weight = sample_weight[0].flat<Center>().data();
     return absl::OkStatus();
   }
 
-  static absl::Status BindAlpha(const Tensor& alpha, Arguments* step) {
-    if (alpha.dims() != 0) return Mismatch("alpha", alpha, "[]");
+  static absl::Status SetAlpha(const Tensor& alpha, Arguments* step) {
     step->options.alpha = alpha.scalar<Center>()();
-    step->options.update_centers = true;
     if (std::isfinite(step->options.alpha) && step->options.alpha >= 0) return absl::OkStatus();
     return absl::InvalidArgumentError(
         absl::StrCat("alpha: expected a finite number >= 0, got ", step->options.alpha));
   }
 
-  // Residual and distances only where somebody takes them; in eager mode somebody may.
-  absl::Status AllocateOutputs(OpKernelContext* context, Arguments* step) {
-    Tensor* loss;
-    TF_RETURN_IF_ERROR(context->allocate_output(
-        0, step->options.reduction == Reduction::kNone ? TensorShape({step->batch}) : TensorShape(),
-        &loss));
-    step->loss = loss->flat<Center>().data();
-    if (context->output_required(1)) {
-      Tensor residual;
-      TF_RETURN_IF_ERROR(
-          residual_buffer_.Take(context, 1, TensorShape({step->batch, step->dim}), &residual));
-      context->set_output(1, residual);
-      step->residual = static_cast<Center*>(residual.data());
-    }
-    if (context->output_required(2)) {
-      Tensor* squared_distance;
-      TF_RETURN_IF_ERROR(
-          context->allocate_output(2, TensorShape({step->batch}), &squared_distance));
-      step->squared_distance = squared_distance->flat<Center>().data();
+  static absl::Status Own(OpKernelContext* context, Tensor* table) {
+    if (!table->RefCountIsOne()) {
+      Tensor copy;
+      TF_RETURN_IF_ERROR(Allocate(context, table->dtype(), table->shape(), &copy));
+      std::memcpy(copy.data(), table->data(), table->TotalBytes());
+      *table = copy;
+    } else if (table->TotalBytes() >= kMinTableBytes && HugePagesWanted()) {
+      MoveToHugePages(table->data(), static_cast<int64_t>(table->TotalBytes()));
     }
     return absl::OkStatus();
+  }
+
+  absl::Status AllocateResidual(OpKernelContext* context, const TensorShape& shape,
+                                Tensor* residual) {
+    return residual_buffer_.Take(context, 1, shape, residual);
   }
 
   static absl::Status Launch(OpKernelContext* context, const Arguments& step) {
@@ -194,78 +118,11 @@ class BatchOp : public OpKernel {
   }
 
  private:
-  static absl::Status Mismatch(const char* name, const Tensor& got, const std::string& expected) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(name, ": expected shape ", expected, ", got ", got.shape().DebugString()));
-  }
-
-  StepOptions<Center> options_;
   OutputBuffer residual_buffer_;
 };
 
-template <typename T, typename Label>
-class CenterLossStepOp : public BatchOp<T, Label> {
- public:
-  using BatchOp<T, Label>::BatchOp;
-
-  void Compute(OpKernelContext* context) override {
-    OpInputList sample_weight;
-    OP_REQUIRES_OK(context, context->input_list("sample_weight", &sample_weight));
-    OP_REQUIRES_OK(
-        context, WithWritableVariable(context, 0, [&](Tensor* centers) {
-          typename BatchOp<T, Label>::Arguments step;
-          TF_RETURN_IF_ERROR(this->Bind(context->input(1), context->input(2), *centers, &step));
-          TF_RETURN_IF_ERROR(this->BindWeights(context->input(3), sample_weight, &step));
-          TF_RETURN_IF_ERROR(this->BindAlpha(context->input(4), &step));
-          TF_RETURN_IF_ERROR(this->AllocateOutputs(context, &step));
-          return this->Launch(context, step);
-        }));
-  }
-};
-
-template <typename T, typename Label>
-class CenterLossOp : public BatchOp<T, Label> {
- public:
-  using BatchOp<T, Label>::BatchOp;
-
-  void Compute(OpKernelContext* context) override {
-    OpInputList sample_weight;
-    OP_REQUIRES_OK(context, context->input_list("sample_weight", &sample_weight));
-    OP_REQUIRES_OK(
-        context, WithReadableVariable(context, 0, [&](const Tensor* centers) {
-          typename BatchOp<T, Label>::Arguments step;
-          TF_RETURN_IF_ERROR(this->Bind(context->input(1), context->input(2), *centers, &step));
-          TF_RETURN_IF_ERROR(this->BindWeights(context->input(3), sample_weight, &step));
-          TF_RETURN_IF_ERROR(this->AllocateOutputs(context, &step));
-          return this->Launch(context, step);
-        }));
-  }
-};
-
-template <typename T, typename Label>
-class UpdateCentersOp : public BatchOp<T, Label> {
- public:
-  explicit UpdateCentersOp(OpKernelConstruction* context) : BatchOp<T, Label>(context) {
-    OP_REQUIRES_OK(context, context->GetAttr("from_residual", &from_residual_));
-  }
-
-  void Compute(OpKernelContext* context) override {
-    OP_REQUIRES_OK(
-        context, WithWritableVariable(context, 0, [&](Tensor* centers) {
-          typename BatchOp<T, Label>::Arguments step;
-          TF_RETURN_IF_ERROR(this->Bind(context->input(1), context->input(2), *centers, &step));
-          TF_RETURN_IF_ERROR(this->BindAlpha(context->input(3), &step));
-          step.features_are_residuals = from_residual_;
-          return this->Launch(context, step);
-        }));
-  }
-
- private:
-  bool from_residual_;
-};
-
 template <typename T>
-class CenterLossBackwardOp : public OpKernel {
+class BackwardOnCpuOp : public OpKernel {
  public:
   using Center = CenterOf<T>;
   using OpKernel::OpKernel;
@@ -273,15 +130,9 @@ class CenterLossBackwardOp : public OpKernel {
   void Compute(OpKernelContext* context) override {
     const Tensor& upstream = context->input(0);
     const Tensor& bits = context->input(1);
-    OP_REQUIRES(context, bits.dims() == 2,
-                absl::InvalidArgumentError(absl::StrCat(
-                    "residual_bits: expected shape [B, D], got ", bits.shape().DebugString())));
+    OP_REQUIRES_OK(context, CheckBackward(upstream, bits));
     const int64_t batch = bits.dim_size(0), dim = bits.dim_size(1);
     const bool per_sample = upstream.dims() == 1;
-    OP_REQUIRES(
-        context, upstream.dims() == 0 || upstream.shape() == TensorShape({batch}),
-        absl::InvalidArgumentError(absl::StrCat("upstream: expected shape [] or [", batch,
-                                                "], got ", upstream.shape().DebugString())));
     const auto factors = upstream.flat<Center>();
     if (std::is_same<T, Center>::value) {
       bool all_one = true;
@@ -330,27 +181,11 @@ class ZerosOp : public OpKernel {
 TCL_ZEROS(float)
 TCL_ZEROS(double)
 
-#define TCL_UNPAREN(...) __VA_ARGS__
-#define TCL_REGISTER_ONE(OpName, Kernel, T, Label)                      \
-  REGISTER_KERNEL_BUILDER(Name(OpName)                                  \
-                              .Device(tensorflow::DEVICE_CPU)           \
-                              .TypeConstraint<T>("T")                   \
-                              .TypeConstraint<Label>("Tlabels")         \
-                              .TypeConstraint<CenterOf<T>>("Tcenters"), \
-                          TCL_UNPAREN Kernel);
-#define TCL_REGISTER_LABEL(T, Label)                                            \
-  TCL_REGISTER_ONE("TclCenterLossStep", (CenterLossStepOp<T, Label>), T, Label) \
-  TCL_REGISTER_ONE("TclCenterLoss", (CenterLossOp<T, Label>), T, Label)         \
-  TCL_REGISTER_ONE("TclUpdateCenters", (UpdateCentersOp<T, Label>), T, Label)   \
-  TCL_REGISTER_ONE("TclCenterLossBackward", (CenterLossBackwardOp<T>), T, Label)
-#define TCL_REGISTER(T)          \
-  TCL_REGISTER_LABEL(T, int32_t) \
-  TCL_REGISTER_LABEL(T, int64_t)
-
-TCL_REGISTER(float)
-TCL_REGISTER(double)
-TCL_REGISTER(Eigen::half)
-TCL_REGISTER(Eigen::bfloat16)
+#define TCL_REGISTER_CPU(T) TCL_REGISTER(tensorflow::DEVICE_CPU, OnCpu, BackwardOnCpuOp, T)
+TCL_REGISTER_CPU(float)
+TCL_REGISTER_CPU(double)
+TCL_REGISTER_CPU(Eigen::half)
+TCL_REGISTER_CPU(Eigen::bfloat16)
 
 }  // namespace
 }  // namespace tcl

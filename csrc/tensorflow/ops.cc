@@ -98,8 +98,12 @@ absl::Status SetLossOutputs(InferenceContext* c, const BatchShape& shape) {
 
 // The residual leaves the forward ops as the bits of its numbers, in the integer type of the same
 // width. TensorFlow makes a zero gradient of full size for every floating-point output that nobody
-// differentiates, in every backward pass; for an integer output it does not.
-#define TCL_BITS_ATTR Attr("Tbits: {int32, int64}")
+// differentiates, in every backward pass; for an integer output it does not. Unsigned, because
+// TensorFlow takes every int32 of a function's results back to the host.
+#define TCL_BITS_ATTR Attr("Tbits: {uint32, int64}")
+
+// Only for a GPU, see CudaOptions::atomic.
+#define TCL_ATOMIC_ATTR Attr("atomic: bool = false")
 
 }  // namespace
 
@@ -114,7 +118,8 @@ REGISTER_OP("TclCenterLossStep")
     .Output("loss: Tcenters")
     .Output("residual_bits: Tbits")
     .Output("squared_distance: Tcenters")
-    .TCL_BATCH_ATTRS.TCL_BITS_ATTR.TCL_REDUCTION_ATTR.TCL_RULE_ATTR.Attr("num_weights: int >= 0")
+    .TCL_BATCH_ATTRS.TCL_BITS_ATTR.TCL_REDUCTION_ATTR.TCL_RULE_ATTR.TCL_ATOMIC_ATTR.Attr(
+        "num_weights: int >= 0")
     .SetIsStateful()
     .SetShapeFn([](InferenceContext* c) {
       BatchShape shape;
@@ -152,7 +157,7 @@ REGISTER_OP("TclUpdateCenters")
     .Input("features: T")
     .Input("labels: Tlabels")
     .Input("alpha: Tcenters")
-    .TCL_BATCH_ATTRS.TCL_RULE_ATTR.Attr("from_residual: bool = false")
+    .TCL_BATCH_ATTRS.TCL_RULE_ATTR.TCL_ATOMIC_ATTR.Attr("from_residual: bool = false")
     .SetIsStateful()
     .SetShapeFn([](InferenceContext* c) {
       BatchShape shape;

@@ -3,11 +3,8 @@
 #ifndef TF_CENTER_LOSS_OP_CSRC_TENSORFLOW_VARIABLE_ACCESS_H_
 #define TF_CENTER_LOSS_OP_CSRC_TENSORFLOW_VARIABLE_ACCESS_H_
 
-#include <cstring>
-
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
-#include "csrc/tensorflow/huge_pages.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/resource_mgr.h"
 #include "tensorflow/core/framework/resource_var.h"
@@ -15,9 +12,6 @@
 #include "tensorflow/core/platform/mutex.h"
 
 namespace tcl {
-
-// Caches and the translation buffer hold the rows of a smaller table anyway.
-constexpr size_t kMinTableBytes = size_t{1} << 26;
 
 inline absl::Status FindVariable(tensorflow::OpKernelContext* context, int input,
                                  tensorflow::core::RefCountPtr<tensorflow::Var>* variable) {
@@ -36,42 +30,24 @@ inline absl::Status CheckInitialized(const tensorflow::Tensor& tensor) {
       "centers: the variable is not initialised; run its initializer before the first step");
 }
 
-// Large arrays on large pages.
-inline absl::Status Allocate(tensorflow::OpKernelContext* context, tensorflow::DataType dtype,
-                             const tensorflow::TensorShape& shape, tensorflow::Tensor* tensor) {
-  const int64_t bytes = shape.num_elements() * tensorflow::DataTypeSize(dtype);
-  if (bytes < kMinBytesForHugePages || !HugePagesWanted()) {
-    return context->allocate_temp(dtype, shape, tensor);
-  }
-  *tensor = tensorflow::Tensor(HugePageAllocator(), dtype, shape);
-  if (tensor->IsInitialized()) return absl::OkStatus();
-  return absl::ResourceExhaustedError(
-      absl::StrCat("no memory for ", shape.DebugString(), " ", tensorflow::DataTypeString(dtype)));
-}
-
 // Calls body(tensor) with the variable locked for writing, so that rows of the tensor can be
 // written in place.
 //
-// Whoever read the variable before may still hold its buffer. Turning copy_on_read_mode on makes
-// every later dense read a copy, so that one copy at most is ever made here. The flag is tested
-// under the lock: a checkpoint clears it and takes the buffer under the same lock, and a test
-// before locking could miss that and write into the checkpoint's buffer.
-template <typename Body>
-absl::Status WithWritableVariable(tensorflow::OpKernelContext* context, int input, Body body) {
+// Whoever read the variable before may still hold its buffer: own(tensor) then puts a buffer of its
+// own in its place. Turning copy_on_read_mode on makes every later dense read a copy, so that one
+// copy at most is ever made here. The flag is tested under the lock: a checkpoint clears it and
+// takes the buffer under the same lock, and a test before locking could miss that and write into
+// the checkpoint's buffer.
+template <typename Own, typename Body>
+absl::Status WithWritableVariable(tensorflow::OpKernelContext* context, int input, Own own,
+                                  Body body) {
   tensorflow::core::RefCountPtr<tensorflow::Var> variable;
   TF_RETURN_IF_ERROR(FindVariable(context, input, &variable));
   tensorflow::mutex_lock lock(*variable->mu());
   tensorflow::Tensor* const tensor = variable->tensor();
   TF_RETURN_IF_ERROR(CheckInitialized(*tensor));
   if (!variable->copy_on_read_mode.load()) {
-    if (!tensor->RefCountIsOne()) {
-      tensorflow::Tensor copy;
-      TF_RETURN_IF_ERROR(Allocate(context, tensor->dtype(), tensor->shape(), &copy));
-      std::memcpy(copy.data(), tensor->data(), tensor->TotalBytes());
-      *tensor = copy;
-    } else if (tensor->TotalBytes() >= kMinTableBytes && HugePagesWanted()) {
-      MoveToHugePages(tensor->data(), static_cast<int64_t>(tensor->TotalBytes()));
-    }
+    TF_RETURN_IF_ERROR(own(tensor));
     variable->copy_on_read_mode.store(true);
   }
   return body(tensor);

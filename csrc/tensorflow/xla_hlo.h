@@ -44,7 +44,7 @@ struct StepResults {
 };
 
 inline xla::PrimitiveType BitsOf(xla::PrimitiveType center_type) {
-  return center_type == xla::F64 ? xla::S64 : xla::S32;
+  return center_type == xla::F64 ? xla::S64 : xla::U32;
 }
 
 absl::StatusOr<StepResults> StepInHlo(const StepKind& kind, const StepOperands& in);

@@ -1,0 +1,296 @@
+// The CUDA kernels on arrays of any library that speaks DLPack or __cuda_array_interface__ (CuPy,
+// PyTorch, Numba, JAX), without TensorFlow: what the GPU op is tested and timed against.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <optional>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "csrc/names.h"
+#include "csrc/python/modules.h"
+#include "cuda/center_loss_cuda.h"
+
+namespace py = pybind11;
+
+namespace tcl {
+namespace {
+
+// The parts of DLPack's binary interface that are read here (dlpack.h, version 0.8).
+struct DLTensor {
+  void* data;
+  int32_t device_type;
+  int32_t device_id;
+  int32_t ndim;
+  uint8_t type_code;
+  uint8_t type_bits;
+  uint16_t type_lanes;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+constexpr int32_t kDLCuda = 2, kDLCudaManaged = 13;
+
+void Require(bool condition, const std::string& message) {
+  if (!condition) throw py::value_error(message);
+}
+
+void Check(int error, const char* what) {
+  if (error != 0) {
+    throw std::runtime_error(std::string(what) + ": CUDA error " + std::to_string(error) + ", " +
+                             CudaErrorText(error));
+  }
+}
+
+// An array in device memory: rows one after the other, borrowed from its owner for one call.
+struct CudaArray {
+  void* data = nullptr;
+  std::vector<int64_t> shape;
+  std::string dtype;  // NumPy's name of it, or bfloat16
+
+  std::string ShapeText() const { return py::str(py::cast(shape)); }
+};
+
+std::string DtypeOf(const DLTensor& tensor) {
+  static constexpr const char* kNames[] = {"int", "uint", "float", nullptr, "bfloat"};
+  if (tensor.type_lanes != 1 || tensor.type_code >= 5 || tensor.type_code == 3) return "unknown";
+  return kNames[tensor.type_code] + std::to_string(tensor.type_bits);
+}
+
+CudaArray FromDLPack(const py::object& object, const char* name) {
+  // No synchronisation: the caller gives the stream.
+  const py::capsule capsule = object.attr("__dlpack__")(py::arg("stream") = -1);
+  const auto* tensor =
+      static_cast<const DLTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+  if (tensor == nullptr) throw py::error_already_set();
+  Require(tensor->device_type == kDLCuda || tensor->device_type == kDLCudaManaged,
+          std::string(name) + ": expected an array in the memory of a CUDA device");
+  CudaArray array;
+  array.data = static_cast<char*>(tensor->data) + tensor->byte_offset;
+  array.shape.assign(tensor->shape, tensor->shape + tensor->ndim);
+  array.dtype = DtypeOf(*tensor);
+  int64_t stride = 1;
+  for (int k = tensor->ndim - 1; k >= 0; --k) {
+    Require(tensor->strides == nullptr || tensor->shape[k] == 1 || tensor->strides[k] == stride,
+            std::string(name) + ": expected a C-contiguous array");
+    stride *= tensor->shape[k];
+  }
+  return array;
+}
+
+CudaArray FromInterface(const py::object& object, const char* name) {
+  const py::dict interface = object.attr("__cuda_array_interface__");
+  CudaArray array;
+  array.data = reinterpret_cast<void*>(interface["data"].cast<py::tuple>()[0].cast<uintptr_t>());
+  array.shape = interface["shape"].cast<std::vector<int64_t>>();
+  const std::string type = interface["typestr"].cast<std::string>();
+  Require(type.size() > 2 && type[0] != '>', std::string(name) + ": unknown dtype " + type);
+  const std::string kind = type[1] == 'f' ? "float" : type[1] == 'i' ? "int" : "unknown";
+  array.dtype = kind + std::to_string(8 * std::stoi(type.substr(2)));
+  Require(!interface.contains("strides") || interface["strides"].is_none(),
+          std::string(name) + ": expected a C-contiguous array");
+  return array;
+}
+
+CudaArray Array(const py::object& object, const char* name) {
+  if (py::hasattr(object, "__dlpack__")) return FromDLPack(object, name);
+  Require(py::hasattr(object, "__cuda_array_interface__"),
+          std::string(name) + ": expected an array with DLPack or __cuda_array_interface__, got " +
+              std::string(py::str(py::type::of(object).attr("__name__"))));
+  return FromInterface(object, name);
+}
+
+void RequireArray(const CudaArray& array, const char* name, const std::string& dtype,
+                  const std::vector<int64_t>& shape) {
+  Require(array.dtype == dtype,
+          std::string(name) + ": expected dtype " + dtype + ", got " + array.dtype);
+  Require(array.shape == shape, std::string(name) + ": expected shape " +
+                                    std::string(py::str(py::cast(shape))) + ", got " +
+                                    array.ShapeText());
+}
+
+// A number, or an array of one number on the device.
+using Factor = std::variant<double, py::object>;
+
+// The steps of batches up to a size, one after the other on one stream.
+class CudaStep {
+ public:
+  CudaStep(int64_t batch, int64_t dim, const std::string& dtype, bool atomic) {
+    Require(batch >= 0 && dim >= 1, "batch, dim: expected at least 0 and 1, got " +
+                                        std::to_string(batch) + ", " + std::to_string(dim));
+    Require(dtype == "float32" || dtype == "float64",
+            "dtype: expected the centers', float32 or float64, got " + dtype);
+    dtype_ = dtype;
+    workspace_.batch = batch;
+    workspace_.dim = dim;
+    workspace_.center_size = dtype == "float32" ? 4 : 8;
+    workspace_.atomic = atomic;
+    const int64_t bytes = CudaWorkspaceBytes(workspace_);
+    Check(AllocateOnCuda(&workspace_.memory, bytes), "allocating the workspace");
+    Check(ZeroOnCuda(workspace_.memory, bytes, nullptr), "clearing the workspace");
+    Check(WaitForCuda(), "clearing the workspace");
+  }
+  ~CudaStep() { FreeOnCuda(workspace_.memory); }
+  CudaStep(const CudaStep&) = delete;
+  CudaStep& operator=(const CudaStep&) = delete;
+
+  int64_t WorkspaceBytes() const { return CudaWorkspaceBytes(workspace_); }
+
+  void Run(const py::object& features, const py::object& labels, const py::object& centers,
+           const py::object& loss, const py::object& residual, const py::object& squared_distance,
+           const Factor& alpha, const std::string& rule, const std::string& reduction,
+           const py::object& sample_weight, std::optional<int64_t> ignore_label,
+           bool update_centers, const Factor& weight, bool features_are_residuals,
+           uintptr_t stream) {
+    const std::string type = Array(features, "features").dtype;
+    const auto run = [&](auto feature) {
+      using Feature = decltype(feature);
+      const CudaArray y = Array(labels, "labels");
+      const auto run_labels = [&](auto label) {
+        RunTyped<Feature, decltype(label)>(features, y, centers, loss, residual, squared_distance,
+                                           alpha, rule, reduction, sample_weight, ignore_label,
+                                           update_centers, weight, features_are_residuals, stream);
+      };
+      if (y.dtype == "int32") return run_labels(int32_t{});
+      Require(y.dtype == "int64", "labels: expected dtype int32 or int64, got " + y.dtype);
+      run_labels(int64_t{});
+    };
+    if (type == "float32") return run(float{});
+    if (type == "float64") return run(double{});
+    if (type == "float16") return run(Half{});
+    Require(type == "bfloat16",
+            "features: expected dtype float32, float64, float16 or bfloat16, got " + type);
+    run(BFloat16{});
+  }
+
+ private:
+  template <typename Feature, typename Label>
+  void RunTyped(const py::object& features, const CudaArray& y, const py::object& centers,
+                const py::object& loss, const py::object& residual,
+                const py::object& squared_distance, const Factor& alpha, const std::string& rule,
+                const std::string& reduction, const py::object& sample_weight,
+                std::optional<int64_t> ignore_label, bool update_centers, const Factor& weight,
+                bool features_are_residuals, uintptr_t stream) {
+    using Center = CenterType<Feature>;
+    const CudaArray x = Array(features, "features"), c = Array(centers, "centers");
+    Require(x.shape.size() == 2, "features: expected shape [B, D], got " + x.ShapeText());
+    const int64_t batch = x.shape[0], dim = x.shape[1];
+    Require(batch <= workspace_.batch && dim <= workspace_.dim,
+            "features: expected at most shape [" + std::to_string(workspace_.batch) + ", " +
+                std::to_string(workspace_.dim) + "], got " + x.ShapeText());
+    const std::string center_dtype = sizeof(Center) == 4 ? "float32" : "float64";
+    Require(center_dtype == dtype_, "features: " + x.dtype + " needs a CudaStep of dtype " +
+                                        center_dtype + ", this one is of " + dtype_);
+    Require(c.shape.size() == 2, "centers: expected shape [C, D], got " + c.ShapeText());
+    RequireArray(c, "centers", center_dtype, {c.shape[0], dim});
+    RequireArray(y, "labels", y.dtype, {batch});
+
+    StepArguments<Feature, Label> step;
+    step.batch = batch;
+    step.dim = dim;
+    step.classes = c.shape[0];
+    step.features = static_cast<const Feature*>(x.data);
+    step.labels = static_cast<const Label*>(y.data);
+    step.centers = static_cast<Center*>(c.data);
+    step.features_are_residuals = features_are_residuals;
+    Require(ParseRule(rule, &step.options.rule), "rule: unknown rule '" + rule + "'");
+    Require(ParseReduction(reduction, &step.options.reduction),
+            "reduction: unknown reduction '" + reduction + "'");
+    step.options.has_ignore_label = ignore_label.has_value();
+    step.options.ignore_label = ignore_label.value_or(0);
+    step.options.update_centers = update_centers;
+    const auto optional = [&](const py::object& object, const char* name,
+                              const std::vector<int64_t>& shape) -> Center* {
+      if (object.is_none()) return nullptr;
+      const CudaArray array = Array(object, name);
+      RequireArray(array, name, center_dtype, shape);
+      return static_cast<Center*>(array.data);
+    };
+    const bool per_sample = step.options.reduction == Reduction::kNone;
+    step.loss =
+        optional(loss, "loss", per_sample ? std::vector<int64_t>{batch} : std::vector<int64_t>{});
+    step.residual = optional(residual, "residual", {batch, dim});
+    step.squared_distance = optional(squared_distance, "squared_distance", {batch});
+    step.sample_weight = optional(sample_weight, "sample_weight", {batch});
+
+    CudaOptions<Center> options;
+    options.atomic = workspace_.atomic;
+    if (const double* number = std::get_if<double>(&alpha)) {
+      Require(std::isfinite(*number) && *number >= 0,
+              "alpha: expected a finite number >= 0, got " + std::to_string(*number));
+      step.options.alpha = static_cast<Center>(*number);
+    } else {
+      options.alpha = optional(std::get<py::object>(alpha), "alpha", {});
+    }
+    if (const double* number = std::get_if<double>(&weight)) {
+      step.options.weight = static_cast<Center>(*number);
+    } else {
+      options.weight = optional(std::get<py::object>(weight), "weight", {});
+    }
+    Check(CenterLossOnCuda(step, options, workspace_, reinterpret_cast<void*>(stream)),
+          "launching the center loss step");
+  }
+
+  CudaWorkspace workspace_;
+  std::string dtype_;
+};
+
+void Backward(const py::object& upstream, const py::object& residual, const py::object& gradient,
+              uintptr_t stream) {
+  const CudaArray up = Array(upstream, "upstream"), d = Array(residual, "residual"),
+                  g = Array(gradient, "gradient");
+  Require(d.shape.size() == 2, "residual: expected shape [B, D], got " + d.ShapeText());
+  const bool per_sample = up.shape.size() == 1;
+  RequireArray(up, "upstream", d.dtype,
+               per_sample ? std::vector<int64_t>{d.shape[0]} : std::vector<int64_t>{});
+  RequireArray(g, "gradient", g.dtype, d.shape);
+  const auto run = [&](auto feature, const std::string& center_dtype) {
+    using Feature = decltype(feature);
+    using Center = CenterType<Feature>;
+    RequireArray(d, "residual", center_dtype, d.shape);
+    Check(BackwardOnCuda<Feature>(static_cast<const Center*>(up.data), per_sample,
+                                  static_cast<const Center*>(d.data), static_cast<Feature*>(g.data),
+                                  d.shape[0], d.shape[1], reinterpret_cast<void*>(stream)),
+          "launching the backward pass");
+  };
+  if (g.dtype == "float32") return run(float{}, "float32");
+  if (g.dtype == "float64") return run(double{}, "float64");
+  if (g.dtype == "float16") return run(Half{}, "float32");
+  Require(g.dtype == "bfloat16",
+          "gradient: expected dtype float32, float64, float16 or bfloat16, got " + g.dtype);
+  run(BFloat16{}, "float32");
+}
+
+}  // namespace
+
+void DefineCuda(py::module_& module) {
+  py::class_<CudaStep>(module, "CudaStep", R"(Steps on arrays in the memory of the current GPU.
+
+Arrays are of any library with DLPack or __cuda_array_interface__. For batches of up to
+[batch, dim], one after the other on one stream. With atomic=True residuals are summed by float
+atomics: the bits of the moved centers differ from run to run.)")
+      .def(py::init<int64_t, int64_t, const std::string&, bool>(), py::arg("batch"), py::arg("dim"),
+           py::arg("dtype") = "float32", py::kw_only(), py::arg("atomic") = false)
+      .def_property_readonly("workspace_bytes", &CudaStep::WorkspaceBytes)
+      .def("__call__", &CudaStep::Run, py::arg("features"), py::arg("labels"), py::arg("centers"),
+           py::arg("loss") = py::none(), py::arg("residual") = py::none(),
+           py::arg("squared_distance") = py::none(), py::kw_only(), py::arg("alpha") = 0.5,
+           py::arg("rule") = "paper", py::arg("reduction") = "mean",
+           py::arg("sample_weight") = py::none(), py::arg("ignore_label") = py::none(),
+           py::arg("update_centers") = true, py::arg("weight") = 1.0,
+           py::arg("features_are_residuals") = false, py::arg("stream") = 0,
+           R"(One launch on the stream (a cudaStream_t as an int); returns at once.
+
+Writes loss ([], or [B] for reduction "none"), residual [B, D] and squared_distance [B] where given,
+in the centers' type, and the centers in place. alpha and weight may be arrays of one number on the
+device. A label out of range makes its sample's loss and residual NaN. Raises ValueError, with
+nothing written.)");
+  module.def("cuda_backward", Backward, py::arg("upstream"), py::arg("residual"),
+             py::arg("gradient"), py::kw_only(), py::arg("stream") = 0,
+             "gradient [B, D] = upstream ([] or [B]) times residual [B, D], rounded to its type.");
+}
+
+}  // namespace tcl

@@ -1,0 +1,175 @@
+// The ops on a GPU: TensorFlow's stream, its memory, and the launchers of cuda/center_loss_cuda.h.
+//
+// Nothing here waits for the device. Labels out of range and a bad alpha cannot raise, see the
+// launcher's contract.
+
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/synchronization/mutex.h"
+#include "csrc/tensorflow/step_ops.h"
+#include "cuda/center_loss_cuda.h"
+#include "tensorflow/core/framework/device_base.h"
+#include "tensorflow/core/util/determinism.h"
+#include "xla/stream_executor/stream.h"
+
+namespace tcl {
+namespace {
+
+using tensorflow::OpKernel;
+using tensorflow::OpKernelConstruction;
+using tensorflow::OpKernelContext;
+using tensorflow::Tensor;
+using tensorflow::TensorShape;
+
+void* StreamOf(OpKernelContext* context) {
+  return context->op_device_context()->stream()->platform_specific_handle().stream;
+}
+
+absl::Status ToStatus(int error, const char* what) {
+  if (error == 0) return absl::OkStatus();
+  return absl::InternalError(
+      absl::StrCat(what, ": CUDA error ", error, ", ", CudaErrorText(error)));
+}
+
+// Device memory for the kernels of one op, which its launches use one after the other: they all go
+// to one stream. It grows with the batches.
+class Workspace {
+ public:
+  template <typename LaunchStep>
+  absl::Status With(OpKernelContext* context, CudaWorkspace wanted, LaunchStep launch) {
+    absl::MutexLock lock(mutex_);
+    if (wanted.batch > sizes_.batch || wanted.dim > sizes_.dim || sizes_.memory == nullptr) {
+      wanted.batch = std::max(wanted.batch, sizes_.batch);
+      wanted.dim = std::max(wanted.dim, sizes_.dim);
+      const int64_t bytes = CudaWorkspaceBytes(wanted);
+      Tensor memory;
+      TF_RETURN_IF_ERROR(
+          context->allocate_temp(tensorflow::DT_UINT8, TensorShape({bytes}), &memory));
+      wanted.memory = memory.data();
+      TF_RETURN_IF_ERROR(
+          ToStatus(ZeroOnCuda(wanted.memory, bytes, StreamOf(context)), "clearing the workspace"));
+      memory_ = memory;
+      sizes_ = wanted;
+    }
+    return launch(sizes_);
+  }
+
+ private:
+  absl::Mutex mutex_;
+  Tensor memory_ ABSL_GUARDED_BY(mutex_);
+  CudaWorkspace sizes_ ABSL_GUARDED_BY(mutex_);
+};
+
+template <typename T, typename LabelType>
+class OnGpu {
+ public:
+  using Element = T;
+  using Label = LabelType;
+  using Center = CenterOf<T>;
+  struct Arguments : StepArguments<typename FeatureOf<T>::type, Label> {
+    CudaOptions<Center> cuda;
+  };
+
+  explicit OnGpu(OpKernelConstruction* context) {
+    if (!context->HasAttr("atomic")) return;
+    OP_REQUIRES_OK(context, context->GetAttr("atomic", &atomic_));
+    OP_REQUIRES(context, !(atomic_ && tensorflow::OpDeterminismRequired()),
+                absl::FailedPreconditionError(
+                    "atomic: expected False under op determinism "
+                    "(tf.config.experimental.enable_op_determinism), got True: sums by atomics "
+                    "depend on the order in which threads come"));
+  }
+
+  static absl::Status SetWeight(const Tensor& weight, Arguments* step) {
+    step->cuda.weight = weight.scalar<Center>().data();
+    return absl::OkStatus();
+  }
+
+  absl::Status SetAlpha(const Tensor& alpha, Arguments* step) const {
+    step->cuda.alpha = alpha.scalar<Center>().data();
+    step->cuda.atomic = atomic_;
+    return absl::OkStatus();
+  }
+
+  static absl::Status Own(OpKernelContext* context, Tensor* table) {
+    if (table->RefCountIsOne()) return absl::OkStatus();
+    Tensor copy;
+    TF_RETURN_IF_ERROR(context->allocate_temp(table->dtype(), table->shape(), &copy));
+    TF_RETURN_IF_ERROR(
+        ToStatus(CopyOnCuda(copy.data(), table->data(), static_cast<int64_t>(table->TotalBytes()),
+                            StreamOf(context)),
+                 "copying the centers"));
+    *table = copy;
+    return absl::OkStatus();
+  }
+
+  static absl::Status AllocateResidual(OpKernelContext* context, const TensorShape& shape,
+                                       Tensor* residual) {
+    return context->allocate_temp(context->expected_output_dtype(1), shape, residual);
+  }
+
+  absl::Status Launch(OpKernelContext* context, const Arguments& step) {
+    CudaWorkspace sizes;
+    sizes.batch = step.batch;
+    sizes.dim = step.dim;
+    sizes.center_size = sizeof(Center);
+    sizes.atomic = step.cuda.atomic;
+    return workspace_.With(context, sizes, [&](const CudaWorkspace& workspace) {
+      return ToStatus(CenterLossOnCuda<typename FeatureOf<T>::type, Label>(
+                          step, step.cuda, workspace, StreamOf(context)),
+                      "launching the center loss step");
+    });
+  }
+
+ private:
+  bool atomic_ = false;
+  Workspace workspace_;
+};
+
+template <typename T>
+class BackwardOnGpuOp : public OpKernel {
+ public:
+  using Center = CenterOf<T>;
+  using OpKernel::OpKernel;
+
+  void Compute(OpKernelContext* context) override {
+    const Tensor& upstream = context->input(0);
+    const Tensor& bits = context->input(1);
+    OP_REQUIRES_OK(context, CheckBackward(upstream, bits));
+    const auto* const factors = upstream.flat<Center>().data();
+    Tensor gradient;
+    // In the residual's own memory, where nobody else holds it: with an upstream of one, which only
+    // the device knows, nothing then has to be moved.
+    std::unique_ptr<Tensor> forwarded;
+    if (std::is_same<T, Center>::value) {
+      forwarded = context->forward_input(1, OpKernelContext::Params::kNoReservation, bits.dtype(),
+                                         bits.shape(), context->output_memory_type(0),
+                                         tensorflow::AllocatorAttributes());
+    }
+    if (forwarded != nullptr) {
+      OP_REQUIRES_OK(context, gradient.BitcastFrom(*forwarded, tensorflow::DataTypeToEnum<T>::v(),
+                                                   forwarded->shape()));
+    } else {
+      OP_REQUIRES_OK(context, context->allocate_temp(tensorflow::DataTypeToEnum<T>::v(),
+                                                     bits.shape(), &gradient));
+    }
+    context->set_output(0, gradient);
+    using Feature = typename FeatureOf<T>::type;
+    OP_REQUIRES_OK(context, ToStatus(BackwardOnCuda<Feature>(
+                                         factors, upstream.dims() == 1,
+                                         static_cast<const Center*>(bits.data()),
+                                         static_cast<Feature*>(gradient.data()), bits.dim_size(0),
+                                         bits.dim_size(1), StreamOf(context)),
+                                     "launching the backward pass"));
+  }
+};
+
+#define TCL_REGISTER_GPU(T) TCL_REGISTER(tensorflow::DEVICE_GPU, OnGpu, BackwardOnGpuOp, T)
+TCL_REGISTER_GPU(float)
+TCL_REGISTER_GPU(double)
+TCL_REGISTER_GPU(Eigen::half)
+TCL_REGISTER_GPU(Eigen::bfloat16)
+
+}  // namespace
+}  // namespace tcl
