@@ -83,6 +83,12 @@ class CMakeBuild(build_ext):
     def run(self):
         try:
             record = build()
+            cuda = ", ".join(record["cuda"] or ()) or "none, for want of nvcc"
+            print(
+                f"tf_center_loss_op: built for TensorFlow {record['tensorflow']}; "
+                f"GPU architectures: {cuda}; XLA: {'yes' if record['xla'] else 'no'}",
+                flush=True,
+            )
         except NoNativeBuild as reason:
             if MODE == "require":
                 raise SystemExit(f"TF_CENTER_LOSS_BUILD=require, but {reason}") from None

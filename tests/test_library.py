@@ -4,6 +4,7 @@ import subprocess
 
 import pytest
 import tensorflow as tf
+from tensorflow.python.framework.kernels import get_registered_kernels_for_op
 
 import tf_center_loss_op as tcl
 
@@ -47,3 +48,20 @@ def test_build_info_of_a_working_library(native_library):
     info = tcl.build_info()
     minor = tf.__version__.rsplit(".", 1)[0]
     assert info["tf_running"].startswith(minor) and info["tf_built"].startswith(minor)
+
+
+@pytest.mark.parametrize(
+    "op", ["TclCenterLossStep", "TclCenterLoss", "TclUpdateCenters", "TclCenterLossBackward"]
+)
+def test_gpu_kernels_are_there_where_cuda_was_built(native_library, op):
+    registered = get_registered_kernels_for_op(op).kernel
+
+    def types(device):
+        return {
+            tuple((c.name, *c.allowed_values.list.type) for c in kernel.constraint)
+            for kernel in registered
+            if kernel.device_type == device
+        }
+
+    assert len(types("CPU")) == 8  # four types of features, two of labels
+    assert types("GPU") == (types("CPU") if tcl.build_info()["cuda"] else set())
