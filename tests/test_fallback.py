@@ -119,3 +119,20 @@ def test_nonsense_in_the_environment(tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     for word in ("TF_CENTER_LOSS_IMPL", "fastest", "auto", "native", "graph"):
         assert word in last
+
+
+@pytest.mark.native
+def test_centers_on_a_gpu_that_the_library_was_not_built_for(native_library, monkeypatch):
+    # Here no centers can lie on one: the choice alone is looked at.
+    from tf_center_loss_op import _native
+
+    gpu = "/job:localhost/replica:0/task:0/device:GPU:0"
+    with_cuda, without = _native._record() | {"cuda": ["90"]}, _native._record() | {"cuda": None}
+    monkeypatch.setattr(_native, "_record", lambda: with_cuda)
+    assert _native.choose("auto", gpu) == "native"
+    monkeypatch.setattr(_native, "_record", lambda: without)
+    assert _native.choose("auto", gpu.replace("GPU", "CPU")) == "native"
+    with pytest.warns(RuntimeWarning, match=f"the centers lie on {gpu}, and it was built without"):
+        assert _native.choose("auto", gpu) == "graph"
+    with pytest.raises(RuntimeError, match="'native' cannot run: the centers lie on"):
+        _native.choose("native", gpu)

@@ -87,35 +87,42 @@ def in_xla():
 
 
 @functools.cache
-def _warn_once():
+def _warn_once(reason):
     warnings.warn(
         f"tf_center_loss_op: no native library, computing with plain TensorFlow ops instead, with "
-        f"the same results but slower: {_load().reason}. To rebuild it: {_REBUILD}",
+        f"the same results but slower: {reason}. To rebuild it: {_REBUILD}",
         RuntimeWarning,
         stacklevel=5,
     )
 
 
-def choose(impl):
-    """ "native" or "graph" for what the caller and TF_CENTER_LOSS_IMPL ask for."""
+def choose(impl, device=""):
+    """ "native" or "graph" for what the caller and TF_CENTER_LOSS_IMPL ask for.
+
+    device: where the centers lie, as TensorFlow writes it.
+    """
     _arguments.one_of("impl", impl, _arguments.IMPLEMENTATIONS)
     if impl == "auto":
         impl = os.environ.get("TF_CENTER_LOSS_IMPL", "auto")
         _arguments.one_of("TF_CENTER_LOSS_IMPL (environment)", impl, _arguments.IMPLEMENTATIONS)
     if impl == "graph":
         return "graph"
+    warns = True
     if not usable():
         reason = _load().reason
     elif in_xla() and not _load().xla:
         reason = f"under XLA it needs {_XLA_LIBRARY.name}, which is not there or does not load"
+        warns = False
+    elif "GPU" in device and not in_xla() and not _record().get("cuda"):
+        reason = f"the centers lie on {device}, and it was built without nvcc, for CPUs only"
     else:
         return "native"
     if impl == "native":
         raise RuntimeError(
             f"impl: 'native' cannot run: {reason}. To rebuild the library: {_REBUILD}"
         )
-    if not usable():
-        _warn_once()
+    if warns:
+        _warn_once(reason)
     return "graph"
 
 

@@ -14,7 +14,7 @@ _IMPLEMENTATIONS = {"native": _native_impl, "graph": _graph_impl}
 
 def implementation(impl, centers):
     """The module that computes what `impl` asks for, on these (checked) centers."""
-    chosen = _IMPLEMENTATIONS[_native.choose(impl)]
+    chosen = _IMPLEMENTATIONS[_native.choose(impl, getattr(centers, "device", None) or "")]
     # A stateless scope has no variable for the op to write to.
     return chosen if isinstance(centers, tf.Variable) else _graph_impl
 
