@@ -84,11 +84,12 @@ __device__ __forceinline__ void AddVector(T* address, const T* in) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if constexpr (Width == 4 && std::is_same_v<T, float>) {
     atomicAdd(reinterpret_cast<float4*>(address), float4{in[0], in[1], in[2], in[3]});
-    return;
-  }
+  } else
 #endif
+  {
 #pragma unroll
-  for (int e = 0; e < Width; ++e) atomicAdd(address + e, in[e]);
+    for (int e = 0; e < Width; ++e) atomicAdd(address + e, in[e]);
+  }
 }
 
 // The first column of this lane's vector number `vector` of the columns that start at `column`.
