@@ -645,14 +645,15 @@ class Rows {
   // Whether this warp is the last of so many at the counter, which is then zero again. What the
   // others wrote before they came is visible to it.
   __device__ bool LastToArrive(int* counter, int arrivals) {
-    __threadfence();
-    __syncwarp();
+    __syncwarp();  // what the other lanes wrote comes before the fence of the first
     int before = 0;
     if (Lane() == 0) {
+      __threadfence();
       before = atomicAdd(counter, 1);
       if (before == arrivals - 1) *counter = 0;
       __threadfence();
     }
+    __syncwarp();  // and what they will read comes after it: a shuffle orders no memory
     return __shfl_sync(kAllLanes, before, 0) == arrivals - 1;
   }
 
