@@ -400,7 +400,6 @@ class HashIndex {
       if (group < 0 || CountOf(group) == 1) continue;
       p_.tile_order[begin + __ldcg(&p_.tile_start[cell(group)]) + p_.rank_in_tile[i]] = i;
     }
-    __syncthreads();
   }
 
   const Parameters<Feature>& p_;

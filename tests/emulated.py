@@ -140,9 +140,10 @@ class Workspace:
 
 
 class Emulator:
-    """The kernels with a schedule: `seed` 0 is in order, others by chance, odd ones with warps
-    that hardly run; `skip` names a barrier, "device.cuh:42", that is left out; with `races`, for
-    a library built with them, accesses that nothing orders are errors."""
+    """The kernels with a schedule: `seed` 0 is in order, others by chance, of four the first with
+    warps and the third with threads that hardly run; `skip` names a barrier or fence,
+    "device.cuh:42", that is left out; with `races`, for a library built with them, accesses that
+    nothing orders are errors."""
 
     def __init__(self, *, seed=0, multiprocessors=2, races=False, skip="", library=None):
         self._file = library or build()

@@ -24,7 +24,7 @@
 #define __nanosleep(nanoseconds) ::emulator::Spin()
 #define __syncthreads() ::emulator::SyncThreads(__FILE__, __LINE__)
 #define __syncwarp() ::emulator::SyncWarp(__FILE__, __LINE__)
-#define __threadfence() ::emulator::Fence()
+#define __threadfence() ::emulator::Fence(__FILE__, __LINE__)
 #define TCL_DYNAMIC_SHARED(name) unsigned char* const name = ::emulator::SharedMemory()
 
 struct dim3 {
@@ -44,7 +44,7 @@ constexpr int kWarp = 32;
 
 void SyncThreads(const char* file, int line);
 void SyncWarp(const char* file, int line);
-void Fence();
+void Fence(const char* file, int line);
 void Spin();  // waits for somebody else
 // Before a single access: an atomic (writes) or a load past the first-level cache.
 void Single(const void* address, size_t size, bool writes, const void* code);

@@ -44,7 +44,7 @@ struct Settings {
   uint64_t seed = 0;
   int multiprocessors = 2;
   bool races = false;
-  std::string skipped;  // "file:line" of a barrier that is left out
+  std::string skipped;  // "file:line" of a barrier or fence that is left out
 } settings;
 
 using Clock = std::vector<uint32_t>;  // for each thread, how much of it came before
@@ -57,7 +57,6 @@ struct Warp {
   int turn = 0;  // two turns' values are kept: a lane may read while others bring the next
   const char* what = nullptr;
   uint64_t values[2][kWarp];
-  bool slow = false;
 };
 
 struct Block {
@@ -78,6 +77,7 @@ struct Fiber {
   ucontext_t context;
   jmp_buf point;
   bool started = false;
+  bool slow = false;
   void* fake_stack = nullptr;
 };
 
@@ -279,19 +279,20 @@ bool Skipped(const char* file, int line) {
 void StartBlock(unsigned index) {
   auto block = std::make_unique<Block>();
   block->warps.resize(run->block / kWarp);
-  // One schedule in two has warps that hardly ever run.
-  for (Warp& warp : block->warps) {
-    warp.slow = settings.seed % 2 == 1 && run->random() % 4 == 0;
-  }
   block->shared.reset(new unsigned char[run->shared]);
   std::memset(block->shared.get(), 0xcd, run->shared);
+  bool slow = false;
   for (unsigned t = 0; t < run->block; ++t) {
+    // One schedule in four has warps that hardly ever run, another one such threads.
+    if (settings.seed % 4 == 1 && t % kWarp == 0) slow = run->random() % 4 == 0;
+    if (settings.seed % 4 == 3) slow = run->random() % 8 == 0;
     auto fiber = std::make_unique<Fiber>();
     fiber->thread = dim3(t, 0, 0);
     fiber->block = dim3(index, 0, 0);
     fiber->in_block = block.get();
     fiber->in_warp = &block->warps[t / kWarp];
     fiber->lane = static_cast<int>(t % kWarp);
+    fiber->slow = slow;
     fiber->number = index * run->block + t;
     if (settings.races) {
       fiber->now.resize(run->grid * run->block);
@@ -314,7 +315,7 @@ size_t Pick() {
   const size_t ready = run->ready.size();
   if (settings.seed == 0) return 0;
   size_t picked = run->random() % ready;
-  for (int tries = 0; tries < 8 && run->ready[picked]->in_warp->slow; ++tries) {
+  for (int tries = 0; tries < 8 && run->ready[picked]->slow; ++tries) {
     picked = run->random() % ready;
   }
   return picked;
@@ -331,8 +332,9 @@ void MayYield() {
   if (settings.seed != 0 && run->random() % 4 == 0) Yield();
 }
 
-void Fence() {
+void Fence(const char* file, int line) {
   MayYield();
+  if (Skipped(file, line)) return;
   if (!settings.races) return;
   Fiber* const fiber = run->fiber;
   Join(&fiber->now, fiber->read);
@@ -464,7 +466,7 @@ const char* cudaGetErrorString(cudaError_t error) {
                                          : "invalid argument";
 }
 
-// seed 0: one thread after the other. Other seeds: by chance; odd ones with slow warps. `races`:
+// seed 0: one thread after the other. Other seeds: by chance, odd ones with slow threads. `races`:
 // whether conflicting accesses are errors where nothing orders them.
 extern "C" void tcl_emulator_configure(uint64_t seed, int multiprocessors, bool races,
                                        const char* skipped) {
