@@ -37,7 +37,9 @@ constexpr int kMembers = 16;
 // Up to here a scan of the labels by every warp (B / 32 steps) is cheaper than two barriers.
 constexpr int64_t kScanBatch = 2048;
 constexpr int kScanThreads = 128;  // small, to spread a small batch over all multiprocessors
-constexpr int kScanResident = 4;   // blocks on a multiprocessor: 128 registers a thread
+// Blocks on a multiprocessor: 128 registers a thread, 168 where they hold pairs.
+template <typename Center>
+constexpr int kScanResident = sizeof(Center) == 8 ? 3 : 4;
 constexpr int kHashThreads = 256;
 constexpr int kHashResident = 2;  // blocks on a multiprocessor, for certain
 
@@ -398,7 +400,6 @@ class HashIndex {
       if (group < 0 || CountOf(group) == 1) continue;
       p_.tile_order[begin + __ldcg(&p_.tile_start[cell(group)]) + p_.rank_in_tile[i]] = i;
     }
-    __syncthreads();
   }
 
   const Parameters<Feature>& p_;
@@ -643,14 +644,15 @@ class Rows {
   // Whether this warp is the last of so many at the counter, which is then zero again. What the
   // others wrote before they came is visible to it.
   __device__ bool LastToArrive(int* counter, int arrivals) {
-    __threadfence();
-    __syncwarp();
+    __syncwarp();  // what the other lanes wrote comes before the fence of the first
     int before = 0;
     if (Lane() == 0) {
+      __threadfence();
       before = atomicAdd(counter, 1);
       if (before == arrivals - 1) *counter = 0;
       __threadfence();
     }
+    __syncwarp();  // and what they will read comes after it: a shuffle orders no memory
     return __shfl_sync(kAllLanes, before, 0) == arrivals - 1;
   }
 
@@ -746,7 +748,7 @@ __device__ void Finish(const Parameters<Feature>& p, Rows<Feature, Width>& rows,
 }
 
 template <typename Feature, int Width>
-__global__ void __launch_bounds__(kScanThreads, kScanResident)
+__global__ void __launch_bounds__(kScanThreads, kScanResident<CenterType<Feature>>)
     ScanStep(const __grid_constant__ Parameters<Feature> p) {
   TCL_DYNAMIC_SHARED(shared);
   Rows<Feature, Width> rows(p);

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,12 +14,15 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = ROOT / "tests" / "emulator"
-KERNELS = ROOT / "cuda" / "center_loss.cu"
+KERNELS = ROOT / "cuda"
+BUILT = ROOT / "build" / "emulator"
 
 # No FORTIFY_SOURCE: it takes a longjmp to another stack for a mistake.
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas"]
 FLAGS += ["-D_FORTIFY_SOURCE=0", "-U_FORTIFY_SOURCE"]
-SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer"]
+SANITIZE = ("-fsanitize=address", "-fno-omit-frame-pointer")
+# For the kernels alone: tells the emulator of every access to memory.
+RACES = ("-fsanitize=thread",)
 
 FEATURE_TYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
 RULES = ["paper", "mean", "sum", "batch_mean", "paper_batch_mean", "tutorial"]
@@ -59,34 +63,69 @@ class _Step(ctypes.Structure):
     ]
 
 
-def _files(folder):
-    return sorted(p for p in folder.rglob("*") if p.suffix in (".h", ".cc", ".cu", ".cuh"))
+def _compile(source, flags, includes):
+    """The object file of `source`; at once where neither it nor a header has changed."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
+    command = [compiler, *FLAGS, *flags, *(f"-I{folder}" for folder in includes)]
+    content = hashlib.sha256(repr(command).encode() + source.read_bytes())
+    for folder in (EMULATOR, ROOT / "csrc", source.parent, ROOT / "cuda"):
+        for file in sorted(p for p in folder.glob("*") if p.suffix in (".h", ".cuh")):
+            content.update(file.read_bytes())
+    return _make(content, ".o", [*command, "-c", "-x", "c++", source])
+
+
+def _make(content, suffix, command):
+    made = BUILT / f"{content.hexdigest()[:16]}{suffix}"
+    if not made.exists():
+        BUILT.mkdir(parents=True, exist_ok=True)
+        partial = made.with_suffix(f".{os.getpid()}")
+        done = subprocess.run([*command, "-o", partial], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr}")
+        partial.rename(made)  # a library that is loaded may not be written over
+    return made
 
 
 @functools.cache
-def build(*, kernels=KERNELS, flags=()):
+def build(*, kernels=KERNELS, flags=(), races=False):
     """Compiles `kernels` with the emulator; returns the library's path. Unchanged files: at once.
 
-    `kernels` may be a changed copy of cuda/center_loss.cu.
+    `kernels` may be a changed copy of the folder cuda/, from `changed`, which is for float32 alone.
     """
+    if kernels != KERNELS:
+        flags = (*flags, "-DTCL_FLOAT_ONLY")
+    includes = [EMULATOR, kernels.parent, ROOT]
+    objects = [_compile(EMULATOR / name, flags, includes) for name in ("emulator.cc", "entry.cc")]
+    own_flags = (*flags, *RACES) if races else flags
+    objects.append(_compile(kernels / "center_loss.cu", own_flags, includes))
+    content = hashlib.sha256(repr([flags, *objects]).encode())
     compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
-    command = [compiler, *FLAGS, *flags, f"-I{EMULATOR}", f"-I{ROOT}"]
-    sources = [EMULATOR / "emulator.cc", EMULATOR / "entry.cc"]
-    content = hashlib.sha256(repr(command).encode())
-    for file in [*_files(EMULATOR), *_files(ROOT / "cuda"), *_files(ROOT / "csrc"), kernels]:
-        content.update(file.read_bytes())
-    library = ROOT / "build" / "emulator" / f"{content.hexdigest()[:16]}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        partial = library.with_suffix(f".{os.getpid()}")
-        subprocess.run(
-            [*command, *sources, "-x", "c++", kernels, "-o", partial],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        partial.rename(library)
-    return library
+    return _make(content, ".so", [compiler, *FLAGS, *flags, *objects])
+
+
+def changed(*changes):
+    """A copy of cuda/ for float32 alone, with `changes`: pairs of an old text, which has to be in
+    one place in its files, and a new one."""
+    texts = {file.name: file.read_text() for file in sorted(KERNELS.iterdir())}
+    kernels = texts["center_loss.cu"]
+    for feature in ("double", "Half", "BFloat16"):
+        kernels = kernels.replace(f"TCL_INSTANTIATE({feature})\n", "\n")  # no line is moved
+    texts["center_loss.cu"] = kernels
+    for old, new in changes:
+        found = [name for name, text in texts.items() for _ in range(text.count(old))]
+        if len(found) != 1:
+            raise ValueError(f"{len(found)} places in cuda/, expected one, have the text {old!r}")
+        texts[found[0]] = texts[found[0]].replace(old, new)
+    folder = BUILT / hashlib.sha256(repr(texts).encode()).hexdigest()[:16] / "cuda"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        if not (folder / name).exists():
+            (folder / name).write_text(text)
+    return folder
+
+
+class EmulatorError(RuntimeError):
+    """A launch that failed: a deadlock, threads that meet in different places, a race."""
 
 
 class Workspace:
@@ -101,14 +140,22 @@ class Workspace:
 
 
 class Emulator:
-    """The kernels with a schedule: `seed` 0 is in order, others by chance, odd ones with warps
-    that hardly run; `skip` names a barrier, "device.cuh:42", that is left out."""
+    """The kernels with a schedule: `seed` 0 is in order, others by chance, of four the first with
+    warps and the third with threads that hardly run; `skip` names a barrier or fence,
+    "device.cuh:42", that is left out; with `races`, for a library built with them, accesses that
+    nothing orders are errors."""
 
-    def __init__(self, *, seed=0, multiprocessors=2, skip="", library=None):
-        self._library = ctypes.CDLL(str(library or build()))
+    def __init__(self, *, seed=0, multiprocessors=2, races=False, skip="", library=None):
+        self._file = library or build()
+        self._library = ctypes.CDLL(str(self._file))
         self._library.tcl_emulator_workspace_bytes.restype = ctypes.c_int64
         self._library.tcl_emulator_error.restype = ctypes.c_char_p
-        self._schedule = (ctypes.c_uint64(seed), multiprocessors, skip.encode())
+        self._schedule = (
+            ctypes.c_uint64(seed),
+            multiprocessors,
+            ctypes.c_bool(races),
+            skip.encode(),
+        )
 
     def workspace(self, batch, dim, dtype=np.float32, atomic=False):
         """A workspace for float32 or float64 centers and batches up to this size."""
@@ -191,4 +238,13 @@ class Emulator:
         self._library.tcl_emulator_configure(*self._schedule)
         error = getattr(self._library, function)(*arguments)
         if error:
-            raise RuntimeError(self._library.tcl_emulator_error(error).decode())
+            text = self._library.tcl_emulator_error(error).decode()
+            raise EmulatorError(re.sub("@([0-9a-f]+)@", self._line, text))
+
+    def _line(self, found):
+        """The source line of an address in the library, as far as the machine can tell."""
+        if not shutil.which("addr2line"):
+            return f"address {found[1]}"
+        command = ["addr2line", "-e", self._file, found[1]]
+        line = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+        return Path(line).name

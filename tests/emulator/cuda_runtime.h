@@ -4,7 +4,7 @@
 // Every thread of a launch is a fiber. One runs at a time; where it may lose the processor (at
 // barriers, warp functions, atomics, fences and loads past the first-level cache) the scheduler
 // picks the next by the seed. Memory is sequentially consistent: what only a missing fence would
-// show cannot be seen here.
+// show is not in the results, but the check of races (emulator.cc) finds it.
 
 #ifndef TF_CENTER_LOSS_OP_TESTS_EMULATOR_CUDA_RUNTIME_H_
 #define TF_CENTER_LOSS_OP_TESTS_EMULATOR_CUDA_RUNTIME_H_
@@ -25,7 +25,7 @@
 #define __nanosleep(nanoseconds) ::emulator::Spin()
 #define __syncthreads() ::emulator::SyncThreads(__FILE__, __LINE__)
 #define __syncwarp() ::emulator::SyncWarp(__FILE__, __LINE__)
-#define __threadfence() ::emulator::MayYield()
+#define __threadfence() ::emulator::Fence(__FILE__, __LINE__)
 #define TCL_DYNAMIC_SHARED(name) unsigned char* const name = ::emulator::SharedMemory()
 
 struct dim3 {
@@ -45,12 +45,15 @@ constexpr int kWarp = 32;
 
 void SyncThreads(const char* file, int line);
 void SyncWarp(const char* file, int line);
-void MayYield();
+void Fence(const char* file, int line);
 void Spin();  // waits for somebody else
+// Before a single access: an atomic (writes) or a load past the first-level cache.
+void Single(const void* address, size_t size, bool writes, const void* code);
 unsigned char* SharedMemory();
 
 // Meets the other lanes of the warp in the same function; the bits that each of them brought.
-const uint64_t* Exchange(const char* what, uint64_t bits);
+// `orders`: their memory, too.
+const uint64_t* Exchange(const char* what, uint64_t bits, bool orders = false);
 int Lane();
 
 int Launch(unsigned grid, unsigned block, size_t shared, bool cooperative,
@@ -79,9 +82,12 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 using std::max;
 using std::min;
 
+// -fsanitize=thread leaves alone what is a single access.
+#define TCL_SINGLE __attribute__((no_sanitize("thread")))
+
 template <typename T>
-T __ldcg(const T* address) {
-  ::emulator::MayYield();
+TCL_SINGLE T __ldcg(const T* address) {
+  ::emulator::Single(address, sizeof(T), false, __builtin_return_address(0));
   return *address;
 }
 template <typename T>
@@ -97,20 +103,20 @@ inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 template <typename T>
-T atomicAdd(T* address, T value) {
-  ::emulator::MayYield();
+TCL_SINGLE T atomicAdd(T* address, T value) {
+  ::emulator::Single(address, sizeof(T), true, __builtin_return_address(0));
   const T before = *address;
   *address = before + value;
   return before;
 }
-inline unsigned atomicOr(unsigned* address, unsigned value) {
-  ::emulator::MayYield();
+TCL_SINGLE inline unsigned atomicOr(unsigned* address, unsigned value) {
+  ::emulator::Single(address, sizeof(unsigned), true, __builtin_return_address(0));
   const unsigned before = *address;
   *address |= value;
   return before;
 }
-inline int atomicCAS(int* address, int expected, int value) {
-  ::emulator::MayYield();
+TCL_SINGLE inline int atomicCAS(int* address, int expected, int value) {
+  ::emulator::Single(address, sizeof(int), true, __builtin_return_address(0));
   const int before = *address;
   if (before == expected) *address = value;
   return before;

@@ -1,5 +1,17 @@
-// Fibers, their scheduler, and what they meet at.
+// Fibers, their scheduler, what they meet at, and what orders their accesses to memory.
+//
+// Where the kernels are compiled with -fsanitize=thread (its run-time library is not linked: the
+// calls that it puts in arrive below), an access is an error unless barriers or fences order it
+// after every conflicting one of another thread, whatever the schedule made of it. By vector
+// clocks:
+//   __syncthreads, __syncwarp  order the threads that meet there
+//   __threadfence              hands what came before it to whom reads this thread's later atomics,
+//                              once that one has passed a fence, too
+//   shuffles, votes            order nothing
+// Atomics and loads past the first-level cache are single accesses, which do not conflict with one
+// another.
 
+#include <dlfcn.h>
 #include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -8,6 +20,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "cuda_runtime.h"
@@ -30,8 +43,11 @@ constexpr int64_t kMostIdleTurns = int64_t{1} << 22;
 struct Settings {
   uint64_t seed = 0;
   int multiprocessors = 2;
-  std::string skipped;  // "file:line" of a barrier that is left out
+  bool races = false;
+  std::string skipped;  // "file:line" of a barrier or fence that is left out
 } settings;
+
+using Clock = std::vector<uint32_t>;  // for each thread, how much of it came before
 
 struct Fiber;
 
@@ -41,7 +57,6 @@ struct Warp {
   int turn = 0;  // two turns' values are kept: a lane may read while others bring the next
   const char* what = nullptr;
   uint64_t values[2][kWarp];
-  bool slow = false;
 };
 
 struct Block {
@@ -56,15 +71,41 @@ struct Fiber {
   Block* in_block;
   Warp* in_warp;
   int lane;
+  uint32_t number;
+  Clock now, fenced, read;  // of this thread; at its last fence; of the atomics it read since
   unsigned char* stack;
   ucontext_t context;
   jmp_buf point;
   bool started = false;
+  bool slow = false;
   void* fake_stack = nullptr;
+};
+
+struct Access {
+  uint32_t fiber, clock;
+  bool single;  // an atomic or a load past the first-level cache
+  const void* code;
+};
+
+// What is known of four bytes of memory. The reads are those since the write that may matter, or
+// some of them: a read too many to keep replaces another.
+struct Cell {
+  bool written = false;
+  int reads = 0;
+  Access write;
+  Access read[4];
+};
+
+// What the atomics at an address hand on.
+struct Handed {
+  Clock clock;
+  const Fiber* last;
 };
 
 struct Run {
   const std::function<void()>* body;
+  std::unordered_map<uintptr_t, Cell> cells;
+  std::unordered_map<uintptr_t, Handed> handed;
   unsigned grid, block;
   size_t shared;
   std::vector<std::unique_ptr<Block>> blocks;
@@ -150,6 +191,71 @@ void Yield() {
   ToScheduler(false);
 }
 
+void Join(Clock* clock, const Clock& other) {
+  if (clock->empty()) *clock = other;
+  for (size_t k = 0; k < other.size(); ++k) (*clock)[k] = std::max((*clock)[k], other[k]);
+}
+
+// Those that wait and the one that runs have met: whatever they did comes before what they will do.
+void Order(const std::vector<Fiber*>& waiting) {
+  if (!settings.races) return;
+  Clock all = run->fiber->now;
+  for (Fiber* fiber : waiting) Join(&all, fiber->now);
+  const auto go_on = [&all](Fiber* fiber) {
+    fiber->now = all;
+    ++fiber->now[fiber->number];
+  };
+  for (Fiber* fiber : waiting) go_on(fiber);
+  go_on(run->fiber);
+}
+
+std::string Where(const void* code) {
+  Dl_info info;
+  if (!dladdr(code, &info)) return "?";
+  char text[32];
+  snprintf(text, sizeof(text), "@%zx@",
+           static_cast<size_t>(static_cast<const char*>(code) -
+                               static_cast<const char*>(info.dli_fbase) - 1));
+  return text;
+}
+
+void Check(const Access& before, const char* did, const Access& now, const char* does) {
+  if (before.fiber == now.fiber || (before.single && now.single)) return;
+  if (run->fiber->now[before.fiber] >= before.clock) return;
+  const auto name = [](uint32_t fiber) {
+    return "thread " + std::to_string(fiber % run->block) + " of block " +
+           std::to_string(fiber / run->block);
+  };
+  Fail("race: " + name(now.fiber) + " " + does + " at " + Where(now.code) + " what " +
+       name(before.fiber) + " " + did + " at " + Where(before.code));
+}
+
+void Note(const void* address, size_t size, bool writes, bool single, const void* code) {
+  if (run == nullptr || run->fiber == nullptr || !settings.races) return;
+  Fiber* const fiber = run->fiber;
+  const auto begin = reinterpret_cast<uintptr_t>(address);
+  if (begin - reinterpret_cast<uintptr_t>(fiber->stack) < kStackBytes) return;
+  const Access now = {fiber->number, fiber->now[fiber->number], single, code};
+  for (uintptr_t at = begin / 4; at <= (begin + size - 1) / 4; ++at) {
+    Cell& cell = run->cells[at];
+    if (cell.written) Check(cell.write, "wrote", now, writes ? "writes" : "reads");
+    if (writes) {
+      for (int k = 0; k < cell.reads; ++k) Check(cell.read[k], "read", now, "writes");
+      cell.written = true;
+      cell.reads = 0;
+      cell.write = now;
+      continue;
+    }
+    int place = 0;
+    while (place < cell.reads && fiber->now[cell.read[place].fiber] < cell.read[place].clock) {
+      ++place;
+    }
+    if (place == 4) place = static_cast<int>(run->random() % 4);
+    cell.read[place] = now;
+    cell.reads = std::max(cell.reads, place + 1);
+  }
+}
+
 // Waits with the others until the last of `all` comes, who wakes them and gets true.
 bool Meet(std::vector<Fiber*>* waiting, size_t all) {
   if (waiting->size() + 1 < all) {
@@ -173,19 +279,25 @@ bool Skipped(const char* file, int line) {
 void StartBlock(unsigned index) {
   auto block = std::make_unique<Block>();
   block->warps.resize(run->block / kWarp);
-  // One schedule in two has warps that hardly ever run.
-  for (Warp& warp : block->warps) {
-    warp.slow = settings.seed % 2 == 1 && run->random() % 4 == 0;
-  }
   block->shared.reset(new unsigned char[run->shared]);
   std::memset(block->shared.get(), 0xcd, run->shared);
+  bool slow = false;
   for (unsigned t = 0; t < run->block; ++t) {
+    // One schedule in four has warps that hardly ever run, another one such threads.
+    if (settings.seed % 4 == 1 && t % kWarp == 0) slow = run->random() % 4 == 0;
+    if (settings.seed % 4 == 3) slow = run->random() % 8 == 0;
     auto fiber = std::make_unique<Fiber>();
     fiber->thread = dim3(t, 0, 0);
     fiber->block = dim3(index, 0, 0);
     fiber->in_block = block.get();
     fiber->in_warp = &block->warps[t / kWarp];
     fiber->lane = static_cast<int>(t % kWarp);
+    fiber->slow = slow;
+    fiber->number = index * run->block + t;
+    if (settings.races) {
+      fiber->now.resize(run->grid * run->block);
+      fiber->now[fiber->number] = 1;
+    }
     fiber->stack = TakeStack();
     getcontext(&fiber->context);
     fiber->context.uc_stack.ss_sp = fiber->stack;
@@ -203,7 +315,7 @@ size_t Pick() {
   const size_t ready = run->ready.size();
   if (settings.seed == 0) return 0;
   size_t picked = run->random() % ready;
-  for (int tries = 0; tries < 8 && run->ready[picked]->in_warp->slow; ++tries) {
+  for (int tries = 0; tries < 8 && run->ready[picked]->slow; ++tries) {
     picked = run->random() % ready;
   }
   return picked;
@@ -220,6 +332,44 @@ void MayYield() {
   if (settings.seed != 0 && run->random() % 4 == 0) Yield();
 }
 
+void Fence(const char* file, int line) {
+  MayYield();
+  if (Skipped(file, line)) return;
+  if (!settings.races) return;
+  Fiber* const fiber = run->fiber;
+  Join(&fiber->now, fiber->read);
+  fiber->read.clear();
+  fiber->fenced = fiber->now;
+  ++fiber->now[fiber->number];
+}
+
+void Single(const void* address, size_t size, bool writes, const void* code) {
+  MayYield();
+  if (!settings.races) return;
+  Fiber* const fiber = run->fiber;
+  Note(address, size, writes, true, code);
+  const auto at = reinterpret_cast<uintptr_t>(address);
+  if (writes) {
+    Handed& handed = run->handed[at];
+    Join(&fiber->read, handed.clock);
+    Join(&handed.clock, fiber->fenced);
+    handed.last = fiber;
+  } else if (const auto handed = run->handed.find(at); handed != run->handed.end()) {
+    Join(&fiber->read, handed->second.clock);
+  }
+}
+
+void Plain(const void* address, size_t size, bool writes, const void* code) {
+  if (run == nullptr || !settings.races) return;
+  // Who was the last at an atomic may set it: nobody else is to come.
+  bool single = false;
+  if (writes && size == 4) {
+    const auto handed = run->handed.find(reinterpret_cast<uintptr_t>(address));
+    single = handed != run->handed.end() && handed->second.last == run->fiber;
+  }
+  Note(address, size, writes, single, code);
+}
+
 void Spin() {
   ++run->idle_turns;
   Yield();
@@ -229,15 +379,16 @@ void SyncThreads(const char* file, int line) {
   if (Skipped(file, line)) return MayYield();
   Block* const block = run->fiber->in_block;
   if (block->exited > 0) Fail("a thread left its block before a barrier of the others");
+  if (block->waiting.size() + 1 == run->block) Order(block->waiting);
   if (Meet(&block->waiting, run->block) && settings.seed != 0) Yield();
 }
 
 void SyncWarp(const char* file, int line) {
   if (Skipped(file, line)) return MayYield();
-  Exchange("__syncwarp", 0);
+  Exchange("__syncwarp", 0, true);
 }
 
-const uint64_t* Exchange(const char* what, uint64_t bits) {
+const uint64_t* Exchange(const char* what, uint64_t bits, bool orders) {
   Warp* const warp = run->fiber->in_warp;
   if (warp->exited > 0) Fail(std::string("a lane left its warp before ") + what);
   if (warp->waiting.empty()) warp->what = what;
@@ -246,7 +397,10 @@ const uint64_t* Exchange(const char* what, uint64_t bits) {
   }
   uint64_t* const values = warp->values[warp->turn % 2];
   values[run->fiber->lane] = bits;
-  if (warp->waiting.size() + 1 == kWarp) ++warp->turn;
+  if (warp->waiting.size() + 1 == kWarp) {
+    ++warp->turn;
+    if (orders) Order(warp->waiting);
+  }
   if (Meet(&warp->waiting, kWarp) && settings.seed != 0) MayYield();
   return values;
 }
@@ -312,7 +466,43 @@ const char* cudaGetErrorString(cudaError_t error) {
                                          : "invalid argument";
 }
 
-// seed 0: one thread after the other. Other seeds: by chance; odd ones with slow warps.
-extern "C" void tcl_emulator_configure(uint64_t seed, int multiprocessors, const char* skipped) {
-  emulator::settings = {seed, multiprocessors, skipped};
+// seed 0: one thread after the other. Other seeds: by chance, odd ones with slow threads. `races`:
+// whether conflicting accesses are errors where nothing orders them.
+extern "C" void tcl_emulator_configure(uint64_t seed, int multiprocessors, bool races,
+                                       const char* skipped) {
+  emulator::settings = {seed, multiprocessors, races, skipped};
+}
+
+// What -fsanitize=thread calls.
+extern "C" {
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_vptr_update(void**, void*) {}
+void __tsan_vptr_read(void**) {}
+void* __tsan_memcpy(void* to, const void* from, size_t size) { return std::memcpy(to, from, size); }
+void* __tsan_memmove(void* to, const void* from, size_t n) { return std::memmove(to, from, n); }
+void* __tsan_memset(void* to, int value, size_t size) { return std::memset(to, value, size); }
+void __tsan_read_range(void* address, size_t size) {
+  emulator::Plain(address, size, false, __builtin_return_address(0));
+}
+void __tsan_write_range(void* address, size_t size) {
+  emulator::Plain(address, size, true, __builtin_return_address(0));
+}
+#define TCL_PLAIN(name, size)                                           \
+  void __tsan_##name##read##size(void* address) {                       \
+    emulator::Plain(address, size, false, __builtin_return_address(0)); \
+  }                                                                     \
+  void __tsan_##name##write##size(void* address) {                      \
+    emulator::Plain(address, size, true, __builtin_return_address(0));  \
+  }
+TCL_PLAIN(, 1)
+TCL_PLAIN(, 2)
+TCL_PLAIN(, 4)
+TCL_PLAIN(, 8)
+TCL_PLAIN(, 16)
+TCL_PLAIN(unaligned_, 2)
+TCL_PLAIN(unaligned_, 4)
+TCL_PLAIN(unaligned_, 8)
+TCL_PLAIN(unaligned_, 16)
 }
