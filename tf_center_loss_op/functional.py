@@ -7,7 +7,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from tf_center_loss_op import _arguments, _graph_impl, _native, _native_impl
+from tf_center_loss_op import _arguments, _graph_impl, _native, _native_impl, distribute
 
 _IMPLEMENTATIONS = {"native": _native_impl, "graph": _graph_impl}
 
@@ -16,7 +16,9 @@ def implementation(impl, centers):
     """The module that computes what `impl` asks for, on these (checked) centers."""
     chosen = _IMPLEMENTATIONS[_native.choose(impl)]
     # A stateless scope has no variable for the op to write to.
-    return chosen if isinstance(centers, tf.Variable) else _graph_impl
+    if isinstance(centers, _arguments.StatelessCenters):
+        return _graph_impl
+    return distribute.Replicated(chosen) if distribute.replicas() > 1 else chosen
 
 
 def center_loss(
@@ -125,6 +127,7 @@ class Result(NamedTuple):
 
 def loss_and_squared_distance(features, labels, centers, *, weight, impl, name=None, **options):
     """`center_loss` times weight, which the fused op multiplies in on its way, and more."""
+    distribute.require_supported_strategy()
     with tf.name_scope(name or "center_loss"):
         a = _arguments.check(features, labels, centers, weight=weight, **options)
         loss, squared_distance = implementation(impl, a.centers).center_loss(a)
@@ -180,6 +183,7 @@ def update_centers(
 
     Source: Wen et al., ECCV 2016, equation 4.
     """
+    distribute.require_supported_strategy()
     with tf.name_scope(name or "update_centers"):
         a = _arguments.check(
             features, labels, centers, alpha=alpha, rule=rule, ignore_label=ignore_label

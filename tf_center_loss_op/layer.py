@@ -6,7 +6,7 @@ import keras
 import tensorflow as tf
 from keras.optimizers.schedules import LearningRateSchedule
 
-from tf_center_loss_op import _arguments, _native, tables
+from tf_center_loss_op import _arguments, _native, distribute, tables
 from tf_center_loss_op.functional import loss_and_squared_distance, update_centers
 
 UPDATES = ("forward", "manual")
@@ -94,6 +94,7 @@ class CenterLoss(keras.layers.Layer):
     ):
         # No autocast: the features pass unchanged, and sample weights keep their precision.
         super().__init__(autocast=False, **layer_kwargs)
+        distribute.require_supported_strategy()
         if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
             raise ValueError(f"num_classes: expected an int >= 1, got {num_classes!r}")
         _arguments.one_of("rule", rule, _arguments.RULES)
@@ -222,14 +223,14 @@ class CenterLoss(keras.layers.Layer):
         if training and self.update == "manual":
             self._pending.add(tf.stop_gradient(result.features), result.labels)
         if training and self.steps is not None:
-            self.steps.assign_add(1)
+            distribute.own_copy(self.steps).assign_add(1)
         if self.distance is not None:
             squared = result.squared_distance
             counts = tf.math.is_finite(squared)
             if self.ignore_label is not None:
                 counts &= tf.not_equal(result.labels, self.ignore_label)
             self.distance.update_state(tf.sqrt(tf.where(counts, squared, 0)), counts)
-        return result.loss
+        return distribute.loss_for_keras(result.loss)
 
     def _now(self, factor):
         """The factor's number at this step."""
@@ -262,34 +263,35 @@ class UpdateCentersAfterStep:
 
 
 class _Pending:
-    """The training calls whose centers have not moved yet.
+    """The training calls of each replica whose centers have not moved yet.
 
     A class, because Keras would track a list as part of the layer's state.
     """
 
     def __init__(self):
-        self._batches = []
+        self._batches_of = {}  # by replica: they are traced in turns
 
     def add(self, features, labels):
-        self._forget_other_graphs()
-        if len(self._batches) >= MOST_PENDING:
+        batches = self._batches()
+        if len(batches) >= MOST_PENDING:
             raise RuntimeError(
                 f"update: expected update_centers() at least once in {MOST_PENDING} training "
                 'calls of a layer with update="manual", got none'
             )
-        self._batches.append((features, labels))
+        batches.append((features, labels))
 
     def take(self):
-        self._forget_other_graphs()
-        taken, self._batches = self._batches, []
+        taken = self._batches()
+        self._batches_of[distribute.replica()] = []
         return taken
 
-    def _forget_other_graphs(self):
-        # Left over from a trace that never called update_centers().
+    def _batches(self):
+        # Others are left over from a trace that never called update_centers().
         graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-        self._batches = [
-            batch for batch in self._batches if getattr(batch[0], "graph", None) is graph
-        ]
+        k = distribute.replica()
+        batches = self._batches_of.get(k, [])
+        self._batches_of[k] = [b for b in batches if getattr(b[0], "graph", None) is graph]
+        return self._batches_of[k]
 
 
 def _factor(name, value):
