@@ -12,6 +12,7 @@ import numbers
 import keras
 import tensorflow as tf
 from keras.src.backend.common.stateless_scope import in_stateless_scope
+from tensorflow.python.distribute.sharded_variable import ShardedVariable
 
 RULES = ("paper", "mean", "sum", "batch_mean", "paper_batch_mean", "tutorial")
 REDUCTIONS = ("sum", "mean", "none")
@@ -108,6 +109,16 @@ class TableLike:
     """What stands for a tf.Variable [C, D]: it has a dtype and a shape."""
 
 
+class PartitionedCenters(TableLike):
+    """A tf.Variable whose rows a partitioner has put on several servers: there is no one handle."""
+
+    def __init__(self, variable):
+        self.dtype = variable.dtype
+        self.shape = variable.shape
+        self.sparse_read = variable.sparse_read  # what `tf.gather` calls
+        self.scatter_add = variable.scatter_add
+
+
 class StatelessCenters(TableLike):
     """A keras.Variable inside a `keras.StatelessScope`, as far as the graph path needs a variable.
 
@@ -133,12 +144,12 @@ class StatelessCenters(TableLike):
 
 def unwrap(variable):
     """The tf.Variable inside a keras.Variable; anything else as it is."""
-    if not isinstance(variable, keras.Variable):
-        return variable
-    # `.value` would be a 16-bit copy of the table under an autocasting policy.
-    if not in_stateless_scope() and isinstance(variable._value, tf.Variable):
-        return variable._value
-    return StatelessCenters(variable)
+    if isinstance(variable, keras.Variable):
+        if in_stateless_scope() or variable._value is None:
+            return StatelessCenters(variable)
+        # `.value` would be a 16-bit copy of the table under an autocasting policy.
+        variable = variable._value
+    return PartitionedCenters(variable) if isinstance(variable, ShardedVariable) else variable
 
 
 def _describe(value):

@@ -31,8 +31,22 @@ def update_centers(a: Arguments) -> tf.Operation | None:
 
 def loss_and_residual(a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
     """The loss and x_i - c_{y_i} [B, D] in the centers' type; no center moves."""
-    counts = counted(a)
     residual = residual_of(a)
+    return loss_of(a, residual), residual
+
+
+def residual_and_step(a: Arguments) -> tf.Tensor:
+    """x_i - c_{y_i} [B, D]; the centers have moved where a.update_centers."""
+    residual = tf.stop_gradient(residual_of(a))
+    if not a.update_centers:
+        return residual
+    with tf.control_dependencies([update_from_residual(a, residual)]):
+        return tf.identity(residual)
+
+
+def loss_of(a: Arguments, residual: tf.Tensor) -> tf.Tensor:
+    """The loss of samples with this residual x_i - c_{y_i} [B, D]."""
+    counts = counted(a)
     loss = tf.reduce_sum(residual * residual, axis=1) / 2
     if a.sample_weight is not None:
         loss *= tf.where(counts, a.sample_weight, 0)
@@ -42,7 +56,7 @@ def loss_and_residual(a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
         loss = tf.reduce_sum(tf.cast(loss, tf.float64))
     if a.reduction == "mean":
         loss = tf.math.divide_no_nan(loss, tf.reduce_sum(tf.cast(counts, tf.float64)))
-    return tf.cast(loss, a.centers.dtype), residual
+    return tf.cast(loss, a.centers.dtype)
 
 
 def update_from_residual(a: Arguments, residual: tf.Tensor) -> tf.Operation | None:

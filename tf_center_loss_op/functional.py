@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from tf_center_loss_op import _arguments, _graph_impl, _native, _native_impl, distribute
+from tf_center_loss_op.distribute import ShardedCenters
 
 _IMPLEMENTATIONS = {"native": _native_impl, "graph": _graph_impl}
 
@@ -15,8 +16,10 @@ _IMPLEMENTATIONS = {"native": _native_impl, "graph": _graph_impl}
 def implementation(impl, centers):
     """The module that computes what `impl` asks for, on these (checked) centers."""
     chosen = _IMPLEMENTATIONS[_native.choose(impl)]
-    # A stateless scope has no variable for the op to write to.
-    if isinstance(centers, _arguments.StatelessCenters):
+    if isinstance(centers, distribute.ShardedCenters):
+        return distribute.Sharded(chosen)
+    # There is no one variable for the op to write to.
+    if isinstance(centers, _arguments.TableLike):
         return _graph_impl
     return distribute.Replicated(chosen) if distribute.replicas() > 1 else chosen
 
@@ -24,7 +27,7 @@ def implementation(impl, centers):
 def center_loss(
     features: tf.types.experimental.TensorLike,
     labels: tf.types.experimental.TensorLike,
-    centers: tf.Variable | keras.Variable,
+    centers: tf.Variable | keras.Variable | ShardedCenters,
     *,
     alpha: tf.types.experimental.TensorLike = 0.5,
     rule: str = "paper",
@@ -139,7 +142,7 @@ def loss_and_squared_distance(features, labels, centers, *, weight, impl, name=N
 def update_centers(
     features: tf.types.experimental.TensorLike,
     labels: tf.types.experimental.TensorLike,
-    centers: tf.Variable | keras.Variable,
+    centers: tf.Variable | keras.Variable | ShardedCenters,
     *,
     alpha: tf.types.experimental.TensorLike = 0.5,
     rule: str = "paper",

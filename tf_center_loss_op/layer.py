@@ -45,6 +45,8 @@ class CenterLoss(keras.layers.Layer):
         `update_centers` is called, once for all training calls since; for gradient accumulation,
         gradient checkpointing and steps after the optimizer's (`UpdateCentersAfterStep`).
       distance_metric: whether to track the mean distance; the op computes it on its way.
+      sharded: whether the table is split over the replicas of a strategy (`ShardedCenters`) instead
+        of every replica having all of it.
       **layer_kwargs: ``name``, ``dtype`` and the like, of `keras.layers.Layer`.
 
     Call arguments:
@@ -55,7 +57,7 @@ class CenterLoss(keras.layers.Layer):
       training: whether the centers move.
 
     Attributes:
-      centers: float32 ``[C, D]``.
+      centers: float32 ``[C, D]``; `ShardedCenters` with ``sharded=True``.
       weight, alpha: may be set between calls; a compiled function keeps a number it was traced
         with, but reads a variable anew.
       distance: the `keras.metrics.Mean` of the distances, or None. Samples that are ignored or
@@ -90,6 +92,7 @@ class CenterLoss(keras.layers.Layer):
         impl: str = "auto",
         update: str = "forward",
         distance_metric: bool = True,
+        sharded: bool = False,
         **layer_kwargs: object,
     ):
         # No autocast: the features pass unchanged, and sample weights keep their precision.
@@ -103,6 +106,8 @@ class CenterLoss(keras.layers.Layer):
         _arguments.one_of("update", update, UPDATES)
         if not isinstance(distance_metric, bool):
             raise TypeError(f"distance_metric: expected True or False, got {distance_metric!r}")
+        if not isinstance(sharded, bool):
+            raise TypeError(f"sharded: expected True or False, got {sharded!r}")
         self.num_classes = num_classes
         self.weight = _factor("weight", weight)
         self.alpha = _factor("alpha", alpha)
@@ -112,6 +117,7 @@ class CenterLoss(keras.layers.Layer):
         self.ignore_label = ignore_label
         self.impl = impl
         self.update = update
+        self.sharded = sharded
         self.distance = keras.metrics.Mean(f"{self.name}_distance") if distance_metric else None
         self.steps = None
         self.supports_jit = _native.build_info()["xla"]
@@ -125,15 +131,20 @@ class CenterLoss(keras.layers.Layer):
             raise ValueError(
                 f"features: expected shape [..., D] with D known, got {tuple(features_shape)}"
             )
-        # autocast=False also here: under a 16-bit policy every access would copy the table.
-        self.centers = self.add_weight(
-            name="centers",
-            shape=(self.num_classes, features_shape[-1]),
-            initializer=tables.in_place(self.centers_initializer),
-            dtype="float32",
-            trainable=False,
-            autocast=False,
-        )
+        if self.sharded:
+            self.centers = distribute.ShardedCenters(
+                self.num_classes, features_shape[-1], initializer=self.centers_initializer
+            )
+        else:
+            # autocast=False also here: under a 16-bit policy every access would copy the table.
+            self.centers = self.add_weight(
+                name="centers",
+                shape=(self.num_classes, features_shape[-1]),
+                initializer=tables.in_place(self.centers_initializer),
+                dtype="float32",
+                trainable=False,
+                autocast=False,
+            )
         if any(isinstance(factor, LearningRateSchedule) for factor in (self.weight, self.alpha)):
             self.steps = self.add_weight(
                 name="steps", shape=(), initializer="zeros", dtype="int64", trainable=False
@@ -200,6 +211,7 @@ class CenterLoss(keras.layers.Layer):
             "impl": self.impl,
             "update": self.update,
             "distance_metric": self.distance is not None,
+            "sharded": self.sharded,
         }
 
     def _loss(self, features, labels, sample_weight, training):
