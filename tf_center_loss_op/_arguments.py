@@ -115,8 +115,14 @@ class PartitionedCenters(TableLike):
     def __init__(self, variable):
         self.dtype = variable.dtype
         self.shape = variable.shape
-        self.sparse_read = variable.sparse_read  # what `tf.gather` calls
         self.scatter_add = variable.scatter_add
+        self._parts = list(variable.variables)
+
+    def sparse_read(self, indices, name=None):
+        """What `tf.gather` calls; the variable's own returns the rows in the order of the parts."""
+        return tf.compat.v1.nn.embedding_lookup(
+            self._parts, indices, partition_strategy="div", name=name
+        )
 
 
 class StatelessCenters(TableLike):

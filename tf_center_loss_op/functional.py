@@ -18,6 +18,11 @@ def implementation(impl, centers):
     chosen = _IMPLEMENTATIONS[_native.choose(impl)]
     if isinstance(centers, distribute.ShardedCenters):
         return distribute.Sharded(chosen)
+    if impl == "native" and isinstance(centers, _arguments.PartitionedCenters):
+        raise RuntimeError(
+            "impl: 'native' cannot run on centers that a partitioner has split over several "
+            "variables; expected 'auto' or 'graph'"
+        )
     # There is no one variable for the op to write to.
     if isinstance(centers, _arguments.TableLike):
         return _graph_impl
