@@ -4,6 +4,7 @@ from tf_center_loss_op import compat
 from tf_center_loss_op._native import build_info, set_gpu_atomics
 from tf_center_loss_op.backup import AtomicBackup
 from tf_center_loss_op.conventions import CONVENTIONS
+from tf_center_loss_op.distribute import MultiWorkerMirroredStrategy, ShardedCenters
 from tf_center_loss_op.functional import center_loss, update_centers
 from tf_center_loss_op.layer import CenterLoss, UpdateCentersAfterStep
 from tf_center_loss_op.monitor import CentersMonitor
@@ -23,7 +24,9 @@ __all__ = [
     "CONVENTIONS",
     "CenterLoss",
     "CentersMonitor",
+    "MultiWorkerMirroredStrategy",
     "RandomCenters",
+    "ShardedCenters",
     "UpdateCentersAfterStep",
     "build_info",
     "center_loss",

@@ -12,6 +12,7 @@ import numbers
 import keras
 import tensorflow as tf
 from keras.src.backend.common.stateless_scope import in_stateless_scope
+from tensorflow.python.distribute.sharded_variable import ShardedVariable
 
 RULES = ("paper", "mean", "sum", "batch_mean", "paper_batch_mean", "tutorial")
 REDUCTIONS = ("sum", "mean", "none")
@@ -27,7 +28,7 @@ class Arguments:
 
     features: tf.Tensor  # [B, D]
     labels: tf.Tensor  # [B] int32 or int64 class ids
-    centers: "tf.Variable | StatelessCenters"  # [C, D], float64 for float64 features, else float32
+    centers: "tf.Variable | TableLike"  # [C, D], float64 for float64 features, else float32
     alpha: tf.Tensor  # [] in the centers' type; the implementation checks its value
     rule: str
     reduction: str
@@ -58,7 +59,7 @@ def check(
         raise TypeError(f"update_centers: expected True or False, got {_describe(update_centers)}")
     ignore_label = _ignore_label(ignore_label)
     features = _features(features)
-    centers = _centers(centers, features)
+    centers = _centers(centers, features, update_centers)
     labels = _labels(labels, features, centers)
     dtype = centers.dtype
     if sample_weight is not None:
@@ -104,7 +105,27 @@ def positive(name, value):
     return int(value)
 
 
-class StatelessCenters:
+class TableLike:
+    """What stands for a tf.Variable [C, D]: it has a dtype and a shape."""
+
+
+class PartitionedCenters(TableLike):
+    """A tf.Variable whose rows a partitioner has put on several servers: there is no one handle."""
+
+    def __init__(self, variable):
+        self.dtype = variable.dtype
+        self.shape = variable.shape
+        self.scatter_add = variable.scatter_add
+        self._parts = list(variable.variables)
+
+    def sparse_read(self, indices, name=None):
+        """What `tf.gather` calls; the variable's own returns the rows in the order of the parts."""
+        return tf.compat.v1.nn.embedding_lookup(
+            self._parts, indices, partition_strategy="div", name=name
+        )
+
+
+class StatelessCenters(TableLike):
     """A keras.Variable inside a `keras.StatelessScope`, as far as the graph path needs a variable.
 
     Its value is a tensor there, and a write is an assignment that the scope keeps.
@@ -129,12 +150,12 @@ class StatelessCenters:
 
 def unwrap(variable):
     """The tf.Variable inside a keras.Variable; anything else as it is."""
-    if not isinstance(variable, keras.Variable):
-        return variable
-    # `.value` would be a 16-bit copy of the table under an autocasting policy.
-    if not in_stateless_scope() and isinstance(variable._value, tf.Variable):
-        return variable._value
-    return StatelessCenters(variable)
+    if isinstance(variable, keras.Variable):
+        if in_stateless_scope() or variable._value is None:
+            return StatelessCenters(variable)
+        # `.value` would be a 16-bit copy of the table under an autocasting policy.
+        variable = variable._value
+    return PartitionedCenters(variable) if isinstance(variable, ShardedVariable) else variable
 
 
 def _describe(value):
@@ -171,10 +192,10 @@ def _features(features):
     return features
 
 
-def _centers(centers, features):
+def _centers(centers, features, moves):
     variable = unwrap(centers)
     if not (
-        isinstance(variable, StatelessCenters)
+        isinstance(variable, TableLike)
         or isinstance(variable, tf.Variable)
         and hasattr(variable, "handle")
     ):
@@ -200,7 +221,32 @@ def _centers(centers, features):
             f"features: expected shape [..., {variable.shape[1]}] for centers of shape "
             f"{variable.shape}, got {features.shape}"
         )
-    return variable
+    return variable if isinstance(variable, TableLike) else _this_replicas(variable, moves)
+
+
+def _this_replicas(variable, moves):
+    """The copy of a table that belongs to the replica whose code is being run or traced."""
+    copies = tf.distribute.get_strategy().experimental_local_results(variable)
+    context = tf.distribute.get_replica_context()
+    if context is None:
+        if moves and tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            raise ValueError(
+                "centers: expected a call in a replica, by strategy.run, where the centers of a "
+                f"strategy of {tf.distribute.get_strategy().num_replicas_in_sync} replicas move; "
+                "got one outside of it"
+            )
+        return copies[0]
+    if context.num_replicas_in_sync == 1:
+        return copies[0]
+    mirrored = isinstance(variable, tf.distribute.DistributedValues) and (
+        variable.synchronization != tf.VariableSynchronization.ON_READ
+    )
+    if moves and not mirrored:
+        raise ValueError(
+            "centers: expected a variable with a copy on each replica, made in strategy.scope() "
+            f"without synchronization=ON_READ, got {type(variable).__name__}"
+        )
+    return copies[context._replica_id] if mirrored else copies[0]
 
 
 def _labels(labels, features, centers):

@@ -26,35 +26,49 @@ def center_loss(a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
 
 def update_centers(a: Arguments) -> tf.Operation | None:
     """The step of the centers alone."""
-    return update_from_residual(a, _residual(a))
+    return update_from_residual(a, residual_of(a))
 
 
 def loss_and_residual(a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
     """The loss and x_i - c_{y_i} [B, D] in the centers' type; no center moves."""
-    counted = _counted(a)
-    residual = _residual(a)
+    residual = residual_of(a)
+    return loss_of(a, residual), residual
+
+
+def residual_and_step(a: Arguments) -> tf.Tensor:
+    """x_i - c_{y_i} [B, D]; the centers have moved where a.update_centers."""
+    residual = tf.stop_gradient(residual_of(a))
+    if not a.update_centers:
+        return residual
+    with tf.control_dependencies([update_from_residual(a, residual)]):
+        return tf.identity(residual)
+
+
+def loss_of(a: Arguments, residual: tf.Tensor) -> tf.Tensor:
+    """The loss of samples with this residual x_i - c_{y_i} [B, D]."""
+    counts = counted(a)
     loss = tf.reduce_sum(residual * residual, axis=1) / 2
     if a.sample_weight is not None:
-        loss *= tf.where(counted, a.sample_weight, 0)
+        loss *= tf.where(counts, a.sample_weight, 0)
     loss *= _weight(a)
     if a.reduction != "none":
         # In float64 the order of the sum does not show in the result.
         loss = tf.reduce_sum(tf.cast(loss, tf.float64))
     if a.reduction == "mean":
-        loss = tf.math.divide_no_nan(loss, tf.reduce_sum(tf.cast(counted, tf.float64)))
-    return tf.cast(loss, a.centers.dtype), residual
+        loss = tf.math.divide_no_nan(loss, tf.reduce_sum(tf.cast(counts, tf.float64)))
+    return tf.cast(loss, a.centers.dtype)
 
 
 def update_from_residual(a: Arguments, residual: tf.Tensor) -> tf.Operation | None:
     """The step of the centers from a residual x_i - c_{y_i} [B, D] computed before."""
     residual = tf.stop_gradient(residual)
-    counted = _counted(a)
+    counts = counted(a)
     finite = tf.reduce_all(tf.math.is_finite(a.features), axis=1)
     groups = _sorted_groups if _native.in_xla() else _groups
-    labels, n, total = groups(a, counted & _in_table(a) & finite, residual)
+    labels, n, total = groups(a, counts & _in_table(a) & finite, residual)
 
     dtype = residual.dtype
-    scale = _scale(a, tf.cast(n, dtype), tf.reduce_sum(tf.cast(counted, dtype)))
+    scale = step_scale(a, tf.cast(n, dtype), tf.reduce_sum(tf.cast(counts, dtype)))
     moves = _good_alpha(a) & (a.alpha > 0)
     step = tf.where(moves, scale[:, tf.newaxis] * total, 0)
     return a.centers.scatter_add(tf.IndexedSlices(step, labels))
@@ -101,7 +115,7 @@ def _sorted_groups(a, moving, residual):
     return tf.where(last, labels, nowhere), n, total
 
 
-def _scale(a, n, batch):
+def step_scale(a: Arguments, n: tf.Tensor, batch: tf.Tensor) -> tf.Tensor:
     """s_j for a class with n finite samples, in a batch of so many counted ones."""
     alpha = a.alpha
     return {
@@ -114,7 +128,8 @@ def _scale(a, n, batch):
     }[a.rule]()
 
 
-def _counted(a):
+def counted(a: Arguments) -> tf.Tensor:
+    """[B], whether a sample is not ignored."""
     if a.ignore_label is None:
         return tf.fill(tf.shape(a.labels), True)
     return tf.not_equal(tf.cast(a.labels, tf.int64), a.ignore_label)
@@ -143,19 +158,19 @@ def _in_table(a):
     return (labels >= 0) & (labels < _classes(a))
 
 
-def _residual(a):
+def residual_of(a: Arguments) -> tf.Tensor:
     """x_i - c_{y_i}; zero for ignored samples, NaN for a label that is no row of the table."""
     # What follows from the residual, and so every write, waits for the checks.
-    counted, in_table = _counted(a), _in_table(a) & _check(a)
+    counts, readable = counted(a), _in_table(a) & _check(a)
     # XLA reads any row for a label that is none, and adds what its gradient says to none.
-    readable = counted if _native.in_xla() else in_table
-    centers = tf.gather(a.centers, tf.where(readable, a.labels, 0))
+    read = counts if _native.in_xla() else readable
+    centers = tf.gather(a.centers, tf.where(read, a.labels, 0))
     if a.update_centers:
         centers = tf.stop_gradient(centers)
     residual = tf.cast(a.features, a.centers.dtype) - centers
     # A factor, so that the gradient is NaN too.
-    residual *= tf.cast(tf.where(in_table | ~counted, 1.0, math.nan), residual.dtype)[:, tf.newaxis]
-    return tf.where(counted[:, tf.newaxis], residual, 0)
+    residual *= tf.cast(tf.where(readable | ~counts, 1.0, math.nan), residual.dtype)[:, tf.newaxis]
+    return tf.where(counts[:, tf.newaxis], residual, 0)
 
 
 def _check(a):
@@ -168,24 +183,31 @@ def _check(a):
         if tensor is not None and None in (*tensor.shape, a.features.shape[0]):
             checks.append(_same_length(name, tensor, a.features))
     if a.update_centers:
-        checks.append(
-            _require(
-                _good_alpha(a),
-                lambda: tf.strings.format(
-                    "alpha: expected a finite number >= 0, got {}", (a.alpha,)
-                ),
-            )
-        )
-    bad = _counted(a) & ~_in_table(a)
-
-    def first_bad():
-        position = tf.where(bad)[0, 0]
-        return tf.strings.format(
-            "labels[{}] = {} is outside [0, {})", (position, a.labels[position], _classes(a))
-        )
-
-    checks.append(_require(~tf.reduce_any(bad), first_bad))
+        checks.append(check_alpha(a))
+    bad = outside(a)
+    checks.append(require(~tf.reduce_any(bad), lambda: first_outside(a, bad)))
     return functools.reduce(tf.logical_and, checks)
+
+
+def check_alpha(a: Arguments) -> tf.Tensor:
+    """True, or an error where the step size is negative or not finite."""
+    return require(
+        _good_alpha(a),
+        lambda: tf.strings.format("alpha: expected a finite number >= 0, got {}", (a.alpha,)),
+    )
+
+
+def outside(a: Arguments) -> tf.Tensor:
+    """[B], whether a label is neither a row of the table nor ignored."""
+    return counted(a) & ~_in_table(a)
+
+
+def first_outside(a: Arguments, bad: tf.Tensor) -> tf.Tensor:
+    """What is wrong with the first of these labels."""
+    position = tf.where(bad)[0, 0]
+    return tf.strings.format(
+        "labels[{}] = {} is outside [0, {})", (position, a.labels[position], _classes(a))
+    )
 
 
 def _initialized(a):
@@ -202,13 +224,14 @@ def _initialized(a):
 
 def _same_length(name, tensor, features):
     length, batch = tf.shape(tensor)[0], tf.shape(features)[0]
-    return _require(
+    return require(
         tf.equal(length, batch),
         lambda: tf.strings.format(name + ": expected shape [{}], got [{}]", (batch, length)),
     )
 
 
-def _require(condition, message):
+def require(condition: tf.Tensor, message) -> tf.Tensor:
+    """True, or an error that says message() where the condition does not hold."""
     # The message is only put together where it is needed.
     return tf.cond(condition, lambda: True, lambda: _fail(message()))
 

@@ -1,5 +1,7 @@
 """The native ops and their registered gradients."""
 
+import dataclasses
+
 import tensorflow as tf
 
 # A variable is put on the tape by being read; an op that takes its handle does not count as such.
@@ -12,17 +14,7 @@ from tf_center_loss_op._arguments import Arguments
 
 def center_loss(a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
     """The loss and ||x_i - c_{y_i}||^2 [B]; the centers have moved where a.update_centers."""
-    if a.update_centers:
-        out = _native.ops().tcl_center_loss_step(
-            centers=a.centers.handle,
-            alpha=a.alpha,
-            rule=a.rule,
-            atomic=_native.gpu_atomics(),
-            **_batch(a),
-            **_loss(a),
-        )
-    else:
-        out = _read_only(a)
+    out = _step(a) if a.update_centers else _read_only(a)
     return out.loss, out.squared_distance
 
 
@@ -52,6 +44,24 @@ def update_from_residual(a: Arguments, residual: tf.Tensor) -> tf.Operation | No
         atomic=_native.gpu_atomics(),
         from_residual=True,
         **_batch(a) | {"features": residual},
+    )
+
+
+def residual_and_step(a: Arguments) -> tf.Tensor:
+    """x_i - c_{y_i} [B, D]; the centers have moved where a.update_centers."""
+    a = dataclasses.replace(a, reduction="sum", weight=tf.ones([], a.centers.dtype))
+    out = _step(a) if a.update_centers else _read_only(a)
+    return tf.bitcast(out.residual_bits, a.centers.dtype)
+
+
+def _step(a):
+    return _native.ops().tcl_center_loss_step(
+        centers=a.centers.handle,
+        alpha=a.alpha,
+        rule=a.rule,
+        atomic=_native.gpu_atomics(),
+        **_batch(a),
+        **_loss(a),
     )
 
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from tf_center_loss_op import _arguments, _graph_impl, _native, _native_impl
+from tf_center_loss_op import _arguments, _graph_impl, _native, _native_impl, distribute
+from tf_center_loss_op.distribute import ShardedCenters
 
 _IMPLEMENTATIONS = {"native": _native_impl, "graph": _graph_impl}
 
@@ -15,14 +16,23 @@ _IMPLEMENTATIONS = {"native": _native_impl, "graph": _graph_impl}
 def implementation(impl, centers):
     """The module that computes what `impl` asks for, on these (checked) centers."""
     chosen = _IMPLEMENTATIONS[_native.choose(impl, getattr(centers, "device", None) or "")]
-    # A stateless scope has no variable for the op to write to.
-    return chosen if isinstance(centers, tf.Variable) else _graph_impl
+    if isinstance(centers, distribute.ShardedCenters):
+        return distribute.Sharded(chosen)
+    if impl == "native" and isinstance(centers, _arguments.PartitionedCenters):
+        raise RuntimeError(
+            "impl: 'native' cannot run on centers that a partitioner has split over several "
+            "variables; expected 'auto' or 'graph'"
+        )
+    # There is no one variable for the op to write to.
+    if isinstance(centers, _arguments.TableLike):
+        return _graph_impl
+    return distribute.Replicated(chosen) if distribute.replicas() > 1 else chosen
 
 
 def center_loss(
     features: tf.types.experimental.TensorLike,
     labels: tf.types.experimental.TensorLike,
-    centers: tf.Variable | keras.Variable,
+    centers: tf.Variable | keras.Variable | ShardedCenters,
     *,
     alpha: tf.types.experimental.TensorLike = 0.5,
     rule: str = "paper",
@@ -125,6 +135,7 @@ class Result(NamedTuple):
 
 def loss_and_squared_distance(features, labels, centers, *, weight, impl, name=None, **options):
     """`center_loss` times weight, which the fused op multiplies in on its way, and more."""
+    distribute.require_supported_strategy()
     with tf.name_scope(name or "center_loss"):
         a = _arguments.check(features, labels, centers, weight=weight, **options)
         loss, squared_distance = implementation(impl, a.centers).center_loss(a)
@@ -136,7 +147,7 @@ def loss_and_squared_distance(features, labels, centers, *, weight, impl, name=N
 def update_centers(
     features: tf.types.experimental.TensorLike,
     labels: tf.types.experimental.TensorLike,
-    centers: tf.Variable | keras.Variable,
+    centers: tf.Variable | keras.Variable | ShardedCenters,
     *,
     alpha: tf.types.experimental.TensorLike = 0.5,
     rule: str = "paper",
@@ -180,6 +191,7 @@ def update_centers(
 
     Source: Wen et al., ECCV 2016, equation 4.
     """
+    distribute.require_supported_strategy()
     with tf.name_scope(name or "update_centers"):
         a = _arguments.check(
             features, labels, centers, alpha=alpha, rule=rule, ignore_label=ignore_label

@@ -6,7 +6,7 @@ import keras
 import tensorflow as tf
 from keras.optimizers.schedules import LearningRateSchedule
 
-from tf_center_loss_op import _arguments, _native, tables
+from tf_center_loss_op import _arguments, _native, distribute, tables
 from tf_center_loss_op.functional import loss_and_squared_distance, update_centers
 
 UPDATES = ("forward", "manual")
@@ -45,6 +45,8 @@ class CenterLoss(keras.layers.Layer):
         `update_centers` is called, once for all training calls since; for gradient accumulation,
         gradient checkpointing and steps after the optimizer's (`UpdateCentersAfterStep`).
       distance_metric: whether to track the mean distance; the op computes it on its way.
+      sharded: whether the table is split over the replicas of a strategy (`ShardedCenters`) instead
+        of every replica having all of it.
       **layer_kwargs: ``name``, ``dtype`` and the like, of `keras.layers.Layer`.
 
     Call arguments:
@@ -55,7 +57,7 @@ class CenterLoss(keras.layers.Layer):
       training: whether the centers move.
 
     Attributes:
-      centers: float32 ``[C, D]``.
+      centers: float32 ``[C, D]``; `ShardedCenters` with ``sharded=True``.
       weight, alpha: may be set between calls; a compiled function keeps a number it was traced
         with, but reads a variable anew.
       distance: the `keras.metrics.Mean` of the distances, or None. Samples that are ignored or
@@ -90,10 +92,12 @@ class CenterLoss(keras.layers.Layer):
         impl: str = "auto",
         update: str = "forward",
         distance_metric: bool = True,
+        sharded: bool = False,
         **layer_kwargs: object,
     ):
         # No autocast: the features pass unchanged, and sample weights keep their precision.
         super().__init__(autocast=False, **layer_kwargs)
+        distribute.require_supported_strategy()
         if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
             raise ValueError(f"num_classes: expected an int >= 1, got {num_classes!r}")
         _arguments.one_of("rule", rule, _arguments.RULES)
@@ -102,6 +106,8 @@ class CenterLoss(keras.layers.Layer):
         _arguments.one_of("update", update, UPDATES)
         if not isinstance(distance_metric, bool):
             raise TypeError(f"distance_metric: expected True or False, got {distance_metric!r}")
+        if not isinstance(sharded, bool):
+            raise TypeError(f"sharded: expected True or False, got {sharded!r}")
         self.num_classes = num_classes
         self.weight = _factor("weight", weight)
         self.alpha = _factor("alpha", alpha)
@@ -111,6 +117,7 @@ class CenterLoss(keras.layers.Layer):
         self.ignore_label = ignore_label
         self.impl = impl
         self.update = update
+        self.sharded = sharded
         self.distance = keras.metrics.Mean(f"{self.name}_distance") if distance_metric else None
         self.steps = None
         self.supports_jit = _native.build_info()["xla"]
@@ -124,15 +131,20 @@ class CenterLoss(keras.layers.Layer):
             raise ValueError(
                 f"features: expected shape [..., D] with D known, got {tuple(features_shape)}"
             )
-        # autocast=False also here: under a 16-bit policy every access would copy the table.
-        self.centers = self.add_weight(
-            name="centers",
-            shape=(self.num_classes, features_shape[-1]),
-            initializer=tables.in_place(self.centers_initializer),
-            dtype="float32",
-            trainable=False,
-            autocast=False,
-        )
+        if self.sharded:
+            self.centers = distribute.ShardedCenters(
+                self.num_classes, features_shape[-1], initializer=self.centers_initializer
+            )
+        else:
+            # autocast=False also here: under a 16-bit policy every access would copy the table.
+            self.centers = self.add_weight(
+                name="centers",
+                shape=(self.num_classes, features_shape[-1]),
+                initializer=tables.in_place(self.centers_initializer),
+                dtype="float32",
+                trainable=False,
+                autocast=False,
+            )
         if any(isinstance(factor, LearningRateSchedule) for factor in (self.weight, self.alpha)):
             self.steps = self.add_weight(
                 name="steps", shape=(), initializer="zeros", dtype="int64", trainable=False
@@ -199,6 +211,7 @@ class CenterLoss(keras.layers.Layer):
             "impl": self.impl,
             "update": self.update,
             "distance_metric": self.distance is not None,
+            "sharded": self.sharded,
         }
 
     def _loss(self, features, labels, sample_weight, training):
@@ -222,14 +235,14 @@ class CenterLoss(keras.layers.Layer):
         if training and self.update == "manual":
             self._pending.add(tf.stop_gradient(result.features), result.labels)
         if training and self.steps is not None:
-            self.steps.assign_add(1)
+            distribute.own_copy(self.steps).assign_add(1)
         if self.distance is not None:
             squared = result.squared_distance
             counts = tf.math.is_finite(squared)
             if self.ignore_label is not None:
                 counts &= tf.not_equal(result.labels, self.ignore_label)
             self.distance.update_state(tf.sqrt(tf.where(counts, squared, 0)), counts)
-        return result.loss
+        return distribute.loss_for_keras(result.loss)
 
     def _now(self, factor):
         """The factor's number at this step."""
@@ -262,34 +275,35 @@ class UpdateCentersAfterStep:
 
 
 class _Pending:
-    """The training calls whose centers have not moved yet.
+    """The training calls of each replica whose centers have not moved yet.
 
     A class, because Keras would track a list as part of the layer's state.
     """
 
     def __init__(self):
-        self._batches = []
+        self._batches_of = {}  # by replica: they are traced in turns
 
     def add(self, features, labels):
-        self._forget_other_graphs()
-        if len(self._batches) >= MOST_PENDING:
+        batches = self._batches()
+        if len(batches) >= MOST_PENDING:
             raise RuntimeError(
                 f"update: expected update_centers() at least once in {MOST_PENDING} training "
                 'calls of a layer with update="manual", got none'
             )
-        self._batches.append((features, labels))
+        batches.append((features, labels))
 
     def take(self):
-        self._forget_other_graphs()
-        taken, self._batches = self._batches, []
+        taken = self._batches()
+        self._batches_of[distribute.replica()] = []
         return taken
 
-    def _forget_other_graphs(self):
-        # Left over from a trace that never called update_centers().
+    def _batches(self):
+        # Others are left over from a trace that never called update_centers().
         graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-        self._batches = [
-            batch for batch in self._batches if getattr(batch[0], "graph", None) is graph
-        ]
+        k = distribute.replica()
+        batches = self._batches_of.get(k, [])
+        self._batches_of[k] = [b for b in batches if getattr(b[0], "graph", None) is graph]
+        return self._batches_of[k]
 
 
 def _factor(name, value):

@@ -10,6 +10,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 from tf_center_loss_op import _arguments, _native
 
@@ -83,13 +84,17 @@ class RandomCenters(keras.initializers.Initializer):
     def __call__(self, shape, dtype=None):
         """The table."""
         dtype = tf.as_dtype(dtype or keras.config.floatx())
+        return _filled(tuple(shape), dtype, self.blocks(shape, dtype))
+
+    def blocks(self, shape, dtype) -> Callable:
+        """What gives the rows [begin, end) of a table of this shape, for each of its blocks."""
         seed = np.random.SeedSequence().entropy % 2**31 if self.seed is None else self.seed
 
         def block(begin, end):
             numbers = [end - begin, *shape[1:]]
             return self.stddev * tf.random.stateless_normal(numbers, [seed, begin], dtype=dtype)
 
-        return _filled(tuple(shape), dtype, block)
+        return block
 
     def get_config(self):
         """The constructor's arguments."""
@@ -313,7 +318,8 @@ def _zeros(shape, dtype):
 
 def _filled(shape, dtype, block):
     """A tensor whose rows [begin, end) are block(begin, end)."""
-    table = tf.Variable(lambda: _zeros(shape, dtype), trainable=False)
+    # In the scope of a strategy tf.Variable would make a table for each replica.
+    table = ResourceVariable(_zeros(shape, dtype), trainable=False)
     for begin, end in _blocks(shape, dtype.size):
         _write(table, begin, end, block(begin, end))
     # What is read is the buffer itself then, not a copy.
