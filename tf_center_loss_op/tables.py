@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import h5py
 import keras
 import numpy as np
 import tensorflow as tf
@@ -210,6 +211,45 @@ def load_centers(centers: tf.Variable | keras.Variable, path: str | os.PathLike)
         for begin, end in _blocks(rows.shape, rows.itemsize):
             block = np.fromfile(file, rows.dtype, (end - begin) * rows.shape[1])
             _write(table, begin, end, block.reshape(end - begin, rows.shape[1]))
+
+
+def h5_group(store: object) -> h5py.Group | None:
+    """The group that a store of Keras's `save_weights` and `model.save` writes to or reads from.
+
+    None for the others: NumPy's files, and weights in several files, where Keras decides which
+    variable goes where.
+    """
+    group = getattr(store, "_h5_entry_group", None)
+    # Empty groups that Keras has not made yet are dictionaries.
+    return (
+        group if isinstance(group, h5py.Group) and not hasattr(store, "sharding_config") else None
+    )
+
+
+def write_h5(group: h5py.Group, key: str, centers: tf.Variable | keras.Variable) -> None:
+    """Equals ``group[key] = centers.numpy()``, block by block."""
+    table = _table(centers)
+    dtype = table.dtype.as_numpy_dtype
+    rows = group.create_dataset(key, shape=tuple(table.shape), dtype=dtype)
+    for begin, end in _blocks(table.shape, table.dtype.size):
+        rows[begin:end] = tf.gather(table, tf.range(begin, end)).numpy()
+
+
+def read_h5(group: h5py.Group, key: str, centers: tf.Variable | keras.Variable) -> None:
+    """Equals ``centers.assign(group[key])``, block by block, after all checks."""
+    table, rows = _table(centers), group[key]
+    linked = not isinstance(group.get(key, getlink=True), h5py.HardLink)
+    if linked or not isinstance(rows, h5py.Dataset) or rows.external or rows.is_virtual:
+        raise ValueError("centers: expected an array in the file itself, got a group or a link")
+    if rows.id.get_storage_size() == 0:
+        raise ValueError("centers: expected an array in the file, got a file that is cut off")
+    if rows.shape != tuple(table.shape) or rows.dtype != table.dtype.as_numpy_dtype:
+        raise ValueError(
+            f"centers: expected {table.dtype.name} {tuple(table.shape)} in the file, as the "
+            f"layer's are, got {rows.dtype} {rows.shape}"
+        )
+    for begin, end in _blocks(table.shape, table.dtype.size):
+        _write(table, begin, end, rows[begin:end])
 
 
 def centers_from_dataset(
