@@ -1,19 +1,21 @@
 """The life of a large table and the memory it takes: `python -m bench.large_table`.
 
 Creates, trains, saves, loads, checkpoints and restores a table, by default 10 million x 256
-float32, 10 GB; prints the time of each stage and the peak of the process's memory within it.
-Needs disk space for two copies of the table.
+float32, 10 GB, as a variable and in a Keras layer; prints the time of each stage and the peak of
+the process's memory within it. Needs disk space for two copies of the table.
 """
 
 import argparse
 import multiprocessing
 import os
+import shutil
 import tempfile
 import time
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import keras
 import numpy as np
 import tensorflow as tf
 from rich.console import Console
@@ -61,8 +63,14 @@ def first_life(classes, dim, steps, folder):
         assert np.array_equal(tcl.centers_of(rows, centers), before), "other numbers"
 
     def checkpoint():
+        os.remove(f"{folder}/centers.npy")
         tf.train.Checkpoint(centers=centers).write(f"{folder}/checkpoint")
         np.save(f"{folder}/rows.npy", tcl.centers_of(rows, centers))
+
+    def restore():
+        tcl.clear_centers(centers)
+        tf.train.Checkpoint(centers=centers).read(f"{folder}/checkpoint")
+        assert np.array_equal(tcl.centers_of(rows, centers), np.load(f"{folder}/rows.npy"))
 
     return [
         ("create, normal random numbers", *peak_of(create)),
@@ -71,6 +79,8 @@ def first_life(classes, dim, steps, folder):
         ("load_centers", *peak_of(load)),
         ("tf.train.Checkpoint.write", *peak_of(checkpoint)),
         ("a step after it", *peak_of(lambda: step(rows))),
+        ("clear_centers and tf.train.Checkpoint.read", *peak_of(restore)),
+        ("the first step after it", *peak_of(lambda: step(rows))),
     ]
 
 
@@ -92,6 +102,57 @@ def second_life(classes, dim, steps, folder):
     return [*stages, (f"{steps} steps", *peak_of(train))]
 
 
+def life_in_a_layer(classes, dim, steps, folder):
+    """A model saved and loaded by Keras's own functions."""
+    rows = np.random.default_rng(0).integers(0, classes, BATCH)
+    model = None
+
+    def create():
+        nonlocal model
+        features, labels = keras.Input([dim]), keras.Input([], dtype="int32")
+        layer = tcl.CenterLoss(classes, centers_initializer=tcl.RandomCenters(seed=0))
+        model = keras.Model([features, labels], layer(features, labels))
+        model.compile("sgd")
+
+    def table():
+        return model.layers[-1].centers
+
+    def train():
+        for _ in range(steps):
+            model.layers[-1](tf.ones([BATCH, dim]), rows, training=True)
+
+    def write(path, **options):
+        nonlocal before
+        before = tcl.centers_of(rows, table())
+        (model.save_weights if path.endswith(".h5") else model.save)(f"{folder}/{path}", **options)
+
+    def read(path):
+        nonlocal model
+        if path.endswith(".h5"):
+            model.layers[-1](tf.zeros([BATCH, dim]), rows, training=True)
+            model.load_weights(f"{folder}/{path}")
+        else:
+            model = None
+            model = keras.models.load_model(f"{folder}/{path}")
+        assert np.array_equal(tcl.centers_of(rows, table()), before), "other numbers"
+        shutil.rmtree(f"{folder}/{path}") if path == "saved" else os.remove(f"{folder}/{path}")
+
+    before = None
+    return [
+        ("CenterLoss, normal random numbers", *peak_of(create)),
+        (f"{steps} steps", *peak_of(train)),
+        ("model.save_weights", *peak_of(lambda: write("centers.weights.h5"))),
+        ("model.load_weights", *peak_of(lambda: read("centers.weights.h5"))),
+        ("model.save, zipped=False", *peak_of(lambda: write("saved", zipped=False))),
+        ("load_model of it", *peak_of(lambda: read("saved"))),
+        ("model.save, .keras", *peak_of(lambda: write("saved.keras"))),
+        ("load_model of it", *peak_of(lambda: read("saved.keras"))),
+    ]
+
+
+LIVES = {"variable": (first_life, second_life), "layer": (life_in_a_layer,)}
+
+
 def main():
     """Runs each life in a process of its own and prints the table."""
     parser = argparse.ArgumentParser(prog="python -m bench.large_table", description=__doc__)
@@ -99,6 +160,7 @@ def main():
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--folder", help="for the files (default: a temporary one)")
+    parser.add_argument("--of", choices=LIVES, help="only one of the two (default: both)")
     arguments = parser.parse_args()
     sizes = arguments.classes, arguments.dim, arguments.steps
     out = Table(
@@ -108,7 +170,9 @@ def main():
     for name in ("stage", "seconds", "peak GB", "GB afterwards"):
         out.add_column(name, justify="left" if name == "stage" else "right")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        for life in (first_life, second_life):
+        for life in [
+            life for name in LIVES if arguments.of in (None, name) for life in LIVES[name]
+        ]:
             with multiprocessing.get_context("spawn").Pool(1) as process:
                 for stage, seconds, peak, after in process.apply(life, (*sizes, folder)):
                     out.add_row(stage, f"{seconds:.2f}", f"{peak / 1e9:.2f}", f"{after / 1e9:.2f}")

@@ -1,5 +1,8 @@
 """Every convention reproduces the formula of the codebase it names, written out here as there."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -135,6 +138,44 @@ def test_convention(impl, name):
     )
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-12)
     np.testing.assert_allclose(centers.numpy(), expected_centers, rtol=1e-12, atol=1e-14)
+
+
+# The guide, docs/choosing.md.
+
+
+@pytest.mark.parametrize(
+    "rule, limit",
+    [
+        ("paper", 2 * (1 + 3) / 3),
+        ("mean", 2.0),
+        ("sum", 2 / 3),
+        ("batch_mean", 2 * 5 / 3),
+        ("paper_batch_mean", 2 * (1 + 3) * 5 / 3),
+        ("tutorial", 1.0),
+    ],
+)
+def test_where_a_rule_diverges(impl, rule, limit):
+    # n = 3 of N = 5 samples are of class 0 and lie in one point.
+    x, y = np.ones([5, D]), [0, 0, 0, 1, 2]
+    for alpha, diverges in ((0.98 * limit, False), (1.02 * limit, True)):
+        centers = tf.Variable(np.zeros([C, D]))
+        for _ in range(60):
+            tcl.update_centers(x, y, centers, alpha=alpha, rule=rule, impl=impl)
+        distance = np.abs(centers.numpy()[0] - 1).max()
+        assert (distance > 1.5) if diverges else (distance < 0.7)
+
+
+def test_the_guide_has_every_convention():
+    guide = (Path(__file__).parent.parent / "docs" / "choosing.md").read_text()
+    rows = re.findall(r'^\| `([\w-]+)` \| (.+?) \| `"(\w+)"` \| (.+?) \| `"(\w+)"` \|', guide, re.M)
+    assert [row[0] for row in rows] == list(tcl.CONVENTIONS)
+    for name, step, rule, _, reduction in rows:
+        convention = tcl.CONVENTIONS[name]
+        assert (step, rule, reduction) == (
+            convention.step_name,
+            convention.rule,
+            convention.reduction,
+        )
 
 
 def test_descriptions():

@@ -1,20 +1,26 @@
 """A training killed at any moment and resumed ends bit for bit as one that was not."""
 
+import functools
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 
-from child import TESTS, run_python
+import tf_center_loss_op as tcl
+from child import TESTS
 
-# With dropout (a random state), Adam (an optimizer's state), a schedule and a metric; 32 steps.
+# With dropout (a random state), Adam (an optimizer's state), a schedule, a metric and shuffling; 32
+# steps. A short rest in each step, so that there is time to be killed in.
 TRAINING = """
-import sys
+import time
 import keras, numpy as np, tensorflow as tf
 import tf_center_loss_op as tcl
 
@@ -28,31 +34,34 @@ warm_up = keras.optimizers.schedules.PolynomialDecay(0.01, 20, 0.1)
 x = tcl.CenterLoss(50, weight=warm_up, name="centers")([x, label])
 model = keras.Model([image, label], keras.layers.Dense(50)(x))
 model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-dataset = tf.data.Dataset.from_tensor_slices(((inputs, labels), labels)).batch(32)
 """
 
 WITH_CALLBACK = (
     TRAINING
     + """
-model.fit(dataset, epochs=4, verbose=0,
-          callbacks=[tcl.AtomicBackup("backup", delete_at_end=False)])
+print("training", flush=True)
+model.fit([inputs, labels], labels, batch_size=32, epochs=4, verbose=0, callbacks=[
+    tcl.AtomicBackup("backup", save_freq=3),
+    keras.callbacks.LambdaCallback(on_train_batch_end=lambda *_, **__: time.sleep(0.02))])
 """
 )
 
-# tf.train.Checkpoint does not save the random state of Keras layers.
+# As in docs/training.md.
 WITH_CHECKPOINT = (
-    TRAINING.replace("keras.layers.Dropout(0.1, seed=1)", "")
+    TRAINING
     + """
-done = tf.Variable(0, dtype=tf.int64)
-state = tf.train.Checkpoint(model=model, optimizer=model.optimizer, done=done)
-manager = tf.train.CheckpointManager(state, "checkpoints", max_to_keep=2)
+dataset = tf.data.Dataset.from_tensor_slices(((inputs, labels), labels)).shuffle(256, seed=7)
+batches = iter(dataset.batch(32).repeat(4))
 model.optimizer.build(model.trainable_variables)
+variables = [v.value for v in [*model.variables, *model.optimizer.variables]]
+state = tf.train.Checkpoint(variables=variables, batches=batches)
+manager = tf.train.CheckpointManager(state, "checkpoints", max_to_keep=2)
 state.restore(manager.latest_checkpoint)
-while done < 32:
-    for batch, target in dataset.skip(int(done) % 8).take(1):
-        model.train_on_batch(batch, target)
-    done.assign_add(1)
+print("training", flush=True)
+for batch, target in batches:
+    model.train_on_batch(batch, target)
     manager.save()
+    time.sleep(0.02)
 """
 )
 
@@ -66,89 +75,256 @@ def weights(folder):
         return [arrays[name] for name in arrays.files]
 
 
-def run_until_killed(source, folder, seconds):
-    """Whether the program was still running after so many seconds, when it was killed."""
-    program = folder / "killed.py"
+def run(source, folder, kill_after=None):
+    """Seconds that it trained, or None where it was killed so many seconds after it began to."""
+    program = folder / "program.py"
     program.write_text(source)
-    environment = dict(os.environ, PYTHONPATH=str(TESTS), TF_CPP_MIN_LOG_LEVEL="2")
     child = subprocess.Popen(
-        [sys.executable, program], cwd=folder, env=environment, stderr=subprocess.DEVNULL
+        [sys.executable, program],
+        cwd=folder,
+        env=dict(os.environ, PYTHONPATH=str(TESTS), TF_CPP_MIN_LOG_LEVEL="2"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
-    try:
-        child.wait(seconds)
-    except subprocess.TimeoutExpired:
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        return True
-    return False
+    with child:
+        assert child.stdout.readline() == "training\n"
+        start = time.monotonic()
+        try:
+            assert child.wait(kill_after) == 0
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGKILL)
+            return None
+        return time.monotonic() - start
 
 
 @pytest.mark.parametrize("program", [WITH_CALLBACK, WITH_CHECKPOINT], ids=["fit", "checkpoint"])
 def test_killed_at_random_moments(program, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir(), broken.mkdir()
-    start = time.monotonic()
-    run_python(program + SAVE, whole)
-    seconds = time.monotonic() - start
-    # While it trains; before that nothing would be at stake.
-    moments = random.Random(program).choices([0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95], k=3)
-    killed = [run_until_killed(program, broken, moment * seconds) for moment in moments]
+    seconds = run(program + SAVE, whole)
+    moments = [random.SystemRandom().uniform(0.2, 0.8) for _ in range(2)]
+    print("killed at", moments)  # pytest shows it where the test fails
+    killed = [run(program + SAVE, broken, moment * seconds) is None for moment in moments]
     assert any(killed)
-    run_python(program + SAVE, broken)
+    assert run(program + SAVE, broken) < seconds
     for expected, resumed in zip(weights(whole), weights(broken), strict=True):
         assert np.array_equal(expected, resumed)
 
 
-@pytest.mark.parametrize("moment", ["weights half written", "state not written", "not renamed"])
-def test_a_backup_that_is_not_complete_is_never_loaded(moment, tmp_path):
+# In one process: a model, interrupted, and a new one that goes on.
+
+BATCHES, EPOCHS = 6, 3
+
+
+class Interruption(Exception):
+    pass
+
+
+class Interrupt(keras.callbacks.Callback):
+    """Stops a training after some batches, counted over all epochs, or at the end of an epoch."""
+
+    def __init__(self, left):
+        super().__init__()
+        self.left = left
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if self.left <= 0:
+            raise Interruption
+        self.left -= self.model.steps_per_execution
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.left <= 0:
+            raise Interruption
+
+
+def make_model(steps_per_execution=1, width=4, policy="float32"):
+    keras.utils.set_random_seed(5)
+    image, label = keras.Input([3]), keras.Input([], dtype="int32")
+    x = keras.layers.Dropout(0.2)(keras.layers.Dense(width, dtype=policy)(image))
+    x = tcl.CenterLoss(7, weight=0.1, name="center_loss")([x, label])
+    model = keras.Model([image, label], keras.layers.Dense(7, dtype="float32")(x))
+    model.compile(
+        keras.optimizers.Adam(0.01),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        steps_per_execution=steps_per_execution,
+        auto_scale_loss=True,
+    )
+    return model
+
+
+def fit(model, *callbacks, **options):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(BATCHES * 4 - 1, 3)).astype("f"), rng.integers(0, 7, BATCHES * 4 - 1)
+    callbacks = list(callbacks)
+    data = dict(x=[x, y], y=y, batch_size=4, epochs=EPOCHS, validation_data=([x, y], y))
+    return model.fit(**data, verbose=0, callbacks=callbacks, **options).history
+
+
+def numbers(model):
+    return [v.numpy() for v in [*model.variables, *model.optimizer.variables]]
+
+
+def assert_same(model, expected):
+    for a, b in zip(numbers(model), numbers(expected), strict=True):
+        assert np.array_equal(a, b)
+
+
+@functools.cache
+def uninterrupted(steps_per_execution=1, policy="float32"):
+    model = make_model(steps_per_execution, policy=policy)
+    return model, fit(model)
+
+
+@pytest.mark.parametrize(
+    "save_freq, steps, after, trained_before",
+    [
+        ("epoch", 1, 4, 0),  # before the first backup
+        ("epoch", 1, 7, 6),
+        (1, 1, 6, 6),  # all batches of an epoch trained, the epoch not ended
+        (4, 1, 11, 8),
+        (2, 2, 4, 4),
+        (3, 4, 16, 12),  # the last step of an epoch is shorter
+    ],
+)
+def test_it_goes_on_from_any_batch(save_freq, steps, after, trained_before, tmp_path):
+    whole, history = uninterrupted(steps)
+    with pytest.raises(Interruption):
+        fit(make_model(steps), tcl.AtomicBackup(tmp_path, save_freq), Interrupt(after))
+    model, seen = make_model(steps), []
+    count = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda *_, **__: seen.append(int(model.optimizer.iterations.numpy()))
+    )
+    resumed = fit(model, tcl.AtomicBackup(tmp_path, save_freq), count)
+    assert_same(model, whole)
+    # What was trained before is not trained again.
+    first = min(seen)
+    assert first == trained_before or first == trained_before + min(steps, BATCHES)
+    # The metrics of the epoch in which it was interrupted go on, too.
+    for name, values in history.items():
+        assert resumed[name] == values[-len(resumed[name]) :]
+    assert not tmp_path.exists()
+
+
+@pytest.mark.parametrize("moment", ["half a file", "no state", "no name"])
+def test_a_backup_that_is_not_complete_is_never_loaded(moment, tmp_path, monkeypatch):
     # What a process killed while it wrote its second backup leaves behind.
-    stop = {
-        "weights half written": """
-import numpy
-original = numpy.save
-def save(path, array):
-    original(path, array)
-    if "new.partial" in str(path) and pathlib.Path("backup/1").exists():
-        open(path, "r+b").truncate(100)
-        os._exit(9)
-numpy.save = save
-""",
-        "state not written": """
-import json
-original = json.dumps
-def dumps(value, **options):
-    if "epochs" in value and pathlib.Path("backup/1").exists():
-        os._exit(9)
-    return original(value, **options)
-json.dumps = dumps
-""",
-        "not renamed": """
-original = pathlib.Path.rename
-def rename(self, target):
-    if pathlib.Path("backup/1").exists():
-        os._exit(9)
-    return original(self, target)
-pathlib.Path.rename = rename
-""",
-    }[moment]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    whole.mkdir(), broken.mkdir()
-    run_python(WITH_CALLBACK + SAVE, whole)
-    torn = "import os, pathlib\n" + stop + WITH_CALLBACK
-    assert run_python(torn, broken, check=False).returncode == 9
-    assert sorted(os.listdir(broken / "backup")) == ["1", "new.partial"]
-    run_python(WITH_CALLBACK + SAVE, broken)
-    for expected, resumed in zip(weights(whole), weights(broken), strict=True):
-        assert np.array_equal(expected, resumed)
+    def second():
+        return (tmp_path / "1").exists()
+
+    def half_a_file(path, array, save=np.save):
+        save(path, array)
+        if second():
+            os.truncate(path, 100)
+            raise Interruption
+
+    def no_state(state, dumps=json.dumps):
+        if second():
+            raise Interruption
+        return dumps(state)
+
+    def no_name(path, target, rename=Path.rename):
+        if second():
+            raise Interruption
+        rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Interruption):
+        target, name, replacement = {
+            "half a file": (np, "save", half_a_file),
+            "no state": (json, "dumps", no_state),
+            "no name": (Path, "rename", no_name),
+        }[moment]
+        patch.setattr(target, name, replacement)
+        fit(make_model(), tcl.AtomicBackup(tmp_path, save_freq=2))
+    assert sorted(os.listdir(tmp_path)) == ["1", "new.partial"]
+    model = make_model()
+    fit(model, tcl.AtomicBackup(tmp_path, save_freq=2))
+    assert_same(model, uninterrupted()[0])
 
 
-def test_the_backups_are_removed_at_the_end(tmp_path):
-    run_python(WITH_CALLBACK.replace(", delete_at_end=False", ""), tmp_path)
-    assert not (tmp_path / "backup").exists()
+def test_mixed_precision_and_sixteen_bit_variables(tmp_path):
+    policy = "bfloat16"
+    whole, _ = uninterrupted(policy=policy)
+    assert any(v.dtype == "bfloat16" for v in whole.variables)
+    with pytest.raises(Interruption):
+        fit(make_model(policy=policy), tcl.AtomicBackup(tmp_path), Interrupt(BATCHES + 1))
+    model = make_model(policy=policy)
+    fit(model, tcl.AtomicBackup(tmp_path))
+    assert_same(model, whole)
+
+
+def test_it_takes_the_place_of_kerass_own(tmp_path):
+    backup = tcl.AtomicBackup(
+        backup_dir=str(tmp_path / "backup"),
+        save_freq="epoch",
+        double_checkpoint=True,
+        delete_checkpoint=False,
+    )
+    assert isinstance(backup, keras.callbacks.BackupAndRestore)
+    fit(make_model(), backup)
+    assert sorted(os.listdir(tmp_path / "backup")) == ["2", "3"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(backup_dir=""), dict(save_freq=0), dict(save_freq=True), dict(save_freq="day")]
+)
+def test_wrong_arguments(wrong):
+    with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
+        tcl.AtomicBackup(**dict(backup_dir="backup") | wrong)
+
+
+def test_without_backups_it_only_resumes(tmp_path):
+    with pytest.raises(Interruption):
+        fit(make_model(), tcl.AtomicBackup(tmp_path), Interrupt(BATCHES + 1))
+    model = make_model()
+    fit(model, tcl.AtomicBackup(tmp_path, save_freq=False, delete_checkpoint=False))
+    assert os.listdir(tmp_path) == ["1"]
+    assert_same(model, uninterrupted()[0])
+
+
+def damage(folder, how):
+    if how == "state":
+        (folder / "state.json").write_text('{"epoch": 1')
+    elif how == "truncated":
+        path = max(folder.glob("*.npy"), key=os.path.getsize)
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        (folder / "0.npy").unlink()
+
+
+@pytest.mark.parametrize("how", ["state", "truncated", "missing"])
+def test_a_damaged_backup(how, tmp_path):
+    options = dict(double_checkpoint=True, delete_checkpoint=False)
+    with pytest.raises(Interruption):
+        fit(make_model(), tcl.AtomicBackup(tmp_path, **options), Interrupt(2 * BATCHES + 1))
+    assert sorted(os.listdir(tmp_path)) == ["1", "2"]
+    damage(tmp_path / "2", how)
+    model = make_model()
+    with pytest.warns(UserWarning, match="A backup is damaged, the one before is used"):
+        fit(model, tcl.AtomicBackup(tmp_path, **options))
+    assert_same(model, uninterrupted()[0])
+    for folder in tmp_path.iterdir():
+        damage(folder, how)
+    model = make_model()
+    model.optimizer.build(model.trainable_variables)
+    before = numbers(model)
+    with pytest.raises(ValueError, match="backup_dir: expected complete backups"):
+        fit(model, tcl.AtomicBackup(tmp_path, **options))
+    for a, b in zip(numbers(model), before, strict=True):
+        assert np.array_equal(a, b)
 
 
 def test_a_backup_of_another_model(tmp_path):
-    run_python(WITH_CALLBACK, tmp_path)
-    other = WITH_CALLBACK.replace("Dense(8)", "Dense(9)")
-    done = run_python(other, tmp_path, check=False)
-    assert "backup_dir: expected a backup of this model" in done.stderr
+    fit(make_model(), tcl.AtomicBackup(tmp_path, delete_checkpoint=False))
+    state = json.loads((tmp_path / str(EPOCHS) / "state.json").read_text())
+    assert state["epoch"] == EPOCHS
+    with pytest.raises(ValueError, match="backup_dir: expected a backup of this model"):
+        fit(make_model(width=5), tcl.AtomicBackup(tmp_path))
+
+
+def test_a_model_that_is_not_built(tmp_path):
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="model: expected a built model"):
+        model.fit(np.ones([2, 2]), np.ones([2, 1]), callbacks=[tcl.AtomicBackup(tmp_path)])

@@ -1,22 +1,27 @@
 """Centers are saved and restored exactly, and training goes on from there bit for bit."""
 
+import json
+import os
+
+import h5py
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import tf_center_loss_op as tcl
+from child import run_python
+from tf_center_loss_op import tables
 
 C, D, WIDTH = 12, 7, 5
 
 
-def make_model(impl):
+def make_model(impl="auto", classes=C, dim=D, weight=0.1):
     inputs = keras.Input([WIDTH], name="inputs")
     labels = keras.Input([], dtype="int32", name="labels")
-    features = keras.layers.Dense(D, name="features")(inputs)
-    features = tcl.CenterLoss(C, weight=0.1, alpha=0.3, impl=impl, name="center_loss")(
-        [features, labels]
-    )
+    features = keras.layers.Dense(dim, name="features")(inputs)
+    layer = tcl.CenterLoss(classes, weight=weight, alpha=0.3, impl=impl, name="center_loss")
+    features = layer([features, labels])
     outputs = keras.layers.Dense(C, name="logits")(features)
     model = keras.Model([inputs, labels], outputs)
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
@@ -89,3 +94,191 @@ def test_configuration_survives_in_the_file(impl, data, tmp_path):
     layer = keras.models.load_model(tmp_path / "model.keras").get_layer("center_loss")
     assert isinstance(layer, tcl.CenterLoss)
     assert layer.get_config() == model.get_layer("center_loss").get_config()
+
+
+# By blocks: the files are the same as Keras's own, the memory is not.
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Several blocks, the last one shorter."""
+    monkeypatch.setattr(tables, "BLOCK_BYTES", 5 * D * 4)
+
+
+WARM_UP = keras.optimizers.schedules.PolynomialDecay(0.1, 10, 0.5)
+
+
+@pytest.mark.parametrize("weight", [0.1, WARM_UP], ids=["number", "schedule"])
+@pytest.mark.parametrize("kind", ["model.keras", "folder", "model.weights.h5", "shards"])
+def test_round_trip_by_blocks(small_blocks, data, tmp_path, kind, weight):
+    model, other = make_model(weight=weight), make_model(weight=weight)
+    train(model, data)
+    path = str(tmp_path / kind)
+    if kind == "model.keras":
+        model.save(path)
+        other = keras.models.load_model(path)
+    elif kind == "folder":
+        model.save(path, zipped=False)
+        other = keras.models.load_model(path)
+    elif kind == "model.weights.h5":
+        model.save_weights(path)
+        other.load_weights(path)
+    else:
+        model.save_weights(path + ".weights.json", max_shard_size=1e-6)
+        assert len(list(tmp_path.glob("shards_*.h5"))) > 1
+        other.load_weights(path + ".weights.json")
+    for a, b in zip(weights(other), weights(model), strict=True):
+        assert np.array_equal(a, b)
+
+
+def arrays_of(path):
+    found = {}
+    with h5py.File(path) as file:
+        file.visititems(
+            lambda name, item: (
+                found.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None
+            )
+        )
+    return found
+
+
+def test_the_file_is_that_of_keras(small_blocks, data, tmp_path, monkeypatch):
+    model, ours, theirs = make_model(weight=WARM_UP), *(tmp_path / f"{k}.weights.h5" for k in "ab")
+    train(model, data)
+    model.save_weights(ours)
+    with monkeypatch.context() as patch:
+        patch.delattr(tcl.CenterLoss, "save_own_variables")
+        model.save_weights(theirs)
+    arrays, expected = arrays_of(ours), arrays_of(theirs)
+    assert set(arrays) == set(expected)
+    for name, array in arrays.items():
+        assert array.dtype == expected[name].dtype and np.array_equal(array, expected[name])
+    other = make_model(weight=WARM_UP)
+    other.load_weights(theirs)
+    with monkeypatch.context() as patch:
+        patch.delattr(tcl.CenterLoss, "load_own_variables")
+        again = make_model(weight=WARM_UP)
+        again.load_weights(ours)
+    for loaded in (other, again):
+        for a, b in zip(weights(loaded), weights(model), strict=True):
+            assert np.array_equal(a, b)
+
+
+def only_centers(classes=C, dim=D):
+    features, labels = keras.Input([dim]), keras.Input([], dtype="int32")
+    layer = tcl.CenterLoss(classes, centers_initializer="random_normal", name="center_loss")
+    return keras.Model([features, labels], layer(features, labels))
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        ("shape", r"centers: expected float32 \(12, 7\) in the file.*got float32 \(12, 8\)"),
+        ("classes", r"got float32 \(11, 7\)"),
+        ("dtype", r"got float64 \(12, 7\)"),
+        ("nothing", "expected 1 variables, but received 0"),
+        ("no numbers", "got a file that is cut off"),
+        ("link", "got a group or a link"),
+        ("truncated", "truncated file"),
+        ("half", "truncated file"),
+        ("text", "file signature not found"),
+    ],
+)
+def test_a_bad_file_changes_nothing(tmp_path, how, words):
+    path = tmp_path / "model.weights.h5"
+    sizes = dict(shape=dict(dim=D + 1), classes=dict(classes=C - 1)).get(how, {})
+    only_centers(**sizes).save_weights(path)
+    if how in ("dtype", "nothing", "no numbers", "link"):
+        with h5py.File(path, "a") as file:
+            group = file["layers/center_loss/vars"]
+            numbers = group["0"][()]
+            del group["0"]
+            if how == "dtype":
+                group["0"] = numbers.astype("f8")
+            elif how == "no numbers":
+                group.create_dataset("0", (C, D), "f4")
+            elif how == "link":
+                file["elsewhere"] = numbers
+                group["0"] = h5py.SoftLink("/elsewhere")
+    elif how == "truncated":
+        os.truncate(path, path.stat().st_size - 1)
+    elif how == "half":
+        os.truncate(path, path.stat().st_size // 2)
+    elif how == "text":
+        path.write_text("no file of weights")
+    model = only_centers()
+    before = model.layers[-1].centers.numpy()
+    with pytest.raises((ValueError, OSError), match=f"(?s){words}"):
+        model.load_weights(path)
+    assert np.array_equal(model.layers[-1].centers.numpy(), before)
+
+
+@pytest.mark.parametrize("how", ["shape", "classes", "dtype", "half the numbers", "half the index"])
+def test_a_bad_checkpoint_changes_nothing(tmp_path, how):
+    shapes = dict(shape=[C, D + 1], classes=[C - 1, D])
+    saved = tf.Variable(
+        tf.ones(shapes.get(how, [C, D]), "float64" if how == "dtype" else "float32")
+    )
+    path = tf.train.Checkpoint(centers=saved).write(str(tmp_path / "checkpoint"))
+    if how.startswith("half"):
+        name = "index" if how == "half the index" else "data-00000-of-00001"
+        os.truncate(f"{path}.{name}", os.path.getsize(f"{path}.{name}") // 2)
+    centers = tf.Variable(tf.random.normal([C, D]))
+    before = centers.numpy()
+    with pytest.raises((ValueError, IndexError, tf.errors.OpError)):
+        tf.train.Checkpoint(centers=centers).read(path).assert_consumed()
+    assert np.array_equal(centers.numpy(), before)
+
+
+def test_no_second_copy_of_a_large_table(tmp_path):
+    # 512 MiB; beside it a block of 64 MiB. HDF5 and what TensorFlow takes for itself are warmed up.
+    seen = json.loads(
+        run_python(
+            """
+            import json
+            import keras
+            import numpy as np
+            import tensorflow as tf
+            import tf_center_loss_op as tcl
+
+            def make(classes):
+                image, label = keras.Input([256]), keras.Input([], dtype="int32")
+                model = keras.Model([image, label], tcl.CenterLoss(classes)(image, label))
+                model.compile("sgd")
+                return model
+
+            def status(field):  # bytes
+                for line in open("/proc/self/status"):
+                    if line.startswith(field):
+                        return 1024 * int(line.split()[1])
+
+            def grown(what, *args, **options):
+                open("/proc/self/clear_refs", "w").write("5")
+                before = status("VmRSS")
+                what(*args, **options)
+                return status("VmHWM") - before
+
+            def trained(classes):
+                model = make(classes)
+                for begin in range(0, classes, 2**16):
+                    labels = np.arange(begin, min(classes, begin + 2**16))
+                    model.layers[-1](tf.ones([len(labels), 256]), labels, training=True)
+                return model
+
+            seen = {}
+            for classes in 2**17, 2**19:
+                model = trained(classes)
+                seen["save_weights"] = grown(model.save_weights, "a.weights.h5")
+                seen["load_weights"] = grown(model.load_weights, "a.weights.h5")
+                seen["save"] = grown(model.save, "folder", zipped=False)
+                del model
+                seen["load_model"] = grown(keras.models.load_model, "folder")
+            print(json.dumps(seen))
+            """,
+            tmp_path,
+        )
+    )
+    table = 2**29
+    for what in "save_weights", "load_weights", "save":
+        assert seen[what] < table / 2, what
+    assert seen["load_model"] < 1.5 * table

@@ -47,6 +47,43 @@ def test_create_with_wrong_sizes(wrong):
         tcl.create_centers(**dict(num_classes=C, dim=D) | wrong)
 
 
+@pytest.mark.parametrize("initializer", ["zeros", tcl.RandomCenters()])
+@pytest.mark.parametrize("make", ["create", "layer"])
+def test_a_table_that_no_memory_holds_is_an_early_error(initializer, make):
+    # A petabyte.
+    with pytest.raises(MemoryError, match=r"got 1000000000000 x 256 float32, 1024000.0 GB"):
+        if make == "create":
+            tcl.create_centers(10**12, 256, initializer=initializer)
+        else:
+            layer = tcl.CenterLoss(10**12, centers_initializer=initializer)
+            layer.build((None, 256))
+
+
+def test_what_counts_as_room(tmp_path, monkeypatch):
+    # Zeros may stay smaller than their size, numbers may not; a container may have less.
+    path = {name: tmp_path / name for name in ("meminfo", "limit")}
+    path["meminfo"].write_text(
+        "MemTotal: 8 kB\nMemAvailable: 3 kB\nSwapTotal: 1 kB\nSwapFree: 1 kB"
+    )
+    monkeypatch.setattr(tables, "Path", lambda name: path.get(name.split("/")[-1], path["limit"]))
+    assert tables._room(("MemTotal", "SwapTotal")) == 9 * 1024
+    assert tables._room(tables._AVAILABLE) == 4 * 1024
+    for limit, room in (("max", 9 * 1024), ("5000", 5000)):
+        path["limit"].write_text(limit + "\n")
+        assert tables._room(("MemTotal", "SwapTotal")) == room
+
+
+@pytest.mark.parametrize("wrap", [lambda v: v, lambda v: keras.Variable(v)])
+def test_clear(centers, wrap):
+    centers = wrap(centers)
+    tcl.clear_centers(centers)
+    assert centers.shape == (C, D) and not keras.ops.convert_to_numpy(centers).any()
+    tcl.update_centers(tf.ones([1, D]), [3], centers)
+    assert np.flatnonzero(tcl.centers_of(tf.range(C), centers).numpy().any(axis=1)) == [3]
+    with pytest.raises(TypeError, match="centers: expected a tf.Variable"):
+        tcl.clear_centers(np.zeros([C, D]))
+
+
 def test_random_centers():
     same = [tcl.RandomCenters(2.0, seed=5)((4000, D), "float32").numpy() for _ in range(2)]
     assert np.array_equal(*same)
@@ -227,6 +264,16 @@ def test_no_second_copy_of_a_large_table(impl, tmp_path):
         before = status("VmHWM")
         tcl.centers_of([5, 7], centers)
         seen["centers_of"] = status("VmHWM") - before
+        checkpoint = tf.train.Checkpoint(centers=centers)
+        checkpoint.write("checkpoint")
+        tcl.update_centers(tf.ones([2, D]), [0, C - 1], centers, impl={impl!r})
+        kept = tcl.centers_of([5, 7], centers)
+        reset()
+        before = status("VmHWM")
+        tcl.clear_centers(centers)
+        checkpoint.read("checkpoint")
+        seen["clear_centers, read"] = status("VmHWM") - before
+        assert np.array_equal(tcl.centers_of([5, 7], centers), kept)
         print(json.dumps(seen))
         """,
         tmp_path,
@@ -237,6 +284,7 @@ def test_no_second_copy_of_a_large_table(impl, tmp_path):
     assert seen["save_centers"] < table / 4
     assert seen["load_centers"] < table / 4
     assert seen["centers_of"] < table / 16
+    assert seen["clear_centers, read"] < table / 4
 
 
 @pytest.mark.native

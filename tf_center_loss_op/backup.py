@@ -5,122 +5,225 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import keras
 import numpy as np
+import tensorflow as tf
 
-from tf_center_loss_op import tables
+from tf_center_loss_op import _arguments, tables
 
 _STATE = "state.json"
 
 
-class AtomicBackup(keras.callbacks.Callback):
-    """Backs up model, optimizer and epoch after every epoch, and resumes from it in `fit`.
+class AtomicBackup(keras.callbacks.BackupAndRestore):
+    """`keras.callbacks.BackupAndRestore` whose backups are whole, and resumed from bit for bit.
 
-    `keras.callbacks.BackupAndRestore` writes over its last backup: a job killed meanwhile is left
-    with half a file, or with weights of one epoch and the number of another. Here a backup gets
-    its name only when it is complete and on the disk, and the one before goes only then.
+    Takes the same arguments and stands in its place. What differs:
+
+    - Keras writes over its last backup: a job killed meanwhile is left with half a file, or with
+      weights of one epoch and the number of another. Here a backup gets its name only when it is
+      complete and on the disk, and the one before goes only then.
+    - Keras leaves out the states of random generators (dropout, say); here every variable of model
+      and optimizer is in it.
+    - With ``save_freq`` a number, Keras begins the epoch anew with weights from its middle. Here
+      the batches that were trained are taken from the data again, but not trained on again, and
+      the metrics go on where they were.
+    - A large table is written and read block by block.
 
     A resumed `fit` continues bit for bit as one that was not interrupted, if its data of epoch k
-    are the same in both (a dataset that does not shuffle, or shuffles by a seed and the epoch).
+    are the same in both: a dataset that does not shuffle, or shuffles by a seed and the epoch. Not
+    in a backup, as in Keras's: the states of other callbacks, and of random numbers drawn outside
+    of the model.
 
     Args:
       backup_dir: a folder for the backups of this one training, made where there is none.
-      delete_at_end: whether to remove the backups when `fit` has ended by itself.
+      save_freq: ``"epoch"``, or after how many batches a backup is written; False: never, it only
+        resumes.
+      double_checkpoint: whether the backup before the last is kept, too. It is resumed from where
+        the last one has been damaged on the disk since.
+      delete_checkpoint: whether the backups are removed when `fit` has ended by itself.
 
     Raises:
-      ValueError: at the start of `fit`: the model is not built, or the backup is of a model with
-        other variables. Nothing has been loaded.
+      ValueError: an argument is wrong; or at the start of `fit`: the model is not built, the
+        backup is of a model with other variables, or it is damaged. Nothing has been loaded.
 
     >>> import tf_center_loss_op as tcl
-    >>> callback = tcl.AtomicBackup("backup")
+    >>> callback = tcl.AtomicBackup("backup", save_freq=1000)
     """
 
-    def __init__(self, backup_dir: str | os.PathLike, *, delete_at_end: bool = True):
-        super().__init__()
+    def __init__(
+        self,
+        backup_dir: str | os.PathLike,
+        save_freq: str | int = "epoch",
+        double_checkpoint: bool = False,
+        delete_checkpoint: bool = True,
+    ):
+        super().__init__(os.fspath(backup_dir), save_freq, double_checkpoint, delete_checkpoint)
+        if save_freq != "epoch" and save_freq is not False:
+            _arguments.positive("save_freq", save_freq)
         self.backup_dir = Path(backup_dir)
-        self.delete_at_end = delete_at_end
 
     def on_train_begin(self, logs=None):
         """Loads the last complete backup, if there is one."""
         if not self.model.built:
             raise ValueError("model: expected a built model, call it on a batch before fit()")
-        backups = self._backups()
-        if not backups:
+        self._epoch, self._batch, self._since = 0, 0, 0
+        self._resumed = (0, 0)
+        damages = []
+        for folder in reversed(self._backups()):
+            try:
+                state = _checked(folder)
+            except (OSError, ValueError, EOFError) as error:
+                damages.append(f"{os.fspath(folder)!r}: {error}")
+                continue
+            for damage in damages:
+                warnings.warn(
+                    f"A backup is damaged, the one before is used: {damage}", stacklevel=2
+                )
+            self._load(folder, state)
             return
-        state, folder = backups[-1]
+        if damages:
+            raise ValueError(f"backup_dir: expected complete backups, got {'; '.join(damages)}")
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Counts."""
+        self._epoch, self._batch = epoch, 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Writes a backup, if so many batches have passed."""
+        # Several at once with steps_per_execution.
+        before, self._batch = self._batch, batch + 1
+        if self.save_freq in ("epoch", False) or (self._epoch, self._batch) <= self._resumed:
+            return
+        self._since += self._batch - before
+        if self._since >= self.save_freq:
+            self._since = 0
+            self._save(self._epoch, self._batch)
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Writes a backup, if wanted."""
+        if self.save_freq == "epoch":
+            self._save(epoch + 1, 0)
+
+    def on_train_end(self, logs=None):
+        """Removes the backups, if wanted."""
+        if self.delete_checkpoint and self.backup_dir.exists():
+            shutil.rmtree(self.backup_dir)
+
+    def _save(self, epoch, batch):
+        """Writes a backup after `batch` batches of the epoch, then removes the older ones."""
+        self.backup_dir.mkdir(parents=True, exist_ok=True)
+        older = self._backups()
+        for folder in self.backup_dir.glob("*.partial"):
+            shutil.rmtree(folder)
+        partial = self.backup_dir / "new.partial"
+        partial.mkdir()
+        variables = self._variables()
+        # `fit` resets them at the start of an epoch.
+        metrics = self.model.metrics_variables if batch else []
+        paths = _paths(partial, len(variables) + len(metrics))
+        for variable, path in zip([*variables, *metrics], paths, strict=True):
+            if _is_table(variable):
+                tables.save_centers(variable, path)
+            else:
+                np.save(path, keras.ops.convert_to_numpy(variable))
+        state = {"epoch": epoch, "batch": batch}
+        state |= {"variables": _describe(variables), "metrics": _describe(metrics)}
+        (partial / _STATE).write_text(json.dumps(state))
+        for path in (*paths, partial / _STATE, partial):
+            _to_disk(path)
+        # A name of its own, so that it never has to make way for another.
+        partial.rename(self.backup_dir / str(int(older[-1].name) + 1 if older else 1))
+        _to_disk(self.backup_dir)
+        for folder in older[:-1] if self.double_checkpoint else older:
+            shutil.rmtree(folder)
+
+    def _load(self, folder, state):
         variables = self._variables()
         if state["variables"] != _describe(variables):
             raise ValueError(
                 f"backup_dir: expected a backup of this model, got one of other variables in "
                 f"{os.fspath(folder)!r}"
             )
-        for variable, path in zip(variables, _paths(folder, variables), strict=True):
+        files = _paths(folder, len(variables) + len(state["metrics"]))
+        for variable, path in zip(variables, files[: len(variables)], strict=True):
             if _is_table(variable):
                 tables.load_centers(variable, path)
             else:
-                variable.assign(np.load(path))
+                variable.assign(_array(path, variable))
         # What fit() starts from; Keras has no public name for it.
-        self.model._initial_epoch = state["epochs"]
+        self.model._initial_epoch = state["epoch"]
+        if state["batch"]:
+            self._resumed = state["epoch"], state["batch"]
+            self._skip(state["batch"], files[len(variables) :])
 
-    def on_epoch_end(self, epoch, logs=None):
-        """Writes a backup, then removes the older ones."""
-        self.backup_dir.mkdir(parents=True, exist_ok=True)
-        older = [folder for _, folder in self._backups()]
-        for folder in self.backup_dir.glob("*.partial"):
-            shutil.rmtree(folder)
-        partial = self.backup_dir / "new.partial"
-        partial.mkdir()
-        variables = self._variables()
-        paths = _paths(partial, variables)
-        for variable, path in zip(variables, paths, strict=True):
-            if _is_table(variable):
-                tables.save_centers(variable, path)
-            else:
-                np.save(path, keras.ops.convert_to_numpy(variable))
-        state = {"epochs": epoch + 1, "variables": _describe(variables)}
-        (partial / _STATE).write_text(json.dumps(state))
-        for path in (*paths, partial / _STATE, partial):
-            _to_disk(path)
-        # A name of its own, so that it never has to make way for another.
-        names = [int(folder.name) for folder in older if folder.name.isdecimal()]
-        partial.rename(self.backup_dir / str(max(names, default=0) + 1))
-        _to_disk(self.backup_dir)
-        for folder in older:
-            shutil.rmtree(folder)
+    def _skip(self, batches, metrics):
+        """Lets `fit` take so many batches without training on them, then train as before."""
+        model, train, taken = self.model, self.model.train_function, 0
 
-    def on_train_end(self, logs=None):
-        """Removes the backups, if wanted."""
-        if self.delete_at_end and self.backup_dir.exists():
-            shutil.rmtree(self.backup_dir)
+        def skip(iterator):
+            nonlocal taken
+            step = [next(iterator, None) for _ in range(model.steps_per_execution)]
+            if step[0] is None:
+                raise StopIteration
+            if not taken:
+                # Metrics make their variables when they first see data.
+                model._symbolic_build(data_batch=step[0])
+                for variable, path in zip(model.metrics_variables, metrics, strict=True):
+                    variable.assign(_array(path, variable))
+            taken += len(step)
+            if taken >= batches:
+                model.train_function = train
+            return model.get_metrics_result()
+
+        model.train_function = skip
 
     def _variables(self):
-        # With the states of metrics and random generators.
+        """Every variable but the metrics': weights, random states, the optimizer's."""
         optimizer = self.model.optimizer
+        if optimizer is None:
+            return self.model.variables
         if not optimizer.built:
             optimizer.build(self.model.trainable_variables)
         return [*self.model.variables, *optimizer.variables]
 
     def _backups(self):
-        """(state, folder) of each complete backup, oldest first."""
+        """The folder of each complete backup, oldest first."""
         folders = [path.parent for path in self.backup_dir.glob("*/" + _STATE)]
         folders = [folder for folder in folders if folder.name.isdecimal()]
-        folders.sort(key=lambda folder: int(folder.name))
-        return [(json.loads((folder / _STATE).read_text()), folder) for folder in folders]
+        return sorted(folders, key=lambda folder: int(folder.name))
 
 
 def _describe(variables):
     return [[str(variable.dtype), list(variable.shape)] for variable in variables]
 
 
-def _paths(folder, variables):
-    return [folder / f"{k}.npy" for k in range(len(variables))]
+def _paths(folder, count):
+    return [folder / f"{k}.npy" for k in range(count)]
+
+
+def _checked(folder):
+    """The state of a backup whose files are whole."""
+    state = json.loads((folder / _STATE).read_text())
+    expected = [*state["variables"], *state["metrics"]]
+    for path, (_, shape) in zip(_paths(folder, len(expected)), expected, strict=True):
+        # Maps the file, and so looks at its size, but reads none of it. No map of no bytes.
+        whole = np.load(path, mmap_mode="r" if np.prod(shape) else None)
+        if list(whole.shape) != shape:
+            raise ValueError(f"{path.name}: expected shape {tuple(shape)}, got {whole.shape}")
+    return state
+
+
+def _array(path, variable):
+    # NumPy's files do not know bfloat16: it comes back as bytes.
+    return np.load(path).view(tf.as_dtype(variable.dtype).as_numpy_dtype)
 
 
 def _is_table(variable):
     """Whether a copy of it would be felt."""
-    bytes_of = np.prod(variable.shape) * np.dtype(variable.dtype).itemsize
+    bytes_of = np.prod(variable.shape) * tf.as_dtype(variable.dtype).size
     return len(variable.shape) == 2 and bytes_of > tables.BLOCK_BYTES
 
 

@@ -214,6 +214,32 @@ class CenterLoss(keras.layers.Layer):
             "sharded": self.sharded,
         }
 
+    def save_own_variables(self, store):
+        """Writes the centers block by block, where the store is one HDF5 file."""
+        group = tables.h5_group(store)
+        if group is None or not self.built:
+            super().save_own_variables(store)
+            return
+        tables.write_h5(group, "0", self.centers)
+        if self.steps is not None:
+            store["1"] = self.steps
+
+    def load_own_variables(self, store):
+        """Reads the centers block by block, where the store is one HDF5 file.
+
+        Raises:
+          ValueError: the file holds a table of another shape, another number of classes or another
+            type. The centers are unchanged.
+        """
+        group = tables.h5_group(store)
+        if group is None or not self.built:
+            super().load_own_variables(store)
+            return
+        self._check_load_own_variables(store)
+        tables.read_h5(group, "0", self.centers)
+        if self.steps is not None:
+            self.steps.assign(store["1"])
+
     def _loss(self, features, labels, sample_weight, training):
         features = tf.convert_to_tensor(features)
         # The centers of a layer are float32 whatever the features are.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import h5py
 import keras
 import numpy as np
 import tensorflow as tf
@@ -48,6 +50,8 @@ def create_centers(
 
     Raises:
       ValueError: a size, the type or the initializer is not one of these.
+      MemoryError: the system does not have the memory for the table. Of zeros, which may take up
+        less than their size, it is asked for what it has in all, else for what is available now.
 
     >>> import tf_center_loss_op as tcl
     >>> tcl.create_centers(1000, 64).shape
@@ -106,6 +110,34 @@ def in_place(initializer: keras.initializers.Initializer) -> Callable:
     if isinstance(initializer, keras.initializers.Zeros):
         return lambda shape, dtype=None: _zeros(tuple(shape), tf.as_dtype(dtype))
     return initializer
+
+
+def clear_centers(centers: tf.Variable | keras.Variable) -> None:
+    """Sets all centers to zero, in no memory: gives that of the table back.
+
+    Equals ``centers.assign(tf.zeros_like(centers))``, which would make two tables of it.
+
+    Call it before a ``tf.train.Checkpoint`` is read into a large table that has been trained.
+    TensorFlow reads the whole tensor before it lets go of the old one, and may then make a copy.
+    If that read fails the centers are zeros.
+
+    Args:
+      centers: a resource ``tf.Variable`` or a ``keras.Variable`` ``[C, D]``.
+
+    Raises:
+      TypeError: centers is no such variable.
+
+    >>> import tf_center_loss_op as tcl
+    >>> centers = tcl.create_centers(1000, 64, initializer="ones")
+    >>> tcl.clear_centers(centers)
+    >>> float(tcl.centers_of([7], centers)[0, 0])
+    0.0
+    """
+    table = _table(centers)
+    # What is assigned is then the variable's buffer, and what is read next, too: no copies.
+    for copy in getattr(table, "values", [table]):
+        tf.raw_ops.DisableCopyOnRead(resource=copy.handle)
+        copy.assign(_zeros(tuple(table.shape), table.dtype))
 
 
 def centers_of(
@@ -217,6 +249,44 @@ def load_centers(centers: tf.Variable | keras.Variable, path: str | os.PathLike)
             _write(table, begin, end, block.reshape(end - begin, rows.shape[1]))
 
 
+def h5_group(store: object) -> h5py.Group | None:
+    """The group that a store of Keras's `save_weights` and `model.save` writes to or reads from.
+
+    None for the others: NumPy's files, and weights in several files, where Keras decides which
+    variable goes where.
+    """
+    group = getattr(store, "_h5_entry_group", None)
+    # Empty groups that Keras has not made yet are dictionaries.
+    one_file = isinstance(group, h5py.Group) and not hasattr(store, "sharding_config")
+    return group if one_file else None
+
+
+def write_h5(group: h5py.Group, key: str, centers: tf.Variable | keras.Variable) -> None:
+    """Equals ``group[key] = centers.numpy()``, block by block."""
+    table = _table(centers)
+    dtype = table.dtype.as_numpy_dtype
+    rows = group.create_dataset(key, shape=tuple(table.shape), dtype=dtype)
+    for begin, end in _blocks(table.shape, table.dtype.size):
+        rows[begin:end] = tf.gather(table, tf.range(begin, end)).numpy()
+
+
+def read_h5(group: h5py.Group, key: str, centers: tf.Variable | keras.Variable) -> None:
+    """Equals ``centers.assign(group[key])``, block by block, after all checks."""
+    table, rows = _table(centers), group[key]
+    linked = not isinstance(group.get(key, getlink=True), h5py.HardLink)
+    if linked or not isinstance(rows, h5py.Dataset) or rows.external or rows.is_virtual:
+        raise ValueError("centers: expected an array in the file itself, got a group or a link")
+    if rows.id.get_storage_size() == 0:
+        raise ValueError("centers: expected an array in the file, got a file that is cut off")
+    if rows.shape != tuple(table.shape) or rows.dtype != table.dtype.as_numpy_dtype:
+        raise ValueError(
+            f"centers: expected {table.dtype.name} {tuple(table.shape)} in the file, as the "
+            f"layer's are, got {rows.dtype} {rows.shape}"
+        )
+    for begin, end in _blocks(table.shape, table.dtype.size):
+        _write(table, begin, end, rows[begin:end])
+
+
 def centers_from_dataset(
     dataset: Iterable,
     centers: tf.Variable | keras.Variable,
@@ -311,15 +381,55 @@ def _write(table, begin, end, rows):
 
 def _zeros(shape, dtype):
     # The op's memory is the CPU's.
-    if _native.usable() and not tf.config.list_physical_devices("GPU"):
-        return _native.ops().tcl_zeros(shape=shape, dtype=dtype)
-    return tf.zeros(shape, dtype)
+    if tf.config.list_physical_devices("GPU"):
+        return tf.zeros(shape, dtype)
+    lazy = _native.usable()
+    _check_memory(shape, dtype, ("MemTotal", "SwapTotal") if lazy else _AVAILABLE)
+    return _native.ops().tcl_zeros(shape=shape, dtype=dtype) if lazy else tf.zeros(shape, dtype)
+
+
+_AVAILABLE = ("MemAvailable", "SwapFree")
+_CGROUP_LIMITS = (
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
+
+
+def _check_memory(shape, dtype, fields):
+    """Raises where a table has no room in what /proc/meminfo says of these fields.
+
+    The system gives memory away that it does not have, and ends the process when it is touched:
+    with zeros that would be after hours of training.
+    """
+    room = _room(fields)
+    needed = math.prod(shape) * dtype.size
+    if needed > room:
+        raise MemoryError(
+            f"centers: expected a table that fits into {room / 1e9:.1f} GB of memory "
+            f"({' and '.join(fields)}), got {shape[0]} x {shape[1]} {dtype.name}, "
+            f"{needed / 1e9:.1f} GB"
+        )
+
+
+def _room(fields):
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    sizes = dict(line.split(":") for line in lines)
+    room = sum(1024 * int(sizes[field].split()[0]) for field in fields)
+    for path in map(Path, _CGROUP_LIMITS):
+        limit = path.read_text().strip() if path.exists() else "max"
+        room = min(room, math.inf if limit == "max" else int(limit))
+    return room
 
 
 def _filled(shape, dtype, block):
     """A tensor whose rows [begin, end) are block(begin, end)."""
+    if not tf.config.list_physical_devices("GPU"):
+        _check_memory(shape, dtype, _AVAILABLE)
     # In the scope of a strategy tf.Variable would make a table for each replica.
-    table = ResourceVariable(_zeros(shape, dtype), trainable=False)
+    table = ResourceVariable(lambda: _zeros(shape, dtype), trainable=False)
     for begin, end in _blocks(shape, dtype.size):
         _write(table, begin, end, block(begin, end))
     # What is read is the buffer itself then, not a copy.
