@@ -1,6 +1,8 @@
 """Nearest centers and distances: exact, in bounded memory, from whatever holds the table."""
 
 import json
+import math
+import re
 
 import keras
 import ml_dtypes
@@ -50,18 +52,19 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize("traced", [False, True], ids=["eager", "function"])
+@pytest.mark.parametrize("mode", ["eager", "function", "xla"])
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("k", [1, 4])
-def test_every_source(source, traced, k):
+def test_every_source(source, mode, k):
     features, centers = problem()
     table = SOURCES[source](centers)
 
     def nearest(x):
         return tcl.nearest_centers(x, table, k=k, block=64)
 
-    if traced:  # a batch size that is not known while tracing
-        nearest = tf.function(nearest, input_signature=[tf.TensorSpec([None, D])])
+    if mode != "eager":  # a batch size that is not known while tracing
+        unknown = [tf.TensorSpec([None, D])]
+        nearest = tf.function(nearest, input_signature=unknown, jit_compile=mode == "xla")
     assert_exact(nearest(features), features, centers, k)
 
 
@@ -199,9 +202,36 @@ def test_distance_to_center(source):
     def distance(x, y):
         return tcl.distance_to_center(x, y, table)
 
-    for function in (distance, tf.function(distance)):
+    for function in (distance, tf.function(distance), tf.function(distance, jit_compile=True)):
         found = function(features, labels)
         np.testing.assert_allclose(found, expected.astype("f"), rtol=EPSILON["float32"])
+
+
+def test_xla_ties_and_what_is_not_finite():
+    features, centers = (np.round(part) for part in problem())
+    centers[:3] = [[np.nan], [np.inf], [-np.inf]]
+    features[0, 0] = np.nan
+
+    def nearest(x):
+        return tcl.nearest_centers(x, centers, k=C, threshold=3.0, block=64)
+
+    compiled = tf.function(nearest, jit_compile=True)(features)
+    for actual, expected in zip(compiled, nearest(features), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_xla_labels_out_of_range():
+    compiled = tf.function(tcl.distance_to_center, jit_compile=True)
+    found = compiled(np.zeros([5, 1], "f"), [0, -1, 2, -2, 1], np.float32([[3], [4]]))
+    np.testing.assert_array_equal(found, np.float32([3, np.nan, np.nan, np.nan, 4]))
+
+
+def test_xla_keeps_no_array_of_all_differences():
+    features, centers = np.zeros([500, 64], "f"), tf.Variable(tf.zeros([9000, 64]))
+    compiled = tf.function(lambda x: tcl.nearest_centers(x, centers), jit_compile=True)
+    program = compiled.experimental_get_compiler_ir(tf.constant(features))(stage="optimized_hlo")
+    sizes = {s: math.prod(map(int, s.split(","))) for s in re.findall(r"\w\[([\d,]+)\]", program)}
+    assert max(sizes.values()) < 500 * 4096 * 2, sizes  # samples by a block of rows
 
 
 def test_a_memory_mapped_file(tmp_path):

@@ -2,7 +2,7 @@
 
 Runs wherever TensorFlow does, and is what the native ops are held against. XLA compiles neither
 checks of values nor shapes that depend on them, so under ``jit_compile=True`` `_check` has nothing
-to say and `_sorted_groups` stands for `_groups`.
+to say and `_groups_in_xla` stands for `_groups`.
 """
 
 import functools
@@ -12,6 +12,10 @@ import tensorflow as tf
 
 from tf_center_loss_op import _native
 from tf_center_loss_op._arguments import Arguments
+
+# Up to this batch size XLA groups by comparing all labels with all: up to there it was the faster
+# way (two cores; at 128 samples sorting is).
+_MATRIX_BATCH = 64
 
 
 def center_loss(a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
@@ -64,7 +68,7 @@ def update_from_residual(a: Arguments, residual: tf.Tensor) -> tf.Operation | No
     residual = tf.stop_gradient(residual)
     counts = counted(a)
     finite = tf.reduce_all(tf.math.is_finite(a.features), axis=1)
-    groups = _sorted_groups if _native.in_xla() else _groups
+    groups = _groups_in_xla if _native.in_xla() else _groups
     labels, n, total = groups(a, counts & _in_table(a) & finite, residual)
 
     dtype = residual.dtype
@@ -84,17 +88,39 @@ def _groups(a, moving, residual):
     return labels, n, tf.math.unsorted_segment_sum(tf.gather(residual, moving), group, groups)
 
 
-def _sorted_groups(a, moving, residual):
-    """The same as [B] places, for XLA; at a place too many the label is C, which XLA drops.
+def _groups_in_xla(a, moving, residual):
+    """The same as [B] places, for XLA; at a place too many the label is C, which XLA drops."""
+    nowhere = tf.cast(_classes(a), a.labels.dtype)
+    labels = tf.where(moving, a.labels, nowhere)
+    residual = tf.where(moving[:, tf.newaxis], residual, 0)
+    groups = _groups_by_matrix if _small(residual.shape[0]) else _groups_by_sorting
+    labels, last, n, total = groups(labels, residual)
+    return tf.where(last, labels, nowhere), n, total
+
+
+def _small(batch):
+    # On a GPU a product of matrices may keep ten bits of the residuals (TensorFloat-32).
+    on_gpu = bool(tf.config.list_physical_devices("GPU"))
+    return batch is not None and batch <= _MATRIX_BATCH and not on_gpu
+
+
+def _groups_by_matrix(labels, residual):
+    """Labels, whether a place is the last of its class, n and sums there: all compared with all."""
+    same = labels[:, tf.newaxis] == labels
+    place = tf.range(tf.size(labels))
+    last = ~tf.reduce_any(same & (place > place[:, tf.newaxis]), axis=1)
+    n = tf.reduce_sum(tf.cast(same, tf.int32), axis=1)
+    return labels, last, n, tf.matmul(tf.cast(same, residual.dtype), residual)
+
+
+def _groups_by_sorting(labels, residual):
+    """The same in the order of the labels.
 
     In sorted order the members of a class are a run. Each place takes up the one `shift` before it,
     if that is of the same run, for shift = 1, 2, 4, ...: the last of a run ends with its sum.
     """
-    nowhere = tf.cast(_classes(a), a.labels.dtype)
-    labels = tf.where(moving, a.labels, nowhere)
     order = tf.argsort(labels, stable=True)
-    labels = tf.gather(labels, order)
-    total = tf.gather(tf.where(moving[:, tf.newaxis], residual, 0), order)
+    labels, total = tf.gather(labels, order), tf.gather(residual, order)
     place = tf.range(tf.size(labels))
 
     def same_run(shift):
@@ -112,7 +138,7 @@ def _sorted_groups(a, moving, residual):
         (tf.constant(1), tf.ones_like(place), total),
     )
     last = (labels != tf.roll(labels, -1, axis=0)) | (place == tf.size(labels) - 1)
-    return tf.where(last, labels, nowhere), n, total
+    return labels, last, n, total
 
 
 def step_scale(a: Arguments, n: tf.Tensor, batch: tf.Tensor) -> tf.Tensor:

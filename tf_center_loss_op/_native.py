@@ -86,6 +86,30 @@ def in_xla():
     return not tf.executing_eagerly() and GraphOrParentsInXlaContext(graph)
 
 
+def reads_in_xla(centers):
+    """What was computed from whole reads of the table so far, in a graph that XLA will compile.
+
+    The step waits for it. TensorFlow orders the step after the read alone, and XLA, which gives the
+    step the table's own memory, would copy it for what comes of the read later.
+    """
+    graph = tf.compat.v1.get_default_graph()
+    if not (in_xla() and isinstance(centers, tf.Variable)):
+        return []
+    handle = centers.handle
+    if graph.building_function:
+        handle = graph.capture(handle)
+    found, last = set(), {}
+    for op in graph.get_operations():
+        inputs = [tensor.op for tensor in op.inputs]
+        reads = op.type == "ReadVariableOp" and op.inputs[0] is handle
+        if reads or not found.isdisjoint(inputs):
+            found.add(op)
+            last[op] = True
+            for source in inputs:
+                last.pop(source, None)
+    return list(last)
+
+
 @functools.cache
 def _warn_once(reason):
     warnings.warn(

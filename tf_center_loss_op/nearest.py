@@ -4,6 +4,8 @@ Distances come from the differences, summed in float64, never from |x|^2 - 2 x.c
 that has no digit left for features near their centers and far from the origin. It only decides
 which differences are worth computing: with its rounding error bounded, whatever it cannot rule out
 is computed exactly. How many those are depends on the data, a few for each sample as a rule.
+
+XLA knows no shapes that depend on values: under ``jit_compile=True`` every difference is computed.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_center_loss_op import _arguments
+from tf_center_loss_op import _arguments, _native
 
 _FLOATS = (tf.float32, tf.float64, tf.float16, tf.bfloat16)
 _SAMPLES = 512  # of features at a time
@@ -48,8 +50,9 @@ def nearest_centers(
       features: float32, float64, float16 or bfloat16 ``[..., D]``. A sample with a NaN or an
         infinity has label -1 and distance NaN.
       centers: ``[C, D]``, a ``tf.Variable``, ``keras.Variable``, tensor or NumPy array, of the
-        types of the features; a memory-mapped array stays on disk, also inside a ``tf.function``.
-        A center with a NaN or an infinity is nobody's nearest.
+        types of the features; a memory-mapped array stays on disk, also inside a ``tf.function``
+        (under ``jit_compile=True`` it becomes a constant of the program). A center with a NaN or
+        an infinity is nobody's nearest.
       k: how many, in ``[1, C]``.
       threshold: a number or scalar tensor >= 0. Labels farther away become -1, "unknown"; their
         distances stay. None: every sample belongs to somebody.
@@ -131,7 +134,8 @@ def distance_to_center(
 
     Raises:
       TypeError, ValueError: an argument is of the wrong type, shape or value.
-      tf.errors.InvalidArgumentError: a label is out of range.
+      tf.errors.InvalidArgumentError: a label is out of range. Under ``jit_compile=True``, where
+        nothing can be raised, its distance is NaN.
 
     Determinism: the same inputs give the same bits.
 
@@ -156,7 +160,7 @@ def distance_to_center(
         x = tf.reshape(features, [-1, table.width])
         y = tf.reshape(tf.cast(labels, tf.int64), [-1])
         with tf.control_dependencies([_check_labels(y, table)]):
-            known = y != _NO_LABEL
+            known = (y >= 0) & (y < table.rows())
         distances = _pair_distances(x, table.take, tf.range(tf.size(y)), tf.where(known, y, 0))
         distances = tf.where(known, distances, math.nan)
         return tf.ensure_shape(tf.reshape(distances, tf.shape(labels)), labels.shape)
@@ -174,6 +178,8 @@ class _Table:
             isinstance(centers, (tf.Variable, np.ndarray, _arguments.StatelessCenters))
             or tf.is_tensor(centers)
         ):
+            self._centers = centers = tf.convert_to_tensor(centers)
+        if isinstance(centers, np.ndarray) and _native.in_xla():
             self._centers = centers = tf.convert_to_tensor(centers)
         self.source_type = tf.as_dtype(centers.dtype)
         if self.source_type not in _FLOATS:
@@ -251,6 +257,8 @@ def _default_block(table):
 
 
 def _check_labels(y, table):
+    if _native.in_xla():
+        return True
     rows = table.rows()
     bad = (y < _NO_LABEL) | (y >= rows)
 
@@ -269,6 +277,9 @@ def _check_labels(y, table):
 
 def _in_parts(count, size, function, specs):
     """`function(start, stop)` of at most `size` places at a time, its results joined."""
+    if _native.in_xla():
+        # As many parts as the values ask for are more than XLA knows.
+        return function(0, count)
     parts = tf.maximum(1, -(-count // size))  # without a part there would be nothing to join
     arrays = [
         tf.TensorArray(dtype, parts, infer_shape=False, element_shape=shape)
@@ -296,22 +307,19 @@ def _nearest(x, table, k, block):
     rows = table.rows()
     n = tf.shape(x)[0]
 
+    if _native.in_xla():
+        block = min(block, table.static_rows or block)
+        distances_of_block = _all_distances
+    else:
+        distances_of_block = _candidates_distances
+
     def body(start, labels, distances):
-        stop = tf.minimum(start + block, rows)
-        centers = table.block(start, stop)
-        candidates = _candidates(x, centers, origin, distances, k)
-        sample, row = candidates[:, 0], candidates[:, 1]
-        exact = _pair_distances(x, lambda y: tf.gather(centers, y), sample, row)
-        exact = tf.where(tf.math.is_nan(exact), math.inf, exact)
-        shape = tf.stack([tf.cast(n, tf.int64), stop - start])
-        found = tf.tensor_scatter_nd_update(
-            tf.fill(shape, tf.constant(math.inf, table.dtype)), candidates, exact
-        )
+        found = distances_of_block(x, table, start, block, origin, distances, k)
         # Of equal ones top_k takes the first: those found earlier have the lower labels.
         nearest, place = tf.math.top_k(-tf.concat([distances, found], 1), k)
         place = tf.cast(place, tf.int64)
         earlier = tf.gather(labels, tf.minimum(place, k - 1), batch_dims=1)
-        return stop, tf.where(place < k, earlier, start + place - k), -nearest
+        return start + block, tf.where(place < k, earlier, start + place - k), -nearest
 
     start = (
         tf.constant(0, tf.int64),
@@ -323,6 +331,32 @@ def _nearest(x, table, k, block):
     )
     finite = finite[:, tf.newaxis]
     return tf.where(finite, labels, _NO_LABEL), tf.where(finite, distances, math.nan)
+
+
+def _all_distances(x, table, start, block, *_):
+    """[n, block]: the distances to the rows from `start` on; infinite beyond the last row."""
+    row = start + tf.range(block, dtype=tf.int64)
+    centers = table.take(tf.minimum(row, table.rows() - 1))
+    centers = tf.cast(centers, tf.float64)
+    # Sample by sample: XLA would hold the differences of all of them.
+    exact = tf.map_fn(
+        lambda one: tf.cast(tf.norm(tf.cast(one, tf.float64) - centers, axis=1), x.dtype), x
+    )
+    return tf.where(tf.math.is_nan(exact) | (row >= table.rows()), math.inf, exact)
+
+
+def _candidates_distances(x, table, start, block, origin, distances, k):
+    """[n, up to block]: the same, infinite also where a row is nobody's k nearest."""
+    stop = tf.minimum(start + block, table.rows())
+    centers = table.block(start, stop)
+    candidates = _candidates(x, centers, origin, distances, k)
+    sample, row = candidates[:, 0], candidates[:, 1]
+    exact = _pair_distances(x, lambda y: tf.gather(centers, y), sample, row)
+    exact = tf.where(tf.math.is_nan(exact), math.inf, exact)
+    shape = tf.stack([tf.shape(x, tf.int64)[0], stop - start])
+    return tf.tensor_scatter_nd_update(
+        tf.fill(shape, tf.constant(math.inf, table.dtype)), candidates, exact
+    )
 
 
 def _candidates(x, centers, origin, distances, k):

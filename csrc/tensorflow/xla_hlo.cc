@@ -4,7 +4,9 @@
 // are a run, and a scan by doubling (each row adds the one `shift` before it, if it is of the same
 // run, for shift = 1, 2, 4, ...) leaves a run's sum in its last row. The loop ends when no run is
 // longer than the shift: no pass for distinct labels, log2 of the largest group at most. Memory is
-// O(B D) at any batch size, nothing grows with C.
+// O(B D) at any batch size, nothing grows with C. Up to kMatrixBatch samples all labels are
+// compared with all instead, and the sums are one product of that matrix with the rows: no sort, no
+// loop.
 //
 // Deterministic: every row of the table is scattered to once at most, so no two additions race.
 //
@@ -96,13 +98,35 @@ XlaOp StepScales(Rule rule, XlaOp alpha, XlaOp n, XlaOp counted) {
   return n;
 }
 
-struct Runs {
-  XlaOp keys;  // [B] in ascending order
-  XlaOp n;     // [B] at the last place of a run: its members
-  XlaOp sums;  // [B, D] at the last place of a run: the sum of its members' rows
+// Where the matrix was faster than sorting on the CPU (64 x 200); at 128 x 512 it no longer is.
+constexpr int64_t kMatrixBatch = 64;
+
+struct Groups {
+  XlaOp keys;  // [B] in some order
+  XlaOp last;  // [B] whether a place is the last with its key
+  XlaOp n;     // [B] at such a place: how many there are
+  XlaOp sums;  // [B, D] at such a place: the sum of their rows
 };
 
-absl::StatusOr<Runs> SumRuns(XlaOp keys, XlaOp rows, const StepOperands& in) {
+Groups GroupByMatrix(XlaOp keys, XlaOp rows, const StepOperands& in) {
+  XlaBuilder* const b = keys.builder();
+  const auto grid = [&in](XlaOp values, int64_t dimension) {
+    return xla::BroadcastInDim(values, {in.batch, in.batch}, {dimension});
+  };
+  const XlaOp place = xla::Iota(b, xla::S32, in.batch);
+  const XlaOp same = xla::Eq(grid(keys, 0), grid(keys, 1));
+  const XlaOp later = xla::And(same, xla::Gt(grid(place, 1), grid(place, 0)));
+  const XlaOp any_later = xla::Reduce(later, xla::ConstantR0<bool>(b, false),
+                                      xla::CreateScalarOrComputation(xla::PRED, b), {1});
+  const XlaOp ones = xla::ConvertElementType(same, in.center_type);
+  xla::PrecisionConfig exact;  // or a GPU may round the rows to ten bits
+  exact.add_operand_precision(xla::PrecisionConfig::HIGHEST);
+  exact.add_operand_precision(xla::PrecisionConfig::HIGHEST);
+  return {keys, xla::Not(any_later), SumOf(ones, in.center_type, {1}),
+          xla::Dot(ones, rows, &exact)};
+}
+
+absl::StatusOr<Groups> GroupBySorting(XlaOp keys, XlaOp rows, const StepOperands& in) {
   XlaBuilder* const b = keys.builder();
   const XlaOp sorted =
       xla::Sort({keys, xla::Iota(b, xla::S32, in.batch)},
@@ -132,7 +156,11 @@ absl::StatusOr<Runs> SumRuns(XlaOp keys, XlaOp rows, const StepOperands& in) {
   const absl::StatusOr<std::vector<XlaOp>> state = xla::WhileLoopHelper(
       condition, body, {one, same_run(keys, one), keys, ones, rows}, "sums_of_runs", b);
   if (!state.ok()) return state.status();
-  return Runs{keys, (*state)[3], (*state)[4]};
+  const XlaOp differs = xla::Ne(xla::SliceInDim(keys, 0, in.batch - 1, 1, 0),
+                                xla::SliceInDim(keys, 1, in.batch, 1, 0));
+  const XlaOp last =
+      xla::ConcatInDim(b, {differs, xla::Broadcast(xla::ConstantR0<bool>(b, true), {1})}, 0);
+  return Groups{keys, last, (*state)[3], (*state)[4]};
 }
 
 }  // namespace
@@ -195,17 +223,18 @@ absl::StatusOr<StepResults> StepInHlo(const StepKind& kind, const StepOperands& 
   const XlaOp moving = xla::And(valid, finite);
   const XlaOp nowhere = Int64(b, in.classes);
   const XlaOp keys = xla::Select(moving, labels, xla::Broadcast(nowhere, {in.batch}));
-  const auto runs = SumRuns(keys, ZeroUnless(AlongRows(moving, in), residual), in);
-  if (!runs.ok()) return runs.status();
-  const XlaOp scales = StepScales(kind.rule, in.alpha, runs->n, total);
+  const XlaOp residuals = ZeroUnless(AlongRows(moving, in), residual);
+  const absl::StatusOr<Groups> groups = in.batch <= kMatrixBatch
+                                            ? GroupByMatrix(keys, residuals, in)
+                                            : GroupBySorting(keys, residuals, in);
+  if (!groups.ok()) return groups.status();
+  const XlaOp scales = StepScales(kind.rule, in.alpha, groups->n, total);
   const XlaOp steps =
       ZeroUnless(xla::Broadcast(xla::And(good_alpha, xla::Ne(in.alpha, zero)), {in.batch, in.dim}),
-                 runs->sums * AlongRows(scales, in));
-  // Rows that end no run go past the table, each to a place of its own, and are dropped.
-  const XlaOp next = xla::ConcatInDim(
-      b, {xla::SliceInDim(runs->keys, 1, in.batch, 1, 0), xla::Broadcast(nowhere, {1})}, 0);
-  const XlaOp rows = xla::Select(xla::Ne(runs->keys, next), runs->keys,
-                                 nowhere + xla::Iota(b, xla::S64, in.batch));
+                 groups->sums * AlongRows(scales, in));
+  // The other places go past the table, each to a place of its own, and are dropped.
+  const XlaOp rows =
+      xla::Select(groups->last, groups->keys, nowhere + xla::Iota(b, xla::S64, in.batch));
   out.centers = AddToRows(in.centers, rows, steps, in.center_type);
   return out;
 }
