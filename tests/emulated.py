@@ -63,10 +63,13 @@ class _Step(ctypes.Structure):
     ]
 
 
+def _compiler():
+    return os.environ.get("CXX") or shutil.which("c++") or "g++"
+
+
 def _compile(source, flags, includes):
     """The object file of `source`; at once where neither it nor a header has changed."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
-    command = [compiler, *FLAGS, *flags, *(f"-I{folder}" for folder in includes)]
+    command = [_compiler(), *FLAGS, *flags, *(f"-I{folder}" for folder in includes)]
     content = hashlib.sha256(repr(command).encode() + source.read_bytes())
     for folder in (EMULATOR, ROOT / "csrc", source.parent, ROOT / "cuda"):
         for file in sorted(p for p in folder.glob("*") if p.suffix in (".h", ".cuh")):
@@ -87,20 +90,25 @@ def _make(content, suffix, command):
 
 
 @functools.cache
-def build(*, kernels=KERNELS, flags=(), races=False):
+def build(*, kernels=KERNELS, entry=(EMULATOR / "entry.cc", ()), flags=(), races=False):
     """Compiles `kernels` with the emulator; returns the library's path. Unchanged files: at once.
 
     `kernels` may be a changed copy of the folder cuda/, from `changed`, which is for float32 alone.
+    `entry` is the file that calls the launchers, and what it is compiled and linked with.
     """
     if kernels != KERNELS:
         flags = (*flags, "-DTCL_FLOAT_ONLY")
     includes = [EMULATOR, kernels.parent, ROOT]
-    objects = [_compile(EMULATOR / name, flags, includes) for name in ("emulator.cc", "entry.cc")]
+    caller, caller_flags = entry
+    objects = [
+        _compile(EMULATOR / "emulator.cc", flags, includes),
+        _compile(caller, (*flags, *caller_flags), includes),
+    ]
     own_flags = (*flags, *RACES) if races else flags
     objects.append(_compile(kernels / "center_loss.cu", own_flags, includes))
-    content = hashlib.sha256(repr([flags, *objects]).encode())
-    compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
-    return _make(content, ".so", [compiler, *FLAGS, *flags, *objects])
+    content = hashlib.sha256(repr([flags, caller_flags, *objects]).encode())
+    linked = [flag for flag in caller_flags if not flag.startswith("-D")]
+    return _make(content, ".so", [_compiler(), *FLAGS, *flags, *objects, *linked])
 
 
 def changed(*changes):

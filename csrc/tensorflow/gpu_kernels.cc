@@ -3,7 +3,9 @@
 // Nothing here waits for the device. Labels out of range and a bad alpha cannot raise, see the
 // launcher's contract.
 
-#include <utility>
+#include <algorithm>
+#include <memory>
+#include <type_traits>
 
 #include "absl/status/status.h"
 #include "absl/synchronization/mutex.h"
@@ -22,8 +24,14 @@ using tensorflow::OpKernelContext;
 using tensorflow::Tensor;
 using tensorflow::TensorShape;
 
+// The tests run these kernels on the CPU, with the emulated launchers of tests/emulator.
+#if !defined(TCL_GPU_DEVICE)
+#define TCL_GPU_DEVICE tensorflow::DEVICE_GPU
+#endif
+
 void* StreamOf(OpKernelContext* context) {
-  return context->op_device_context()->stream()->platform_specific_handle().stream;
+  const auto* const device = context->op_device_context();
+  return device == nullptr ? nullptr : device->stream()->platform_specific_handle().stream;
 }
 
 absl::Status ToStatus(int error, const char* what) {
@@ -165,7 +173,7 @@ class BackwardOnGpuOp : public OpKernel {
   }
 };
 
-#define TCL_REGISTER_GPU(T) TCL_REGISTER(tensorflow::DEVICE_GPU, OnGpu, BackwardOnGpuOp, T)
+#define TCL_REGISTER_GPU(T) TCL_REGISTER(TCL_GPU_DEVICE, OnGpu, BackwardOnGpuOp, T)
 TCL_REGISTER_GPU(float)
 TCL_REGISTER_GPU(double)
 TCL_REGISTER_GPU(Eigen::half)

@@ -241,14 +241,20 @@ inline absl::Status CheckBackward(const tensorflow::Tensor& upstream,
   return Mismatch("upstream", upstream, absl::StrCat("[] or [", batch, "]"));
 }
 
+// The tests run the kernels of a GPU beside those of the CPU, under a label.
+#if !defined(TCL_KERNEL_LABEL)
+#define TCL_KERNEL_LABEL ""
+#endif
+
 // Registers a kernel for the features' type T and a type of labels; the kernel in parentheses.
 #define TCL_UNPAREN(...) __VA_ARGS__
-#define TCL_REGISTER_KERNEL(OpName, device, Kernel, T, Label)           \
+#define TCL_REGISTER_KERNEL(OpName, device, Kernel, T, L)               \
   REGISTER_KERNEL_BUILDER(Name(OpName)                                  \
                               .Device(device)                           \
+                              .Label(TCL_KERNEL_LABEL)                  \
                               .HostMemory("centers")                    \
                               .TypeConstraint<T>("T")                   \
-                              .TypeConstraint<Label>("Tlabels")         \
+                              .TypeConstraint<L>("Tlabels")             \
                               .TypeConstraint<CenterOf<T>>("Tcenters"), \
                           TCL_UNPAREN Kernel);
 #define TCL_REGISTER_LABEL(device, Backend, BackwardOp, T, Label)                                 \
