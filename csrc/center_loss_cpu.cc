@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "csrc/center_loss_math.h"
@@ -30,9 +31,22 @@ constexpr int64_t kItemMembers = 64;
 // The finishing pass is cut by columns in blocks of whole cache lines.
 constexpr int64_t kColumnBlock = 256;
 
+// Memory that begins with a cache line: a vector that straddles two takes twice as long.
+constexpr std::align_val_t kCacheLine{64};
+struct Free {
+  void operator()(void* memory) const { operator delete(memory, kCacheLine); }
+};
+template <typename T>
+using Row = std::unique_ptr<T[], Free>;
+template <typename T>
+Row<T> NewRow(int64_t size) {
+  return Row<T>(static_cast<T*>(operator new(static_cast<size_t>(size) * sizeof(T), kCacheLine)));
+}
+
 struct Item {
   int64_t group;
   int64_t begin;    // into groups.order()
+  int64_t end;      // one past its last sample there
   int64_t partial;  // row of the partial sums, -1 where the group is a single item
 };
 
@@ -59,13 +73,12 @@ class Step {
     // With alpha = 0 no center moves, so none is touched.
     moves_ = options.update_centers && options.alpha != 0;
     sample_scale_ = ReductionScale(options.reduction, options.weight, groups_.counted());
-    CutIntoItems();
+    FindSplitGroups();
     if (step_.loss != nullptr && options.reduction != Reduction::kNone) {
       sample_loss_.reset(new Center[static_cast<size_t>(step_.batch)]);
     }
     const int64_t row_bytes =
         step_.dim * static_cast<int64_t>(sizeof(Feature) + 3 * sizeof(Center));
-    fetch_ = step_.batch * row_bytes > kMinBytesPerThread;
     parallel_for_(step_.batch, row_bytes, [this](int64_t begin, int64_t end) {
       RunItems(begin, end);
       ZeroIgnored(begin, end);
@@ -76,73 +89,86 @@ class Step {
   }
 
  private:
-  int64_t ItemEnd(int64_t item) const {
-    return item + 1 < static_cast<int64_t>(items_.size())
-               ? items_[static_cast<size_t>(item + 1)].begin
-               : groups_.counted();
-  }
-
-  void CutIntoItems() {
-    items_.reserve(static_cast<size_t>(groups_.size() + step_.batch / kItemMembers));
+  void FindSplitGroups() {
+    if (!moves_ || step_.batch <= kItemMembers) return;
     int64_t partials = 0;
     for (int64_t g = 0; g < groups_.size(); ++g) {
-      const int64_t begin = groups_.begin(g), end = groups_.begin(g + 1);
-      const int64_t items = (end - begin + kItemMembers - 1) / kItemMembers;
-      const bool split = moves_ && items > 1;
-      if (split) split_groups_.push_back({g, partials, items});
-      for (int64_t k = 0; k < items; ++k) {
-        items_.push_back({g, begin + k * kItemMembers, split ? partials++ : -1});
-      }
+      const int64_t members = groups_.begin(g + 1) - groups_.begin(g);
+      if (members <= kItemMembers) continue;
+      const int64_t items = (members + kItemMembers - 1) / kItemMembers;
+      split_groups_.push_back({g, partials, items});
+      partials += items;
     }
     if (partials == 0) return;
-    partial_sums_.reset(new Center[static_cast<size_t>(partials * step_.dim)]);
+    partial_sums_ = NewRow<Center>(partials * step_.dim);
     partial_counts_.reset(new int64_t[static_cast<size_t>(partials)]);
+  }
+
+  // The k-th item of the group.
+  Item ItemOf(int64_t group, int64_t k) const {
+    const int64_t begin = groups_.begin(group), end = groups_.begin(group + 1);
+    Item item{group, begin + k * kItemMembers, std::min(begin + (k + 1) * kItemMembers, end), -1};
+    if (moves_ && end - begin > kItemMembers) {
+      const auto split =
+          std::lower_bound(split_groups_.begin(), split_groups_.end(), group,
+                           [](const SplitGroup& a, int64_t b) { return a.group < b; });
+      item.partial = split->first_partial + k;
+    }
+    return item;
+  }
+
+  // The first item of the group that begins at `position` or later, else the next group's first;
+  // an empty one at the end.
+  Item ItemFrom(int64_t group, int64_t position) const {
+    const int64_t k = (position - groups_.begin(group) + kItemMembers - 1) / kItemMembers;
+    if (groups_.begin(group) + k * kItemMembers < groups_.begin(group + 1)) return ItemOf(group, k);
+    if (group + 1 < groups_.size()) return ItemOf(group + 1, 0);
+    return {groups_.size(), groups_.counted(), groups_.counted(), -1};
   }
 
   // Samples of one item that are gone through together.
   struct Chunk {
-    int64_t item;
+    Item item;
     int64_t begin;  // into groups.order()
     RowArguments<Feature> rows;
   };
 
   // Items that begin in [begin, end) of the grouped order.
   void RunItems(int64_t begin, int64_t end) {
-    const auto first = std::lower_bound(items_.begin(), items_.end(), begin,
-                                        [](const Item& a, int64_t b) { return a.begin < b; });
-    if (first == items_.end() || first->begin >= end) return;
-    std::unique_ptr<Center[]> scratch(moves_ ? new Center[static_cast<size_t>(step_.dim)]
-                                             : nullptr);
+    end = std::min(end, groups_.counted());
+    if (begin >= end) return;
+    const Item first = ItemFrom(groups_.Find(begin), begin);
+    if (first.begin >= end) return;
+    const Row<Center> scratch = moves_ ? NewRow<Center>(step_.dim) : nullptr;
     Chunk chunks[2];
     Chunk* chunk = &chunks[0];
     Chunk* next = &chunks[1];
-    SetChunk(first - items_.begin(), first->begin, scratch.get(), chunk);
+    SetChunk(first, first.begin, scratch.get(), chunk);
     int64_t not_finite = 0;
     for (;;) {
-      const Item& item = items_[static_cast<size_t>(chunk->item)];
-      const int64_t item_end = ItemEnd(chunk->item);
+      const Item& item = chunk->item;
       const int64_t chunk_end = chunk->begin + chunk->rows.rows;
-      const bool ends_item = chunk_end == item_end;
-      const bool ends_batch = chunk_end == groups_.counted();
-      if (!ends_batch) SetChunk(chunk->item + ends_item, chunk_end, scratch.get(), next);
-      chunk->rows.next = fetch_ && !ends_batch ? &next->rows : nullptr;
+      const bool ends_item = chunk_end == item.end;
+      const bool is_last = chunk_end == groups_.counted();
+      if (!is_last) {
+        SetChunk(ends_item ? ItemFrom(item.group, item.end) : item, chunk_end, scratch.get(), next);
+      }
+      chunk->rows.next = is_last ? nullptr : &next->rows;
       not_finite += RunChunk(*chunk, chunk->begin == item.begin);
       if (ends_item) {
-        if (moves_) FinishItem(item, item_end, not_finite, chunk->rows);
+        if (moves_) FinishItem(item, not_finite, chunk->rows);
         not_finite = 0;
-        if (item_end >= end || ends_batch) return;
+        if (item.end >= end) return;
       }
       std::swap(chunk, next);
     }
   }
 
-  void SetChunk(int64_t index, int64_t begin, Center* scratch, Chunk* chunk) const {
-    const Item& item = items_[static_cast<size_t>(index)];
-    const int64_t left = ItemEnd(index) - begin;
-    chunk->item = index;
+  void SetChunk(const Item& item, int64_t begin, Center* scratch, Chunk* chunk) const {
+    chunk->item = item;
     chunk->begin = begin;
     RowArguments<Feature>& rows = chunk->rows;
-    rows.rows = static_cast<int>(std::min<int64_t>(left, kMaxRows));
+    rows.rows = static_cast<int>(std::min<int64_t>(item.end - begin, kMaxRows));
     rows.centers = step_.features_are_residuals
                        ? nullptr
                        : step_.centers + groups_.label(item.group) * step_.dim;
@@ -171,10 +197,9 @@ class Step {
     return not_finite;
   }
 
-  void FinishItem(const Item& item, int64_t end, int64_t not_finite,
-                  const RowArguments<Feature>& rows) {
-    const int64_t count = end - item.begin - not_finite;
-    if (not_finite > 0) SumFiniteMembers(item, end, rows.centers, rows.sum);
+  void FinishItem(const Item& item, int64_t not_finite, const RowArguments<Feature>& rows) {
+    const int64_t count = item.end - item.begin - not_finite;
+    if (not_finite > 0) SumFiniteMembers(item, rows.centers, rows.sum);
     if (item.partial >= 0) {
       partial_counts_[static_cast<size_t>(item.partial)] = count;
     } else if (count > 0) {
@@ -183,9 +208,9 @@ class Step {
   }
 
   // The sum of the item's residuals again, without the members that hold a NaN or an infinity.
-  void SumFiniteMembers(const Item& item, int64_t end, const Center* center, Center* sum) {
+  void SumFiniteMembers(const Item& item, const Center* center, Center* sum) {
     std::fill_n(sum, step_.dim, Center{0});
-    for (int64_t k = item.begin; k < end; ++k) {
+    for (int64_t k = item.begin; k < item.end; ++k) {
       RowArguments<Feature> row;
       row.features[0] = Features(groups_.order()[k]);
       row.residual[0] = nullptr;
@@ -271,11 +296,9 @@ class Step {
   const ParallelFor& parallel_for_;
   LabelGroups groups_;
   bool moves_ = false;
-  bool fetch_ = false;  // ahead of use: what is small is in the cache
   Center sample_scale_ = 0;
-  std::vector<Item> items_;
   std::vector<SplitGroup> split_groups_;
-  std::unique_ptr<Center[]> partial_sums_;  // [partials, D]
+  Row<Center> partial_sums_;  // [partials, D]
   std::unique_ptr<int64_t[]> partial_counts_;
   std::unique_ptr<Center[]> sample_loss_;  // [B], unless the caller takes them one by one
 };

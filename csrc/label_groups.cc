@@ -5,7 +5,10 @@
 namespace tcl {
 namespace {
 
-constexpr int64_t kIgnored = -1;
+constexpr uint32_t kIgnored = static_cast<uint32_t>(-1);
+
+// A table filled to a quarter at most: probing further is what a processor cannot predict.
+constexpr int64_t kSlotsPerSample = 4;
 
 // A multiplicative hash: the high bits of label * 2^64 / golden ratio. Consecutive labels spread,
 // which the low bits of the label would not promise for labels that share a stride.
@@ -19,23 +22,23 @@ template <typename Label>
 int64_t LabelGroups::Build(const Label* labels, int64_t batch, int64_t classes,
                            bool has_ignore_label, int64_t ignore_label) {
   int bits = 1;
-  while ((int64_t{1} << bits) < 2 * batch) ++bits;
+  while ((int64_t{1} << bits) < kSlotsPerSample * batch) ++bits;
   // With few classes the label is its own slot: no hash, no collision.
   const bool direct = classes <= (int64_t{1} << bits);
   const int64_t slots = direct ? classes : int64_t{1} << bits;
   const int64_t mask = slots - 1;
 
-  memory_.reset(new int64_t[static_cast<size_t>(4 * batch + 1 + slots)]);
-  order_ = memory_.get();
-  label_ = order_ + batch;
-  begin_ = label_ + batch;
-  int64_t* const group_of = begin_ + batch + 1;
-  int64_t* const table = group_of + batch;  // slot -> group + 1, 0 where empty
+  memory_.reset(new int64_t[static_cast<size_t>(3 * batch + 1 + (batch + slots + 1) / 2)]);
+  int64_t* const order = memory_.get();
+  int64_t* const label_of = order + batch;
+  int64_t* const begin = label_of + batch;
+  uint32_t* const group_of = reinterpret_cast<uint32_t*>(begin + batch + 1);
+  uint32_t* const table = group_of + batch;  // slot -> group + 1, 0 where empty
   std::fill_n(table, slots, 0);
 
-  size_ = 0;
+  uint32_t size = 0;
   int64_t ignored = 0;
-  int64_t* const count = begin_;  // counts first, offsets afterwards
+  int64_t* const count = begin;  // counts first, offsets afterwards
   for (int64_t i = 0; i < batch; ++i) {
     const int64_t label = static_cast<int64_t>(labels[i]);
     if (has_ignore_label && label == ignore_label) {
@@ -45,32 +48,44 @@ int64_t LabelGroups::Build(const Label* labels, int64_t batch, int64_t classes,
     }
     if (label < 0 || label >= classes) return i;
     int64_t slot = direct ? label : Slot(label, 64 - bits);
-    while (table[slot] != 0 && label_[table[slot] - 1] != label) slot = (slot + 1) & mask;
-    if (table[slot] == 0) {
-      label_[size_] = label;
-      count[size_] = 0;
-      table[slot] = ++size_;
+    uint32_t group = table[slot];
+    while (group != 0 && label_of[group - 1] != label) {
+      slot = (slot + 1) & mask;
+      group = table[slot];
     }
-    group_of[i] = table[slot] - 1;
-    ++count[group_of[i]];
+    if (group == 0) {
+      label_of[size] = label;
+      count[size] = 0;
+      table[slot] = group = ++size;
+    }
+    group_of[i] = group - 1;
+    ++count[group - 1];
   }
-  counted_ = batch - ignored;
 
   int64_t offset = 0;
-  for (int64_t g = 0; g < size_; ++g) {
+  for (int64_t g = 0; g < size; ++g) {
     const int64_t members = count[g];
-    begin_[g] = offset;
+    begin[g] = offset;
     offset += members;
   }
   // Filling moves each offset to its group's end, the next group's begin; shifting restores them.
-  int64_t next_ignored = counted_;
+  int64_t next_ignored = offset;
   for (int64_t i = 0; i < batch; ++i) {
-    const int64_t group = group_of[i];
-    order_[group == kIgnored ? next_ignored++ : begin_[group]++] = i;
+    const uint32_t group = group_of[i];
+    order[group == kIgnored ? next_ignored++ : begin[group]++] = i;
   }
-  for (int64_t g = size_; g > 0; --g) begin_[g] = begin_[g - 1];
-  begin_[0] = 0;
+  for (int64_t g = size; g > 0; --g) begin[g] = begin[g - 1];
+  begin[0] = 0;
+  order_ = order;
+  label_ = label_of;
+  begin_ = begin;
+  size_ = size;
+  counted_ = batch - ignored;
   return -1;
+}
+
+int64_t LabelGroups::Find(int64_t position) const {
+  return std::upper_bound(begin_, begin_ + size_, position) - begin_ - 1;
 }
 
 template int64_t LabelGroups::Build(const int32_t*, int64_t, int64_t, bool, int64_t);

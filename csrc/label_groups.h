@@ -1,6 +1,6 @@
 // Labels -> groups of equal labels.
 //
-// One pass over the batch through an open-addressing table of at most 4 B slots, then a counting
+// One pass over the batch through an open-addressing table of at most 8 B slots, then a counting
 // order: O(B) time and memory whatever the number of classes. Groups stand in the order in which
 // their labels first occur, members of a group in batch order, so everything derived from them is
 // the same on every run. Labels are checked before anything is written anywhere.
@@ -15,8 +15,8 @@ namespace tcl {
 
 class LabelGroups {
  public:
-  // Groups labels[0, batch). Returns -1, or the position of the first label outside [0, classes)
-  // that is not ignored; the groups are then unusable.
+  // Groups labels[0, batch), batch < 2^32 - 1. Returns -1, or the position of the first label
+  // outside [0, classes) that is not ignored; the groups are then unusable.
   template <typename Label>
   int64_t Build(const Label* labels, int64_t batch, int64_t classes, bool has_ignore_label,
                 int64_t ignore_label);
@@ -27,6 +27,8 @@ class LabelGroups {
   // Members of the group are order()[begin(group)] to order()[begin(group + 1) - 1].
   int64_t begin(int64_t group) const { return begin_[group]; }
   const int64_t* order() const { return order_; }
+  // The group whose member order()[position] is; position < counted().
+  int64_t Find(int64_t position) const;
   // The batch's ignored samples: order()[counted()] to order()[batch - 1].
 
  private:

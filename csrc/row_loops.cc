@@ -134,12 +134,26 @@ TCL_INLINE Center Fold(const Center* lane) {
   return v[0][0] + v[0][1];
 }
 
-template <typename Feature>
+// The cache line of a row that is written without being read: for a store that misses, the line is
+// asked for only when the store's turn comes. (__builtin_prefetch(p, 1) would be a prefetch for
+// reading on x86-64 in general; a processor too old for prefetchw takes it for a no-op.)
+TCL_INLINE void FetchForWriting(const void* p) {
+#if defined(__x86_64__)
+  asm volatile("prefetchw %0" ::"m"(*static_cast<const char*>(p)));
+#else
+  __builtin_prefetch(p, 1);
+#endif
+}
+
+template <typename Feature, bool kResidual>
 TCL_INLINE void Fetch(const RowArguments<Feature>& next, int64_t d) {
   using Center = CenterType<Feature>;
   constexpr int kLine = 64 / static_cast<int>(sizeof(Center));
-  for (int k = 0; k < kLanes; k += kLine) __builtin_prefetch(next.centers + d + k, 1);
-  for (int r = 0; r < next.rows; ++r) __builtin_prefetch(next.features[r] + d, 0);
+  for (int k = 0; k < kLanes; k += kLine) __builtin_prefetch(next.centers + d + k);
+  for (int r = 0; r < next.rows; ++r) {
+    __builtin_prefetch(next.features[r] + d);
+    for (int k = 0; kResidual && k < kLanes; k += kLine) FetchForWriting(next.residual[r] + d + k);
+  }
 }
 
 template <typename Feature, int kRows, bool kCenters, bool kResidual, Sum kSum, bool kFetch>
@@ -162,7 +176,7 @@ void ResidualRows(const RowArguments<Feature>& rows, int64_t dim, CenterType<Fea
   Center* const sum = rows.sum;
   int64_t d = 0;
   for (; d + kLanes <= dim; d += kLanes) {
-    if (kFetch) Fetch(*rows.next, d);
+    if (kFetch) Fetch<Feature, kResidual>(*rows.next, d);
     L center = L::Zero(), total = L::Zero();
     if (kCenters) center = L::Load(centers + d);
     if (kSum == Sum::kAdd) total = L::Load(sum + d);

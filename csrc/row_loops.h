@@ -33,7 +33,7 @@ struct RowArguments {
   Center* residual[kMaxRows];       // residual[0] null: unwanted
   const Center* centers = nullptr;  // null: the features are the residual
   Center* sum = nullptr;
-  // What comes after, to be fetched meanwhile; null where it is in the cache anyway.
+  // What comes after, to be fetched meanwhile; null: nothing.
   const RowArguments* next = nullptr;
 };
 

@@ -72,6 +72,16 @@ void RequireDense(const py::array& array, const char* name) {
           std::string(name) + ": expected a C-contiguous array");
 }
 
+// An array that begins with a cache line, as TensorFlow's tensors do. NumPy promises 16 bytes.
+template <typename T>
+py::array_t<T> AlignedArray(int64_t rows, int64_t columns) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  py::array_t<T> memory(rows * columns + kLine);
+  const uint64_t address = reinterpret_cast<uint64_t>(memory.data());
+  T* const first = memory.mutable_data() + (64 - address % 64) % 64 / sizeof(T);
+  return py::array_t<T>({rows, columns}, first, memory);
+}
+
 template <typename Feature, typename Label>
 py::tuple Run(const py::array& features, const py::array& labels, py::array& centers,
               const StepOptions<CenterType<Feature>>& options,
@@ -95,7 +105,7 @@ py::tuple Run(const py::array& features, const py::array& labels, py::array& cen
   const bool per_sample = options.reduction == Reduction::kNone;
   py::array_t<Center> loss(per_sample ? std::vector<py::ssize_t>{step.batch}
                                       : std::vector<py::ssize_t>{});
-  py::array_t<Center> residual({step.batch, step.dim});
+  py::array_t<Center> residual = AlignedArray<Center>(step.batch, step.dim);
   step.loss = loss.mutable_data();
   step.residual = residual.mutable_data();
   int64_t bad;

@@ -27,6 +27,7 @@ constexpr size_t kMinTableBytes = size_t{1} << 26;
 
 ParallelFor ThreadsOf(OpKernelContext* context) {
   return [context](int64_t total, int64_t bytes, const Work& work) {
+    if (total * bytes <= kMinBytesPerThread) return work(0, total);
     // Four bytes a cycle: what one core draws from memory.
     const auto adaptive = tensorflow::thread::ThreadPool::SchedulingParams::Adaptive(bytes / 4);
     context->device()->tensorflow_cpu_worker_threads()->workers->ParallelFor(total, adaptive, work);
