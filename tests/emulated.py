@@ -133,8 +133,10 @@ class Workspace:
 
     def __init__(self, library, batch, dim, dtype, atomic=False):
         self.struct = _Workspace(None, batch, dim, np.dtype(dtype).itemsize, atomic)
-        size = library.tcl_emulator_workspace_bytes(ctypes.byref(self.struct))
-        self.memory = np.zeros(size // 8 + 2, np.uint64)  # NumPy's large arrays lie on 16 bytes
+        self.size = library.tcl_emulator_workspace_bytes(ctypes.byref(self.struct))
+        self.memory = np.zeros(
+            self.size // 8 + 2, np.uint64
+        )  # NumPy's large arrays lie on 16 bytes
         address = self.memory.ctypes.data
         self.struct.memory = address + -address % 16
 
