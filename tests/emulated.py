@@ -67,6 +67,17 @@ def _compiler():
     return os.environ.get("CXX") or shutil.which("c++") or "g++"
 
 
+def sanitizer_libraries():
+    """What LD_PRELOAD has to name where a library built with SANITIZE is loaded into Python."""
+    return [
+        _output(_compiler(), f"-print-file-name={name}.so") for name in ("libasan", "libstdc++")
+    ]
+
+
+def _output(*command):
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def _compile(source, flags, includes):
     """The object file of `source`; at once where neither it nor a header has changed."""
     command = [_compiler(), *FLAGS, *flags, *(f"-I{folder}" for folder in includes)]
@@ -141,8 +152,8 @@ class Workspace:
 
     def __init__(self, library, batch, dim, dtype, atomic=False):
         self.struct = _Workspace(None, batch, dim, np.dtype(dtype).itemsize, atomic)
-        size = library.tcl_emulator_workspace_bytes(ctypes.byref(self.struct))
-        self.memory = np.zeros(size // 8 + 2, np.uint64)  # NumPy's large arrays lie on 16 bytes
+        self.size = library.tcl_emulator_workspace_bytes(ctypes.byref(self.struct))
+        self.memory = np.zeros(self.size // 8 + 2, np.uint64)
         address = self.memory.ctypes.data
         self.struct.memory = address + -address % 16
 
@@ -253,6 +264,4 @@ class Emulator:
         """The source line of an address in the library, as far as the machine can tell."""
         if not shutil.which("addr2line"):
             return f"address {found[1]}"
-        command = ["addr2line", "-e", self._file, found[1]]
-        line = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
-        return Path(line).name
+        return Path(_output("addr2line", "-e", self._file, found[1]).split()[0]).name

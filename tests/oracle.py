@@ -61,17 +61,21 @@ def center_loss(
     sample_weight=None,
     ignore_label=None,
     upstream=1.0,
+    precision=WIDE,
 ):
-    """One call with the given arguments; `upstream` is dL/dloss, a scalar or of its shape."""
-    features = np.asarray(features).astype(WIDE)
-    before = np.asarray(centers).astype(WIDE)
+    """One call with the given arguments; `upstream` is dL/dloss, a scalar or of its shape.
+
+    In another precision it is no oracle, but what the plain formulas come to in that type.
+    """
+    features = np.asarray(features).astype(precision)
+    before = np.asarray(centers).astype(precision)
     ids = class_ids(labels, features.ndim)
     shape, dim = ids.shape, features.shape[-1]
     x, y = features.reshape(-1, dim), ids.reshape(-1)
     batch = len(y)
-    w = np.ones(batch, WIDE)
+    w = np.ones(batch, precision)
     if sample_weight is not None:
-        w = np.asarray(sample_weight).astype(WIDE).reshape(-1)
+        w = np.asarray(sample_weight).astype(precision).reshape(-1)
 
     total = 0  # N: samples that are not ignored, finite or not
     members = {}  # n_i: finite ones, by class
@@ -82,12 +86,12 @@ def center_loss(
         if np.isfinite(x[i]).all():
             members[y[i]] = members.get(y[i], 0) + 1
 
-    losses = np.zeros(batch, WIDE)
-    gradient = np.zeros((batch, dim), WIDE)
+    losses = np.zeros(batch, precision)
+    gradient = np.zeros((batch, dim), precision)
     after = before.copy()
     centers_gradient = np.zeros_like(before)
-    scale = WIDE(1) / total if reduction == "mean" and total else WIDE(1)
-    up = np.broadcast_to(np.asarray(upstream).astype(WIDE), shape if shape else ()).reshape(-1)
+    scale = precision(1) / total if reduction == "mean" and total else precision(1)
+    up = np.broadcast_to(np.asarray(upstream).astype(precision), shape if shape else ()).reshape(-1)
     with np.errstate(invalid="ignore", over="ignore"):
         for i in range(batch):
             if y[i] == ignore_label:
@@ -97,7 +101,7 @@ def center_loss(
             gradient[i] = up[i] * scale * w[i] * residual
             centers_gradient[y[i]] -= gradient[i]
             if np.isfinite(x[i]).all():
-                after[y[i]] += step_size(rule, alpha, members[y[i]], total) * residual
+                after[y[i]] += precision(step_size(rule, alpha, members[y[i]], total)) * residual
         loss = losses.reshape(shape) if reduction == "none" else losses.sum() * scale
 
     return Step(

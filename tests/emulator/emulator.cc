@@ -314,10 +314,10 @@ void StartBlock(unsigned index) {
 size_t Pick() {
   const size_t ready = run->ready.size();
   if (settings.seed == 0) return 0;
-  size_t picked = run->random() % ready;
-  for (int tries = 0; tries < 8 && run->ready[picked]->slow; ++tries) {
+  size_t picked;
+  do {
     picked = run->random() % ready;
-  }
+  } while (run->ready[picked]->slow && run->random() % 16 != 0);
   return picked;
 }
 

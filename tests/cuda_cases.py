@@ -1,0 +1,203 @@
+"""The CUDA step against the oracle: what is varied, and the check after a call.
+
+`device` is what runs the kernels on NumPy arrays, an emulated.Emulator.
+"""
+
+import numpy as np
+
+import oracle
+import problems
+from problems import Shape
+from tolerances import assert_near_oracle
+
+SCANNED = 2048  # the largest batch whose labels are scanned; larger ones are hashed
+
+# Sizes of classes around what changes with them: one chunk of 16 samples, several, a tree of two
+# levels beyond 16 chunks, of three beyond 256.
+CLASS_SIZES = [1, 2, 15, 16, 17, 32, 33, 256, 257]
+THREE_LEVELS = 16**3 + 9
+
+SHAPES = [
+    Shape((64,), 200, 10, "uniform", "the tutorial's"),
+    Shape((0,), 5, 4, "uniform", "nothing in the batch"),
+    Shape((1,), 1, 1, "uniform", "one of everything"),
+    Shape((1,), 513, 3, "uniform", "one sample; one number more than a pass over the columns"),
+    Shape((37,), 1, 6, "uniform", "rows of one number"),
+    Shape((41,), 3, 7, "uniform", "rows shorter than any vector"),
+    Shape((50,), 17, 1000, "uniform", "rows that start between vectors; mostly distinct labels"),
+    Shape((33,), 700, 3, "uniform", "two passes of whole vectors"),
+    Shape((20,), 1100, 4, "uniform", "three passes"),
+    Shape((300,), 8, 2, "equal", "one class in a tree of two levels, scanned"),
+    Shape((SCANNED,), 24, 900, "power-law", "the largest batch that is scanned"),
+    Shape((SCANNED + 1,), 24, 900, "power-law", "the smallest batch that is hashed"),
+    Shape((SCANNED + 1,), 8, 3000, "distinct", "hashed, every class has one member"),
+    Shape((SCANNED + 1,), 3, 10, "uniform", "hashed, ten labels"),
+    Shape((2300,), 12, 4, "equal", "hashed, one label"),
+    Shape((2100,), 700, 1060, "mixed", "hashed, two passes, one class heavy"),
+]
+
+FACTORS = {
+    "shape": SHAPES,
+    "order": ["any", "sorted"],  # equal labels side by side
+    "dtype": list(problems.DTYPES),
+    "labels": ["int32", "int64"],
+    "rule": ["paper", "mean", "sum", "batch_mean", "paper_batch_mean", "tutorial"],
+    "reduction": ["mean", "sum", "none"],
+    "weights": [False, True],
+    "ignore": [None, "outside", "class"],
+    "bad": [None, "rows", "labels"],
+    "update_centers": [True, False],
+    "features_are_residuals": [False, True],
+    "numbers_in_memory": [False, True],
+    "weight": [1.0, 0.25],
+    "unaligned": [False, True],
+    "atomic": [False, True],
+    "seed": [0, 1, 2, 3],
+    "multiprocessors": [1, 2, 3, 5],
+}
+DEVICE = ("seed", "multiprocessors")  # factors that the device is made of
+
+
+def name(row):
+    """A test's name."""
+    return "-".join(str(value) for value in row.values())
+
+
+def make(row):
+    """The problem of a row of FACTORS."""
+    problem = problems.make(
+        row["shape"], row["dtype"], row["labels"], row["weights"], row["ignore"], row["seed"]
+    )
+    rng = np.random.default_rng(row["seed"])
+    labels, features = problem.labels, problem.features
+    if row["order"] == "sorted":
+        labels = np.sort(labels)
+    if row["bad"] == "rows" and features.size:
+        at = rng.random(len(labels)) < 0.1
+        at[-1] = True
+        columns = rng.integers(0, features.shape[1], at.sum())
+        features[at, columns] = rng.choice([np.nan, np.inf, -np.inf], at.sum())
+    if row["bad"] == "labels" and len(labels):
+        at = rng.random(len(labels)) < 0.1
+        at[0] = True
+        outside = [-2, -(2**31), problem.centers.shape[0], 2**31 - 1]
+        if labels.dtype == np.int64:
+            outside += [-(2**63), 2**63 - 1, 2**32]
+        labels[at] = rng.choice(np.array(outside, labels.dtype), at.sum())
+    return problem._replace(labels=labels, features=features)
+
+
+def run(device, row):
+    """The row's problem on the device, and the check of what came of it."""
+    options = {key: row[key] for key in ("rule", "reduction", "update_centers", "weight")}
+    options |= {key: row[key] for key in ("features_are_residuals", "numbers_in_memory", "atomic")}
+    return check(device, make(row), unaligned=row["unaligned"], alpha=0.3, **options)
+
+
+def check(device, problem, *, unaligned=False, workspace=None, atomic=False, **options):
+    """A step of the problem against the oracle. Returns the bytes of all that it gave."""
+    features, labels = problem.features, problem.labels
+    if unaligned:
+        features = off_by_one(features)
+    # The table lies between rows that nobody may touch.
+    rows, dim = problem.centers.shape
+    memory = np.full([rows + 2, dim], 77, problem.centers.dtype)
+    memory[1:-1] = problem.centers
+    centers = memory[1:-1]
+    inputs = dict(sample_weight=problem.sample_weight, ignore_label=problem.ignore_label)
+    loss, residual, squared = device.center_loss_step(
+        features, labels, centers, workspace=workspace, atomic=atomic, **inputs, **options
+    )
+    assert (memory[[0, -1]] == 77).all(), "outside the table"
+    truth, distances = expected(problem, **options)
+    plain, _ = expected(problem, precision=problem.centers.dtype.type, **options)
+    dtype, terms = centers.dtype.name, max(len(labels), 1)
+    # A distance is a sum of D squares; atomics add the samples one by one in an order of their own.
+    for actual, yardstick, exact, what, count in (
+        (loss, plain.loss, truth.loss, "loss", terms * dim),
+        (residual, plain.feature_gradient, truth.feature_gradient, "residual", 1),
+        (squared, distances, distances, "squared distance", dim),
+        (centers, plain.centers, truth.centers, "centers", terms if atomic else 1),
+    ):
+        assert_same_kind(actual, exact, what)
+        finite = np.isfinite(exact)
+        actual, yardstick, exact = np.asarray(actual), np.asarray(yardstick), np.asarray(exact)
+        assert_near_oracle(actual[finite], yardstick[finite], exact[finite], dtype, what, count)
+    still = np.ones(rows, bool)
+    if options.get("update_centers", True) and options.get("alpha", 0.5) != 0:
+        valid = (labels >= 0) & (labels < rows) & np.isfinite(features.astype(np.float64)).all(1)
+        if problem.ignore_label is not None:
+            valid &= labels != problem.ignore_label
+        still[labels[valid]] = False
+    assert centers[still].tobytes() == problem.centers[still].tobytes(), "a center without samples"
+    return loss.tobytes() + residual.tobytes() + squared.tobytes() + centers.tobytes()
+
+
+def expected(
+    problem,
+    *,
+    weight=1.0,
+    update_centers=True,
+    features_are_residuals=False,
+    numbers_in_memory=False,
+    precision=oracle.WIDE,
+    **options,
+):
+    """The oracle's step and the squared distances, with what a GPU does about bad labels."""
+    del numbers_in_memory
+    rows, dim = problem.centers.shape
+    # A label that is no row of the table gets one of its own, which makes everything NaN.
+    labels = problem.labels.astype(np.int64)
+    outside = (labels < 0) | (labels >= rows)
+    if problem.ignore_label is not None:
+        outside &= labels != problem.ignore_label
+    labels = np.where(outside, rows, labels)
+    centers = np.concatenate([problem.centers, np.full([1, dim], np.nan)])
+    features = problem.features.astype(precision)
+    ignored = np.zeros(len(labels), bool)
+    if problem.ignore_label is not None:
+        ignored = labels == problem.ignore_label
+    own = np.where(ignored, 0, labels)
+    if features_are_residuals:
+        features = features + centers[own].astype(precision)
+        features[outside] = 0
+    step = oracle.center_loss(
+        features,
+        labels,
+        centers,
+        sample_weight=problem.sample_weight,
+        ignore_label=problem.ignore_label,
+        upstream=weight,
+        precision=precision,
+        **options,
+    )
+    with np.errstate(invalid="ignore", over="ignore"):
+        distances = ((features - centers[own].astype(precision)) ** 2).sum(1)
+    after = step.centers[:-1] if update_centers else problem.centers
+    step = step._replace(loss=np.asarray(step.loss * weight), centers=after)
+    return step, np.where(ignored, 0, distances).astype(np.float64)
+
+
+def assert_same_kind(actual, exact, what):
+    """NaN and infinities are in the same places."""
+    actual = np.asarray(actual).astype(np.float64)
+    assert np.array_equal(np.isnan(actual), np.isnan(exact)), f"{what}: NaN elsewhere"
+    for value in (np.inf, -np.inf):
+        assert np.array_equal(actual == value, exact == value), f"{what}: {value} elsewhere"
+
+
+def off_by_one(array):
+    """The same numbers, one number behind where an array begins."""
+    moved = np.empty(array.size + 1, array.dtype)[1:].reshape(array.shape)
+    moved[...] = array
+    return moved
+
+
+def batch_of(sizes, dim, *, dtype="float32", distinct=0, seed=0):
+    """A problem with classes of these sizes and `distinct` more of one sample, in random order."""
+    rng = np.random.default_rng(seed)
+    classes = len(sizes) + distinct
+    labels = np.repeat(rng.permutation(classes), [*sizes, *([1] * distinct)]).astype(np.int64)
+    shape = Shape((len(labels),), dim, classes, "uniform", "")
+    labels = rng.permutation(labels)
+    return problems.make(shape, dtype, seed=seed)._replace(labels=labels, ids=labels)

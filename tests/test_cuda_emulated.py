@@ -1,0 +1,222 @@
+"""The CUDA kernels, run by the emulator, against the oracle."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import cuda_cases
+import emulated
+import problems
+from cuda_cases import CLASS_SIZES, SCANNED, THREE_LEVELS, batch_of, check
+from pairwise import all_pairs
+
+pytestmark = pytest.mark.native
+
+
+@pytest.mark.parametrize("row", all_pairs(cuda_cases.FACTORS), ids=cuda_cases.name)
+def test_every_pair_of_choices(row):
+    cuda_cases.run(emulated.Emulator(**{key: row[key] for key in cuda_cases.DEVICE}), row)
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+@pytest.mark.parametrize(
+    "sizes, distinct",
+    [(CLASS_SIZES, 0), (CLASS_SIZES, 1500), ([*CLASS_SIZES, THREE_LEVELS], 3)],
+    ids=["scanned", "hashed", "three-levels"],
+)
+@pytest.mark.parametrize("dim", [5, 8])
+def test_sizes_of_classes(sizes, distinct, dim, atomic):
+    problem = batch_of(sizes, dim, distinct=distinct)
+    check(emulated.Emulator(seed=dim), problem, rule="mean", atomic=atomic)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        batch_of(CLASS_SIZES, 24),
+        batch_of(CLASS_SIZES, 513, distinct=20),
+        batch_of([*CLASS_SIZES, 900], 6, distinct=700),
+        batch_of([SCANNED + 1], 4),
+    ],
+    ids=["scanned", "two-passes", "hashed", "one-label"],
+)
+def test_bits_do_not_depend_on_the_schedule(problem):
+    schedules = [(0, 1), (1, 2), (2, 3), (3, 5), (5, 1), (7, 2), (7, 2)]
+    results = set()
+    for seed, multiprocessors in schedules:
+        device = emulated.Emulator(seed=seed, multiprocessors=multiprocessors)
+        centers = problem.centers.copy()
+        outputs = device.center_loss_step(problem.features, problem.labels, centers)
+        results.add(b"".join(array.tobytes() for array in (*outputs, centers)))
+    assert len(results) == 1
+
+
+def test_labels_that_fall_into_one_slot():
+    # The same hash as the kernel's; its last slot, so that the search goes on at the first.
+    batch = SCANNED + 300
+    slots = 1 << int(np.ceil(np.log2(4 * batch)))
+    classes = np.arange(3_000_000, dtype=np.uint64)
+    hashes = (classes * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
+    slot = (hashes * np.uint64(slots)) >> np.uint64(32)
+    crowded = np.flatnonzero(slot == slots - 1)
+    assert len(crowded) > 100
+    rng = np.random.default_rng(0)
+    labels = rng.choice(crowded, batch)
+    table = np.zeros([len(classes), 2], np.float32)
+    features = rng.normal(size=(batch, 2)).astype(np.float32)
+    for atomic in (False, True):
+        centers = table.copy()
+        emulated.Emulator(seed=1).center_loss_step(
+            features, labels, centers, alpha=1.0, rule="mean", atomic=atomic
+        )
+        means = [features[labels == label].mean(0) for label in np.unique(labels)]
+        np.testing.assert_allclose(centers[np.unique(labels)], means, rtol=1e-5, atol=1e-6)
+        assert np.count_nonzero(centers.any(1)) == len(means)
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+@pytest.mark.parametrize("distinct", [20, 1500], ids=["scanned", "hashed"])
+@pytest.mark.parametrize("dim", [7, 513])
+def test_rows_that_are_not_finite(dim, distinct, atomic):
+    # In every second class, alone or not: the first and the last row; then all rows.
+    problem = batch_of(CLASS_SIZES, dim, distinct=distinct)
+    for every in (False, True):
+        features = problem.features.copy()
+        for k, label in enumerate(np.unique(problem.labels)[::2]):
+            rows = np.flatnonzero(problem.labels == label)
+            if not every:
+                rows = rows[[0, -1]]
+            features[rows, k % dim] = [np.nan, np.inf, -np.inf][k % 3]
+        check(emulated.Emulator(seed=2), problem._replace(features=features), atomic=atomic)
+
+
+@pytest.mark.parametrize("batch", [70, SCANNED + 10])
+@pytest.mark.parametrize("numbers_in_memory", [False, True])
+@pytest.mark.parametrize("alpha", [-1.0, np.nan, np.inf])
+def test_a_bad_alpha_shows_in_the_loss_and_moves_nothing(alpha, numbers_in_memory, batch):
+    problem = batch_of([batch - 3], 6, distinct=3)
+    device = emulated.Emulator(seed=1)
+    for reduction in emulated.REDUCTIONS:
+        centers = problem.centers.copy()
+        options = dict(alpha=alpha, reduction=reduction, numbers_in_memory=numbers_in_memory)
+        loss, residual, squared = device.center_loss_step(
+            problem.features, problem.labels, centers, **options
+        )
+        assert np.isnan(loss).all() and np.isnan(residual).all()
+        assert np.isfinite(squared).all()
+        assert centers.tobytes() == problem.centers.tobytes()
+        # Where no center is to move, alpha is nobody's business.
+        loss, residual, _ = device.center_loss_step(
+            problem.features, problem.labels, centers, update_centers=False, **options
+        )
+        assert np.isfinite(loss).all() and np.isfinite(residual).all()
+
+
+@pytest.mark.parametrize("sizes", [CLASS_SIZES, [*CLASS_SIZES, SCANNED]], ids=["scanned", "hashed"])
+def test_alpha_zero_moves_nothing(sizes):
+    problem = batch_of(sizes, 9, distinct=4)
+    check(emulated.Emulator(seed=3), problem, alpha=0.0)
+
+
+@pytest.mark.parametrize("dtype", emulated.FEATURE_TYPES, ids=list(map(str, problems.DTYPES)))
+@pytest.mark.parametrize("batch, dim", [(0, 3), (1, 1), (40, 7), (21, 513)])
+def test_backward(batch, dim, dtype):
+    rng = np.random.default_rng(0)
+    table_dtype = np.float64 if dtype is np.float64 else np.float32
+    residual = rng.normal(size=(batch, dim)).astype(table_dtype)
+    for upstream in (np.array(-1.7), np.array(1.0), rng.normal(size=batch)):
+        upstream = upstream.astype(table_dtype)
+        rounded = (upstream[..., None] * residual).astype(dtype)
+        for in_place in {False, dtype is table_dtype}:
+            given = residual.copy()
+            gradient = emulated.Emulator(seed=1).backward(upstream, given, dtype, in_place)
+            assert gradient.dtype == dtype
+            assert gradient.tobytes() == rounded.tobytes()
+            assert in_place or given.tobytes() == residual.tobytes()
+
+
+def test_backward_keeps_what_is_not_finite():
+    # Rounding to 16 bits: to infinity beyond the largest number, NaN stays NaN.
+    residual = np.array([[65519.0, 65520.0, np.inf, -np.inf, np.nan, 1e-8]], np.float32)
+    for dtype in (np.float16, ml_dtypes.bfloat16):
+        gradient = emulated.Emulator().backward(np.array(1, np.float32), residual, dtype)
+        with np.errstate(over="ignore"):
+            np.testing.assert_array_equal(
+                gradient.astype(np.float32), residual.astype(dtype).astype(np.float32)
+            )
+
+
+# Larger and smaller batches, scanned and hashed by turns, so that a launch finds what others left.
+BATCHES = [SCANNED + 300, 30, SCANNED + 1, 0, SCANNED + 300, SCANNED + 300, 1, 2048, SCANNED + 2]
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+def test_a_workspace_serves_launch_after_launch(atomic):
+    largest, dim = max(BATCHES), 6
+    workspace = emulated.Emulator().workspace(largest, dim, atomic=atomic)
+    for k, batch in enumerate(BATCHES):
+        shape = problems.Shape((batch,), dim, 500, "power-law", "")
+        problem = problems.make(shape, weights=True, ignore="class", seed=k)
+        check(emulated.Emulator(seed=k), problem, workspace=workspace, atomic=atomic)
+        must_be_zero = workspace_parts(workspace)
+        for part, numbers in must_be_zero.items():
+            assert not numbers.any(), f"after {BATCHES[: k + 1]}: {part}"
+
+
+def workspace_parts(workspace):
+    """What has to be zero between launches; the places are those of Layout in center_loss.cu."""
+    of = workspace.struct
+    slots = 1
+    while slots < 4 * of.batch:
+        slots *= 2
+    levels = 1
+    while 16**levels < of.batch:
+        levels += 1
+    sums = of.batch // 2 + 1 if of.atomic else of.batch // 8 + 1
+    sizes = dict(header=40, table0=4 * slots, table1=4 * slots)
+    sizes |= dict(groups0=8 * of.batch, groups1=8 * of.batch, arrivals=4 * levels * of.batch)
+    sizes |= dict(sums_by_leader=8 * of.batch, group_of=4 * of.batch, rank_in_tile=4 * of.batch)
+    sizes |= dict(tile_count=128 * of.batch, tile_start=128 * of.batch, tile_order=4 * of.batch)
+    sizes |= dict(sample_loss=4 * of.batch, pool=4 * sums * of.dim)
+    parts, at = {}, of.memory - workspace.memory.ctypes.data
+    for part, size in sizes.items():
+        parts[part] = workspace.memory.view(np.uint8)[at : at + size]
+        at += (size + 255) // 256 * 256
+    assert at - (of.memory - workspace.memory.ctypes.data) == workspace.size, "another layout"
+    header = parts["header"].view(np.int32)  # counters, parity, slots [2], groups [2]
+    parity = header[5]
+    zero = {name: parts[name] for name in (f"table{parity}", f"groups{parity}", "arrivals")}
+    if of.atomic:
+        zero["pool"] = parts["pool"]
+    return zero | {"counters": header[:5]}
+
+
+def test_more_numbers_than_32_bits_count(tmp_path):
+    # C * D > 2^31, and byte offsets beyond 2^33. A sparse file costs only the pages touched.
+    rows, dim = 2**22 + 5, 513
+    centers = np.memmap(tmp_path / "centers", np.float32, "w+", shape=(rows, dim))
+    for labels in ([rows - 1, 0, rows - 1, rows // 2], [rows - 1, 0, rows // 2] * 700):
+        centers[[0, rows // 2, rows - 1]] = 0
+        features = np.full([len(labels), dim], 3, np.float32)
+        emulated.Emulator().center_loss_step(
+            features, np.array(labels), centers, rule="mean", alpha=1.0
+        )
+        for j in (0, rows // 2, rows - 1):
+            assert (centers[j] == 3).all()
+        for j in (1, rows // 2 - 1, rows // 2 + 1, rows - 2):
+            assert not centers[j].any()
+
+
+def test_what_a_workspace_is_too_small_for_is_refused():
+    problem = batch_of([20], 8)
+    device = emulated.Emulator()
+    for small in (
+        device.workspace(19, 8),
+        device.workspace(20, 7),
+        device.workspace(20, 8, np.float64),
+        device.workspace(20, 8, atomic=True),
+    ):
+        centers = problem.centers.copy()
+        with pytest.raises(emulated.EmulatorError, match="invalid argument"):
+            device.center_loss_step(problem.features, problem.labels, centers, workspace=small)
+        assert centers.tobytes() == problem.centers.tobytes()

@@ -1,0 +1,240 @@
+"""What holds the launch of the CUDA kernels together: each barrier, each fence and each hand-over
+from one block or launch to the next is found missing where it is left out."""
+
+import functools
+import re
+
+import pytest
+
+import cuda_cases
+import emulated
+import problems
+from child import run_python
+from pairwise import all_pairs
+
+pytestmark = pytest.mark.native
+
+
+def sites(pattern):
+    """The lines of cuda/ that match, as "file:line"."""
+    found = [
+        f"{file.name}:{number}"
+        for file in sorted(emulated.KERNELS.iterdir())
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+        if re.search(pattern, line)
+    ]
+    assert found, pattern
+    return found
+
+
+BARRIERS = sites(r"__sync(threads|warp)\(\)")
+FENCES = sites(r"__threadfence\(\)")
+
+# The lines behind the barriers that only order memory: the lanes meet in a shuffle or a vote
+# all the same, so no schedule of the emulator shows in the results what the barrier is for.
+ONLY_ORDER = ["return members;", "return __shfl_sync(kAllLanes, before, 0) == arrivals - 1;"]
+
+# Scanned, hashed, hashed with atomics: batch and whether atomic.
+LAUNCHES = [(300, False), (cuda_cases.SCANNED + 1, False), (300, True)]
+
+
+def breakable():
+    """The barriers that are there for more."""
+    kept, left_out = [], []
+    for site in BARRIERS:
+        file, number = site.split(":")
+        lines = (emulated.KERNELS / file).read_text().splitlines()
+        behind = lines[int(number)].strip()
+        (left_out if behind in ONLY_ORDER else kept).append(site)
+    assert len(left_out) == len(ONLY_ORDER), left_out
+    return kept
+
+
+@functools.cache
+def problem(batch, seed=0):
+    return problems.make(problems.Shape((batch,), 24, 40, "power-law", ""), seed=seed)
+
+
+@functools.cache
+def racing_library():
+    return emulated.build(kernels=emulated.changed(), races=True)
+
+
+def step(inputs, atomic, **schedule):
+    device = emulated.Emulator(library=racing_library(), races=True, **schedule)
+    centers = inputs.centers.copy()
+    device.center_loss_step(inputs.features, inputs.labels, centers, atomic=atomic)
+
+
+RACING = cuda_cases.FACTORS | {
+    "dtype": ["float32"],
+    "labels": ["int32", "int64"],
+    "rule": ["paper"],
+    "weight": [0.25],
+    "multiprocessors": [1, 2],
+}
+
+
+@pytest.mark.parametrize("row", all_pairs(RACING), ids=cuda_cases.name)
+def test_nothing_races(row):
+    schedule = {key: row[key] for key in cuda_cases.DEVICE}
+    cuda_cases.run(emulated.Emulator(library=racing_library(), races=True, **schedule), row)
+
+
+@pytest.mark.parametrize("site", BARRIERS + FENCES)
+def test_without_this_barrier_or_fence_there_is_a_race(site):
+    with pytest.raises(emulated.EmulatorError, match="^race: "):
+        for batch, atomic in LAUNCHES:
+            step(problem(batch), atomic, seed=1, multiprocessors=1, skip=site)
+
+
+def launch_after_launch(library, skip=""):
+    """Launches that share a workspace, with the schedules that break what is broken, against the
+    oracle; without the check of races."""
+    for seed in (0, 1, 3, 5):
+        for batch, atomic in LAUNCHES:
+            device = emulated.Emulator(
+                library=library, seed=seed, multiprocessors=1 + seed % 2, skip=skip
+            )
+            workspace = device.workspace(batch, 24, atomic=atomic)
+            for number in range(3):
+                inputs = problem(batch, number)
+                cuda_cases.check(device, inputs, workspace=workspace, atomic=atomic)
+
+
+def broken(cwd, library, skip=""):
+    """How `launch_after_launch` ends in a process of its own, which may crash; "" if well."""
+    done = run_python(
+        f"from test_cuda_schedules import launch_after_launch\n"
+        f"launch_after_launch({str(library)!r}, {skip!r})",
+        cwd,
+        check=False,
+    )
+    if done.returncode == 0:
+        return ""
+    if done.returncode < 0:
+        return f"signal {-done.returncode}"
+    last = done.stderr.strip().splitlines()[-1]
+    assert "AssertionError" in last or "EmulatorError" in last, done.stderr
+    return last
+
+
+def test_nothing_breaks(tmp_path):
+    assert broken(tmp_path, emulated.build(kernels=emulated.changed())) == ""
+
+
+@pytest.mark.parametrize("site", breakable())
+def test_without_this_barrier_a_schedule_breaks_results(tmp_path, site):
+    assert broken(tmp_path, emulated.build(kernels=emulated.changed()), site), "nothing broke"
+
+
+MUTATIONS = {
+    "blocks do not wait": ("while (__ldcg(counter) < arrivals) __nanosleep(32);", ""),
+    "ranks are not waited for": ("WaitFor(&p.header->ranked_blocks, blocks);", ""),
+    "the last but one takes itself for the last": (
+        "return __shfl_sync(kAllLanes, before, 0) == arrivals - 1;",
+        "return __shfl_sync(kAllLanes, before, 0) == arrivals - 2;",
+    ),
+    "everyone takes itself for the last": (
+        "if (!LastToArrive(&arrivals[name], children)) return;",
+        "LastToArrive(&arrivals[name], children);",
+    ),
+    "every atomic adder takes itself for the last": (
+        "if (!LastToArrive(&p_.arrivals[group], members)) return;",
+        "LastToArrive(&p_.arrivals[group], members);",
+    ),
+    "the counter of arrivals is not set back": (
+        "if (before == arrivals - 1) *counter = 0;",
+        "",
+    ),
+    "the center moves before all have read it": ("if (index.count() <= kMembers) {", "if (true) {"),
+    "the last block but one finishes": (
+        "static_cast<int>(gridDim.x) - 1;",
+        "static_cast<int>(gridDim.x) - 2;",
+    ),
+    "the blocks' counters are not set back": (
+        "header->done = header->counted_blocks = header->ranked_blocks = 0;",
+        "header->done = 0;",
+    ),
+    "rows of the pool and N are not set back": (
+        "header->pool_rows = header->counted = 0;",
+        "",
+    ),
+    "the tables are not exchanged": ("header->parity = 1 - header->parity;", ""),
+    "the next table is not cleared": ("index.Clear(p, 1 - parity);", ""),
+    "the row of atomic sums is not cleared": (
+        "StoreRow<Width, Cache::kNormal>(sum, column, p_.dim, zeros);",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_mutation_breaks_results(tmp_path, mutation):
+    library = emulated.build(kernels=emulated.changed(MUTATIONS[mutation]))
+    assert broken(tmp_path, library), "nothing broke"
+
+
+def test_a_mutation_of_what_is_not_there_is_an_error():
+    with pytest.raises(ValueError, match="0 places"):
+        emulated.changed(("this is nowhere in the kernels", ""))
+    with pytest.raises(ValueError, match="places"):
+        emulated.changed(("__device__", ""))
+
+
+SANITIZED = cuda_cases.FACTORS | {
+    "shape": [shape for shape in cuda_cases.SHAPES if shape.leading[0] * shape.dim < 60_000],
+    "rule": ["paper"],
+    "seed": [0, 1],
+    "multiprocessors": [1, 2],
+}
+
+
+def sanitized_rows(library, rows):
+    """Goes through the rows; a process that AddressSanitizer watches ends at the first error."""
+    for row in rows:
+        schedule = {key: row[key] for key in cuda_cases.DEVICE}
+        cuda_cases.run(emulated.Emulator(library=library, **schedule), row)
+
+
+def under_address_sanitizer(cwd, library, rows):
+    """The finished process, without TensorFlow: it does not bear the sanitizer."""
+    return run_python(
+        f"import test_cuda_schedules as here\n"
+        f"here.sanitized_rows({str(library)!r}, here.{rows})\n"
+        f"print('done')",
+        cwd,
+        check=False,
+        LD_PRELOAD=" ".join(map(str, emulated.sanitizer_libraries())),
+        ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0",
+    )
+
+
+ROWS = all_pairs(SANITIZED)
+FLOAT_ROWS = [
+    row
+    for row in all_pairs(SANITIZED | {"dtype": ["float32"], "order": ["any"], "bad": [None]})
+    if row["shape"].leading[0] > 30 and row["update_centers"]
+][:12]
+
+
+def test_no_access_out_of_bounds(tmp_path):
+    done = under_address_sanitizer(tmp_path, emulated.build(flags=emulated.SANITIZE), "ROWS")
+    assert done.returncode == 0 and done.stdout == "done\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("if (at < dim) StoreVector", "StoreVector"),
+        ("pool_rows = workspace.atomic ? batch / 2 + 1 : batch / 8 + 1;", "pool_rows = 1;"),
+        ("kScanThreads * static_cast<int64_t>(sizeof(int));", "0;"),
+    ],
+    ids=["rows", "pool", "shared-memory"],
+)
+def test_an_access_out_of_bounds_is_found(tmp_path, change):
+    library = emulated.build(kernels=emulated.changed(change), flags=emulated.SANITIZE)
+    done = under_address_sanitizer(tmp_path, library, "FLOAT_ROWS")
+    assert done.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr, done.stderr
+    assert re.search(r"(center_loss\.cu|device\.cuh):\d+", done.stderr), done.stderr
