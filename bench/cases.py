@@ -28,7 +28,7 @@ class Case:
     batch: int
     dim: int
     classes: int
-    labels: str = "uniform"  # or "power-law"
+    labels: str = "uniform"  # or "power-law", "ten labels", "one label"
     rotation: int = 2**26  # bytes of features gone through before a batch comes again
 
     @property
@@ -46,18 +46,16 @@ class Case:
         rng = np.random.default_rng([self.batch, self.dim, self.classes])
         shape = (self.batches, self.batch)
         features = rng.standard_normal((*shape, self.dim), np.float32)
-        labels = _power_law(rng, self.classes, shape) if self.labels == "power-law" else None
-        if labels is None:
-            labels = rng.integers(0, self.classes, shape)
+        labels = LABELS[self.labels](rng, self.classes, shape)
         rows = np.unique(labels)
         return Inputs(features, labels, rows, rng.standard_normal((len(rows), self.dim), "f"))
 
 
-def bytes_moved(labels, dim):
+def bytes_moved(labels, dim, feature_bytes=4):
     """What a step cannot avoid, mean of the batches: features read, each distinct center read and
     written once, gradient written."""
     distinct = np.mean([len(np.unique(batch)) for batch in labels])
-    return 4 * dim * 2 * (labels.shape[1] + distinct)
+    return dim * ((feature_bytes + 4) * labels.shape[1] + 8 * distinct)
 
 
 def short(number):
@@ -74,6 +72,20 @@ def _power_law(rng, classes, shape):
     rank = np.searchsorted(cumulative, rng.random(shape) * cumulative[-1])
     return rng.permutation(classes)[rank]
 
+
+def _few(number):
+    def draw(rng, classes, shape):
+        return rng.integers(0, classes, number)[rng.integers(0, number, shape)]
+
+    return draw
+
+
+LABELS = {
+    "uniform": lambda rng, classes, shape: rng.integers(0, classes, shape),
+    "power-law": _power_law,
+    "ten labels": _few(10),
+    "one label": _few(1),
+}
 
 # The tutorial's sizes, whose ten rows are always in cache: its features need not be colder than a
 # layer that has just made them leaves them. A table that caches hold in part. One that none holds.

@@ -28,7 +28,8 @@ class Outcome(NamedTuple):
 
 def expected(inputs):
     """What one step on each batch, in order, must give."""
-    oracle = _oracle()
+    oracle = from_tests("oracle")
+    oracle.WIDE = np.float64  # wide enough to judge float32, and twice as fast
     rows = inputs.start.astype(np.float64)
     for features, labels in zip(inputs.features, inputs.labels, strict=True):
         touched, ids = np.unique(np.searchsorted(inputs.rows, labels), return_inverse=True)
@@ -50,10 +51,10 @@ def validate(name, runner, batches, truth):
             assert error <= TOLERANCE, f"{name}: {what} is off by {error:.1e} of its largest"
 
 
-def _oracle():
-    path = Path(__file__).parent.parent / "tests" / "oracle.py"
-    spec = importlib.util.spec_from_file_location("oracle", path)
-    oracle = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(oracle)
-    oracle.WIDE = np.float64  # wide enough to judge float32, and twice as fast
-    return oracle
+def from_tests(name):
+    """A module of its own from the file tests/NAME.py."""
+    path = Path(__file__).parent.parent / "tests" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

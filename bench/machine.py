@@ -26,7 +26,7 @@ def describe():
         "huge_pages": huge_pages.read_text().strip() if huge_pages.exists() else None,
         "compiler": _first_line([compiled.COMPILER, "--version"]),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in versions},
+        **{name: _version(name) for name in versions},
     }
 
 
@@ -48,6 +48,13 @@ class Others:
         every = psutil.cpu_times()
         busy = every.user + every.system + every.nice + every.irq + every.softirq + every.steal
         return time.monotonic(), busy - sum(times.user + times.system for times in own)
+
+
+def _version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu():

@@ -7,15 +7,11 @@ one a round, "extra_memory": bytes}.
 
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 from rich.table import Table
 
 EMPTY = "empty loop"
+EMPTIES = (EMPTY, "empty launch", "empty call")
 LOOPS = ("fused loop", "tutorial loop", "tuned loop", "graph loop")
 QUANTILES = (0.1, 0.5, 0.9)
 COLORS = {
@@ -66,7 +62,7 @@ def table(measurement):
         )
         bandwidth = measurement["bytes"] / np.median(net(measurement, key)) / 1e9
         share = ""
-        if "copy" in measurement["implementations"] and key != EMPTY:
+        if "copy" in measurement["implementations"] and key not in EMPTIES:
             share = f"{100 * ratio(gross(measurement, 'copy'), net(measurement, key)):.0f}"
         out.add_row(
             implementation["what"],
@@ -75,16 +71,20 @@ def table(measurement):
             middle if key in LOOPS else "",
             low,
             high,
-            f"{bandwidth:.2f}" if key != EMPTY else "",
+            f"{bandwidth:.2f}" if key not in EMPTIES else "",
             share,
-            f"{implementation['extra_memory'] / 1e6:.2f}" if key not in ("copy", EMPTY) else "",
+            "" if key in ("copy", *EMPTIES) else _megabytes(implementation["extra_memory"]),
         )
     return out
 
 
+def _megabytes(size):
+    return "" if size is None else f"{size / 1e6:.2f}"
+
+
 def sweep_table(sweep):
     """A row a number of labels."""
-    keys = [key for key in sweep[0]["implementations"] if key != EMPTY]
+    keys = [key for key in sweep[0]["implementations"] if key not in EMPTIES]
     around = sweep[0]["surroundings"]
     out = Table(
         title=f"Cost against the number of labels, B = {sweep[0]['batch']}, D = {sweep[0]['dim']}: "
@@ -180,15 +180,26 @@ def _sweep_figures(sweep):
     )
 
 
+def pyplot():
+    """Matplotlib, which a machine that only measures need not have."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
 def draw_cases(cases, path):
     """A panel a case: medians and quantiles of each implementation."""
+    plt = pyplot()
     columns = min(len(cases), 2)
     rows = -(-len(cases) // columns)
     figure, panels = plt.subplots(
         rows, columns, figsize=(7.5 * columns, 4.2 * rows), squeeze=False, layout="constrained"
     )
     for panel, m in zip(panels.flat, cases, strict=False):
-        keys = [key for key in m["implementations"] if key != EMPTY][::-1]
+        keys = [key for key in m["implementations"] if key not in EMPTIES][::-1]
         low, middle, high = 1e6 * np.quantile([net(m, key) for key in keys], QUANTILES, axis=1)
         shown = [m["implementations"][key] for key in keys]
         names = [f"{i['what']}, {i['how']}" for i in shown]
@@ -212,10 +223,11 @@ def draw_cases(cases, path):
 
 def draw_sweep(sweep, path):
     """Cost against the number of labels."""
+    plt = pyplot()
     figure, panel = plt.subplots(figsize=(8, 5), layout="constrained")
     classes = [m["classes"] for m in sweep]
     for key, implementation in sweep[0]["implementations"].items():
-        if key == EMPTY:
+        if key in EMPTIES:
             continue
         low, middle, high = 1e6 * np.quantile([net(m, key) for m in sweep], QUANTILES, axis=1)
         color = COLORS[implementation["what"]]

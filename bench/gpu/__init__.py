@@ -1,0 +1,1 @@
+"""The CUDA kernels, timed on a GPU beside other ways to make the same step."""

@@ -1,0 +1,193 @@
+"""Ways to make a step on a GPU: `build(workload)` gives `step(k)` -> (loss, gradient) of batch k.
+
+One step = the loss (sum form), its gradient with respect to the features with upstream gradient 1
+in the centers' type, and the step of the centers by the paper's rule.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from bench.cases import ALPHA
+from bench.gpu.keys import ATOMIC, COMPILED, EMPTY, KERNEL
+from bench.gpu.workload import Calls, Graph, LeftOut
+
+
+def fused(atomic):
+    """The kernel of cuda/: one launch."""
+
+    def build(workload):
+        case, device = workload.case, workload.device
+        step = device.workspace(case.batch, case.dim, atomic=atomic)
+        # As cold as the features.
+        losses = torch.zeros([case.batches], device=device.place).unbind()
+        shape = [case.batches, case.batch, case.dim]
+        gradients = torch.zeros(shape, device=device.place).unbind()
+
+        def run(k):
+            step(
+                workload.features[k],
+                workload.labels[k],
+                workload.table,
+                losses[k],
+                gradients[k],
+                alpha=ALPHA,
+                reduction="sum",
+                stream=device.stream,
+            )
+            return losses[k], gradients[k]
+
+        return run
+
+    return build
+
+
+@torch.no_grad()
+def by_hand(features, labels, centers, counts_of):
+    """In PyTorch, op by op."""
+    residual = features.to(centers.dtype) - centers.index_select(0, labels)
+    loss = residual.square().sum() / 2
+    scale = ALPHA / (1 + counts_of(labels))
+    centers.index_add_(0, labels, residual * scale.unsqueeze(1))
+    return loss, residual
+
+
+def by_unique(workload):
+    """How often each label occurs, as most write it: the host waits for the number of labels."""
+
+    def counts_of(labels):
+        _, index, counts = torch.unique(labels, return_inverse=True, return_counts=True)
+        return counts[index]
+
+    return counts_of
+
+
+def by_table(workload):
+    """The same from a zeroed number for each class, kept from step to step: nothing waits."""
+    table = torch.zeros([workload.case.classes], device=workload.device.place)
+    ones = torch.ones([workload.case.batch], device=workload.device.place)
+
+    def counts_of(labels):
+        table.index_add_(0, labels, ones)
+        counts = table.index_select(0, labels)
+        table.index_fill_(0, labels, 0)
+        return counts
+
+    return counts_of
+
+
+def by_pairs(workload):
+    """The same by comparing all with all."""
+    if workload.case.batch > 4096:
+        raise LeftOut("more than 4096² comparisons")
+    return lambda labels: (labels.unsqueeze(1) == labels).sum(1)
+
+
+def pytorch(counting, *, compiled=False):
+    """PyTorch by hand, or what torch.compile makes of it."""
+
+    def build(workload):
+        counts_of, function = counting(workload), by_hand
+        if compiled:
+            torch.compiler.reset()  # of many shapes it would give up, and say nothing
+            function = torch.compile(by_hand, dynamic=False)
+
+        def step(k):
+            return function(workload.features[k], workload.labels[k], workload.table, counts_of)
+
+        if compiled:
+            try:
+                step(0)
+            except Exception as error:  # a compiler, or a part of one, is missing
+                raise LeftOut(f"torch.compile: {str(error).strip().splitlines()[0]}") from error
+        return step
+
+    return build
+
+
+def cupy(workload):
+    """In CuPy, kernel by kernel."""
+    if workload.device.place != "cuda":
+        raise LeftOut("no GPU")
+    try:
+        import cupy
+    except ImportError as error:
+        raise LeftOut("no CuPy") from error
+    features, labels = (
+        [cupy.from_dlpack(tensor) for tensor in tensors]
+        for tensors in (workload.features, workload.labels)
+    )
+    centers = cupy.from_dlpack(workload.table)
+    stream = cupy.cuda.ExternalStream(workload.device.stream)
+
+    def step(k):
+        with stream:
+            residual = features[k] - centers[labels[k]]
+            loss = cupy.square(residual).sum() / 2
+            _, index, counts = cupy.unique(labels[k], return_inverse=True, return_counts=True)
+            scale = cupy.float32(ALPHA) / (1 + counts[index]).astype(cupy.float32)
+            cupy.add.at(centers, labels[k], residual * scale[:, None])
+        return loss, residual
+
+    return step
+
+
+def copied_bytes(workload):
+    """A copy of as many bytes as a step must move, from buffer to buffer."""
+    size = int(workload.case.bytes(torch.stack(workload.labels).cpu().numpy()) / 2)
+    shape = [workload.case.batches, 2, size]
+    buffers = torch.zeros(shape, dtype=torch.uint8, device=workload.device.place).unbind()
+
+    def step(k):
+        buffers[k][1].copy_(buffers[k][0])
+        return None, None
+
+    return step
+
+
+def empty(workload):
+    """A launch of a kernel that does nothing."""
+    if workload.device.place != "cuda":
+        raise LeftOut("no GPU")
+
+    def step(k):
+        torch.cuda._sleep(0)
+        return None, None
+
+    return step
+
+
+class Implementation(NamedTuple):
+    """How it is called is part of it."""
+
+    what: str
+    runner: type  # Calls or Graph
+    build: Callable
+    computes: bool = True  # something that the oracle can judge
+    always: bool = False  # for uneven labels and features of 16 bits, too
+
+    @property
+    def how(self):
+        return {Calls: "call", Graph: "CUDA graph"}[self.runner]
+
+
+IMPLEMENTATIONS = {
+    KERNEL: Implementation("fused kernel", Graph, fused(False), always=True),
+    "kernel": Implementation("fused kernel", Calls, fused(False)),
+    ATOMIC: Implementation("fused kernel, atomics", Graph, fused(True), always=True),
+    "unique": Implementation("PyTorch by hand", Calls, pytorch(by_unique)),
+    "table": Implementation("PyTorch, counts kept", Calls, pytorch(by_table)),
+    "table graph": Implementation("PyTorch, counts kept", Graph, pytorch(by_table), always=True),
+}
+for key, counting in zip(COMPILED, (by_table, by_pairs), strict=True):
+    what = f"torch.compile, {key.removeprefix('compiled ')}"
+    build = pytorch(counting, compiled=True)
+    IMPLEMENTATIONS[key] = Implementation(what, Calls, build)
+    IMPLEMENTATIONS[f"{key} graph"] = Implementation(what, Graph, build)
+IMPLEMENTATIONS |= {
+    "cupy": Implementation("CuPy", Calls, cupy),
+    "copy": Implementation("copy of the same bytes", Graph, copied_bytes, False, True),
+    EMPTY: Implementation("empty launch", Graph, empty, False, True),
+    "empty call": Implementation("empty launch", Calls, empty, False),
+}

@@ -1,0 +1,4 @@
+"""Names of implementations that the report knows; it runs without PyTorch."""
+
+KERNEL, ATOMIC, EMPTY = "kernel graph", "atomic graph", "empty launch"
+COMPILED = ("compiled table", "compiled pairs")

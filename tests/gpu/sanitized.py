@@ -1,0 +1,42 @@
+"""A few small steps, for compute-sanitizer: scanned and hashed, a class of each size, all types.
+
+python sanitized.py [planted]    with "planted", features that are shorter than they say
+"""
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from cuda_cases import CLASS_SIZES, batch_of
+
+import device as gpu
+import problems
+
+
+def steps(device):
+    for distinct, dim in ((20, 7), (1500, 12)):
+        for dtype in problems.DTYPES:
+            problem = batch_of(CLASS_SIZES, dim, dtype=dtype, distinct=distinct)
+            for atomic in (False, True):
+                centers = problem.centers.copy()
+                loss, *_ = device.center_loss_step(
+                    problem.features, problem.labels, centers, atomic=atomic
+                )
+                assert np.isfinite(loss) and (centers != problem.centers).any()
+
+
+def read_too_far(device):
+    short = torch.ones([64, 128], device="cuda")
+    said = short.__cuda_array_interface__ | {"shape": (128, 128)}
+    labels = torch.arange(128, device="cuda")
+    centers = torch.zeros([128, 128], device="cuda")
+    features = SimpleNamespace(__cuda_array_interface__=said)
+    device.workspace(128, 128)(features, labels, centers)
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    work = read_too_far if sys.argv[1:] == ["planted"] else steps
+    work(gpu.Device(gpu.load_kernels()))
+    print("steps done")

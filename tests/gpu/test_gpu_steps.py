@@ -1,0 +1,27 @@
+"""The tests of the emulated kernels, with the GPU in the emulator's place."""
+
+import pytest
+import test_cuda_emulated
+
+import emulated
+
+# What is the emulator's own, or the module's, see test_gpu_arrays.py. A table in a file is 8 GB to
+# carry there and back.
+LEFT_OUT = {
+    "test_what_a_workspace_is_too_small_for_is_refused",
+    "test_more_numbers_than_32_bits_count",
+}
+
+globals().update(
+    {
+        name: test
+        for name, test in vars(test_cuda_emulated).items()
+        if name.startswith("test_") and name not in LEFT_OUT
+    }
+)
+
+
+@pytest.fixture(autouse=True)
+def in_the_emulators_place(monkeypatch, device):
+    monkeypatch.setattr(emulated, "Emulator", lambda **schedule: device)
+    monkeypatch.setattr(test_cuda_emulated, "workspace_parts", lambda workspace: {})
