@@ -194,6 +194,8 @@ def _features(features):
 
 def _centers(centers, features, moves):
     variable = unwrap(centers)
+    if isinstance(variable, tf.Variable):
+        variable = _this_replicas(variable, moves)
     if not (
         isinstance(variable, TableLike)
         or isinstance(variable, tf.Variable)
@@ -221,7 +223,7 @@ def _centers(centers, features, moves):
             f"features: expected shape [..., {variable.shape[1]}] for centers of shape "
             f"{variable.shape}, got {features.shape}"
         )
-    return variable if isinstance(variable, TableLike) else _this_replicas(variable, moves)
+    return variable
 
 
 def _this_replicas(variable, moves):

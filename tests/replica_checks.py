@@ -1,0 +1,178 @@
+"""What any synchronous strategy must do; run by the programs of test_distribute*.py."""
+
+import contextlib
+import json
+import os
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import oracle
+import tf_center_loss_op as tcl
+from replicas import copies, gather, spread
+
+C, D = 23, 6
+
+# Samples of each replica: uneven, and one replica without any.
+SIZES = [5, 3, 0, 6]
+
+
+def batches(replicas, seed, labels="few", dtype="float32"):
+    """(features, labels) of each replica."""
+    rng = np.random.default_rng(seed)
+    sizes = SIZES[:replicas] if replicas > 2 else ([5, 0] if seed % 2 else [5, 3])
+    cuts = np.cumsum(sizes)[:-1]
+    total = sum(sizes)
+    ids = rng.permutation(C)[:total] if labels == "distinct" else rng.integers(0, 3, total)
+    features = rng.normal(size=(total, D)).astype("float32")
+    if labels == "bad":
+        features[0, 0] = np.inf
+    return np.split(features.astype(dtype), cuts), np.split(ids.astype("int32"), cuts)
+
+
+def step_of(strategy, centers, *, eager=False, **options):
+    """A step: per replica its share of the loss and the gradient."""
+
+    def run(features, labels):
+        def step(features, labels):
+            with tf.GradientTape() as tape:
+                tape.watch(features)
+                loss = tcl.center_loss(features, labels, centers, **options)
+            return tf.reshape(loss, [-1]), tape.gradient(loss, features)
+
+        return strategy.run(step, args=(features, labels))
+
+    return run if eager else tf.function(run, autograph=False)
+
+
+# Sums per label are exchanged for few labels, samples for distinct ones.
+CASES = [
+    ({}, "few"),
+    ({"rule": "batch_mean", "ignore_label": 1}, "distinct"),
+    ({"rule": "paper_batch_mean", "reduction": "sum", "ignore_label": 2}, "bad"),
+    ({"rule": "mean", "reduction": "none", "alpha": 1.0}, "distinct"),
+    ({"update_centers": False, "ignore_label": 2}, "few"),
+]
+
+
+def check_functions(strategy, impl, make, tables_of, *, cases=CASES, eager=False):
+    """`make(start)` a table in the strategy's scope; `tables_of(table)` -> (first row, rows)."""
+    replicas = strategy.num_replicas_in_sync
+    here = None
+    for seed, (options, labels) in enumerate(cases):
+        start = np.random.default_rng(99).normal(size=(C, D)).astype("float32")
+        centers = make(start)
+        features, ids = batches(replicas, seed, labels)
+        run = step_of(strategy, centers, impl=impl, eager=eager, **options)
+        loss, gradient = run(spread(strategy, features), spread(strategy, ids))
+        known = dict(options)
+        moves = known.pop("update_centers", True)
+        truth = oracle.center_loss(np.concatenate(features), np.concatenate(ids), start, **known)
+        after = truth.centers if moves else start
+        for first, rows in tables_of(centers):
+            expected = after[first : first + len(rows)]
+            np.testing.assert_allclose(rows, expected, rtol=2e-6, atol=2e-7, err_msg=str(options))
+            if not moves:
+                assert np.array_equal(rows, expected)
+        here = here or replicas_here(strategy)
+        bounds = np.cumsum([0, *map(len, ids)])
+        own = np.concatenate([np.arange(bounds[k], bounds[k + 1]) for k in here])
+        np.testing.assert_allclose(
+            gather(strategy, gradient), truth.feature_gradient[own], rtol=2e-6, atol=1e-7
+        )
+        shares = gather(strategy, loss)
+        if options.get("reduction") == "none":
+            np.testing.assert_allclose(shares, truth.loss[own], rtol=2e-6)
+        elif len(here) == replicas:
+            np.testing.assert_allclose(shares.sum(), truth.loss, rtol=2e-6)
+
+
+def replicas_here(strategy):
+    """Which of all replicas run in this process."""
+    ids = strategy.run(lambda: tf.distribute.get_replica_context().replica_id_in_sync_group)
+    return [int(k) for k in strategy.experimental_local_results(ids)]
+
+
+def mirrored_table(strategy):
+    """`make` and `tables_of` for a table with a copy on each replica."""
+
+    def make(start):
+        with strategy.scope():
+            return tf.Variable(start, trainable=False)
+
+    return make, lambda centers: [(0, copies(strategy, centers))]
+
+
+def sharded_table(strategy):
+    """The same for a table of which each replica has a part."""
+
+    def make(start):
+        with strategy.scope():
+            centers = tcl.ShardedCenters(C, D)
+        for first, part in centers.shards:
+            part.assign(start[first : first + part.shape[0]])
+        return centers
+
+    return make, lambda centers: [(first, part.numpy()) for first, part in centers.shards]
+
+
+class AddsAnother(keras.layers.Layer):
+    """Another layer's loss, before the center loss."""
+
+    def call(self, x):
+        """Adds what must not get lost."""
+        self.add_loss(0.25 * tf.ones([]))
+        return x
+
+
+def trained(scope, *, update="forward", alone=False, steps=1, **options):
+    """A model fitted on 3 batches of 16 and a last one of 1; its weights, logs and layer."""
+    keras.utils.set_random_seed(1)
+    with scope:
+        inputs, labels = keras.Input([D]), keras.Input([], dtype="int32")
+        embedded = keras.layers.Dense(D, kernel_regularizer="l2")(inputs)
+        layer = tcl.CenterLoss(C, weight=0.5, update=update, name="centers", **options)
+        x = layer([AddsAnother()(embedded), labels])
+        x = keras.layers.Dropout(0.0)(keras.layers.Dense(C)(x))
+        bases = (tcl.UpdateCentersAfterStep, keras.Model) if update == "manual" else (keras.Model,)
+        model = type("Model", bases, {})([inputs, labels], x)
+        # Keras takes the mean of the replicas' means, which is not that of an uneven batch.
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum")
+        model.compile("sgd", None if alone else loss, steps_per_execution=steps)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(49, D)).astype("f"), rng.integers(0, 7, 49).astype("int32")
+    data = tf.data.Dataset.from_tensor_slices(((x, y), y)).batch(16)
+    logs = model.fit(data, epochs=2, verbose=0).history
+    logs |= {"val_" + k: v for k, v in model.evaluate(data, verbose=0, return_dict=True).items()}
+    return model, logs, layer
+
+
+def check_fit(strategy, cases):
+    """Weights, and where the center loss is alone the logs, as of one replica."""
+    for options in cases:
+        model, logs, layer = trained(strategy.scope(), **options)
+        alike = {k: v for k, v in options.items() if k not in ("sharded", "steps")}
+        one, one_logs, one_layer = trained(contextlib.nullcontext(), **alike)
+        expected = one_layer.centers.numpy()
+        assert np.abs(expected).max() > 0.01
+        if options.get("sharded"):
+            for first, part in layer.centers.shards:
+                rows = expected[first : first + part.shape[0]]
+                np.testing.assert_allclose(part.numpy(), rows, rtol=1e-5, atol=1e-6)
+        else:
+            table = copies(strategy, layer.centers.value)
+            np.testing.assert_allclose(table, expected, rtol=1e-5, atol=1e-6)
+        pairs = zip(model.trainable_weights, one.trainable_weights, strict=True)
+        for mine, other in pairs:
+            np.testing.assert_allclose(mine.numpy(), other.numpy(), rtol=1e-5, atol=1e-6)
+        if options.get("alone"):
+            assert logs.keys() == one_logs.keys()
+            for name in logs:
+                np.testing.assert_allclose(logs[name], one_logs[name], rtol=1e-5, err_msg=name)
+    return layer
+
+
+def worker():
+    """The index of this worker."""
+    return json.loads(os.environ["TF_CONFIG"])["task"]["index"]

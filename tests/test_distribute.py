@@ -1,0 +1,339 @@
+"""Several replicas in one process give what one gives on the concatenated batch."""
+
+import pytest
+
+from child import run_python
+from replicas import BOUND
+
+
+def run(source, folder, **options):
+    """Output of a program that starts with the strategy's devices."""
+    return run_python(source, folder, timeout=BOUND, **options)
+
+
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_functions(replicas, implementations, tmp_path):
+    run(
+        f"""
+        from replicas import mirrored
+        strategy = mirrored({replicas})
+        from replica_checks import *
+
+        for impl in {implementations}:
+            cases = CASES if {replicas} == 2 else CASES[:2]
+            check_functions(strategy, impl, *mirrored_table(strategy), cases=cases)
+            check_functions(strategy, impl, *sharded_table(strategy), cases=cases[:-1])
+        """,
+        tmp_path,
+    )
+
+
+def test_fit(tmp_path):
+    run(
+        """
+        from replicas import mirrored
+        import tensorflow as tf
+        # TensorFlow's own collective ops do not work in the loop of steps_per_execution.
+        strategy = mirrored(2, cross_device_ops=tf.distribute.ReductionToOneDevice())
+        from replica_checks import *
+
+        slower = keras.optimizers.schedules.PolynomialDecay(0.5, 5, 0.1)
+        check_fit(strategy, [
+            {"alone": True, "ignore_label": 3, "rule": "batch_mean"},
+            {"steps": 2, "alpha": slower, "reduction": "sum"},
+            {"update": "manual"},
+            {"sharded": True, "alone": True},
+        ])
+        """,
+        tmp_path,
+    )
+
+
+def test_fit_on_four_replicas(tmp_path):
+    # The last batch has one sample: three replicas have none.
+    run(
+        """
+        from replicas import mirrored
+        strategy = mirrored(4)
+        from replica_checks import *
+
+        check_fit(strategy, [{"alone": True}])
+        """,
+        tmp_path,
+    )
+
+
+def test_what_is_exchanged(tmp_path):
+    run(
+        """
+        from replicas import mirrored
+        strategy = mirrored(2)
+        from replica_checks import *
+        from tf_center_loss_op import _arguments, distribute
+
+        # Which form is smaller: by hand, D = 6, int32 labels; two replicas of four samples.
+        # samples: 4 * (6 * 4 + 4) = 112 bytes each; a label: 6 * 4 + 16 = 40 bytes.
+        with strategy.scope():
+            centers = tf.Variable(tf.zeros([C, D]), trainable=False)
+        @tf.function
+        def form(features, labels):
+            def step(features, labels):
+                a = _arguments.check(features, labels, centers, alpha=0.5, rule="paper")
+                return distribute._Step(a).sums_are_smaller
+            return strategy.run(step, args=(features, labels))
+        for dtype, labels, expected in [
+            ("float32", [[0, 1, 2, 3], [0, 0, 0, 0]], False),  # 160 > 112
+            ("float32", [[0, 1, 2, 2], [0, 0, 0, 0]], False),  # 120 > 112
+            ("float32", [[0, 1, 1, 1], [2, 2, 2, 3]], True),   # 80 < 112
+            ("float16", [[0, 1, 1, 1], [2, 2, 2, 3]], False),  # 80 > 64
+            ("float16", [[0, 0, 0, 0], [2, 2, 2, 2]], True),   # 40 < 64
+        ]:
+            features = spread(strategy, [np.zeros([4, D], dtype)] * 2)
+            result = form(features, spread(strategy, [np.int32(part) for part in labels]))
+            assert [bool(k) for k in strategy.experimental_local_results(result)] == [expected] * 2
+
+        # Nothing of the table's size is: no collective op has C in its shape.
+        def collectives(graph):
+            for op in graph.get_operations():
+                if op.type.startswith("Collective"):
+                    yield op
+            for function in graph._functions.values() if hasattr(graph, "_functions") else ():
+                yield from collectives(function.graph)
+        for make in (mirrored_table(strategy)[0], sharded_table(strategy)[0]):
+            step = step_of(strategy, make(np.zeros([C, D], "f")))
+            features, ids = batches(2, 0)
+            traced = step.get_concrete_function(spread(strategy, features), spread(strategy, ids))
+            found = list(collectives(traced.graph))
+            assert len(found) >= 6, found
+            assert not any(C in (op.inputs[0].shape.as_list() or []) for op in found)
+        """,
+        tmp_path,
+    )
+
+
+def test_eager_loop(implementations, tmp_path):
+    run(
+        f"""
+        from replicas import mirrored
+        strategy = mirrored(2)
+        from replica_checks import *
+
+        for impl in {implementations}:
+            check_functions(strategy, impl, *mirrored_table(strategy), cases=CASES[:2], eager=True)
+        check_functions(strategy, impl, *sharded_table(strategy), cases=CASES[:2], eager=True)
+        """,
+        tmp_path,
+    )
+
+
+def test_side_effects_of_replicas_do_not_wait_for_each_other(tmp_path):
+    # TensorFlow orders them by when they were traced: the second replica's first behind the first
+    # replica's last.
+    run(
+        """
+        from replicas import mirrored
+        strategy = mirrored(2)
+        from replica_checks import *
+
+        make, tables_of = mirrored_table(strategy)
+        for sharded in (False, True):
+            centers = (sharded_table(strategy) if sharded else mirrored_table(strategy))[0](
+                np.zeros([C, D], "f"))
+            @tf.function(autograph=False)
+            def run(features, labels):
+                def step(features, labels):
+                    check = tf.debugging.Assert(tf.reduce_all(labels >= 0), [labels])
+                    with tf.control_dependencies([check]):
+                        features = tf.identity(features)
+                        loss = tcl.center_loss(features, tf.identity(labels), centers)
+                    tf.debugging.Assert(loss >= 0, [loss])
+                    tf.print("loss", loss, output_stream="file:///dev/null")
+                    return loss
+                return strategy.run(step, args=(features, labels))
+            features, ids = batches(2, 0)
+            run(spread(strategy, features), spread(strategy, ids))
+        """,
+        tmp_path,
+    )
+
+
+def test_bad_input(tmp_path):
+    run(
+        """
+        from replicas import mirrored
+        strategy = mirrored(2)
+        import pytest
+        from replica_checks import *
+
+        make, tables_of = mirrored_table(strategy)
+        start = np.ones([C, D], "f")
+        features, ids = batches(2, 0)
+        good = spread(strategy, features), spread(strategy, ids)
+
+        # A label of one replica that is out of range: all raise, no copy has moved, and the next
+        # step is as ever.
+        for table in (mirrored_table, sharded_table):
+            make, tables_of = table(strategy)
+            centers = make(start)
+            run = step_of(strategy, centers)
+            wrong = [ids[0], np.full_like(ids[1], C)]
+            with pytest.raises(tf.errors.InvalidArgumentError, match="labels"):
+                run(good[0], spread(strategy, wrong))
+            for first, rows in tables_of(centers):
+                assert np.array_equal(rows, start[first : first + len(rows)])
+            run(*good)
+            truth = oracle.center_loss(np.concatenate(features), np.concatenate(ids), start)
+            for first, rows in tables_of(centers):
+                expected = truth.centers[first : first + len(rows)]
+                np.testing.assert_allclose(rows, expected, rtol=1e-6)
+
+        # A negative step size in a variable.
+        alpha = tf.Variable(-1.0)
+        centers = mirrored_table(strategy)[0](start)
+        with pytest.raises(tf.errors.InvalidArgumentError, match="alpha: expected a finite"):
+            step_of(strategy, centers, alpha=alpha)(*good)
+
+        with pytest.raises(ValueError, match=r"made in strategy.scope\\(\\)"):
+            step_of(strategy, tf.Variable(start))(*good)
+        with strategy.scope():
+            with pytest.raises(ValueError, match="expected a call in a replica"):
+                tcl.center_loss(features[0], ids[0], centers)
+            # To look is allowed.
+            tcl.center_loss(features[0], ids[0], centers, update_centers=False)
+            with pytest.raises(ValueError, match="num_classes: expected at least one for each"):
+                tcl.ShardedCenters(1, D)
+            with pytest.raises(ValueError, match="initializer: expected zeros"):
+                tcl.ShardedCenters(C, D, initializer="glorot_uniform")
+            sharded = tcl.ShardedCenters(C, D)
+            with pytest.raises(ValueError, match="expected a call in a replica"):
+                tcl.center_loss(features[0], ids[0], sharded)
+        with pytest.raises(ValueError, match="strategy of 2 replicas"):
+            tcl.center_loss(features[0], ids[0], sharded)
+
+        @tf.function(jit_compile=True)
+        def compiled(features, labels):
+            return tcl.center_loss(features, labels, centers)
+
+        with pytest.raises(ValueError, match="jit_compile: expected False"):
+            tf.function(lambda *args: strategy.run(compiled, args=args))(*good)
+
+        with strategy.scope():
+            inputs, label = keras.Input([D]), keras.Input([], dtype="int32")
+            model = keras.Model([inputs, label], tcl.CenterLoss(C)([inputs, label]))
+            model.compile("sgd", run_eagerly=True)
+        with pytest.raises(RuntimeError, match="run_eagerly: expected False"):
+            model.fit([np.ones([4, D], "f"), np.zeros([4], "i")], batch_size=4, verbose=0)
+        """,
+        tmp_path,
+    )
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "tf.distribute.experimental.CentralStorageStrategy",
+        "tf.compat.v1.distribute.MirroredStrategy",
+    ],
+)
+def test_other_strategies_are_refused_at_construction(strategy, tmp_path):
+    run(
+        f"""
+        import pytest
+        import tensorflow as tf
+        import tf_center_loss_op as tcl
+
+        name = {strategy.split(".")[-1]!r}
+        with {strategy}().scope():
+            for make in (lambda: tcl.CenterLoss(3), lambda: tcl.ShardedCenters(3, 2)):
+                with pytest.raises(ValueError, match=f"strategy: {{name}}.*not supported: use "):
+                    make()
+        """,
+        tmp_path,
+    )
+
+
+def test_a_strategy_of_one_device(impl, tmp_path):
+    run(
+        f"""
+        import tensorflow as tf
+        strategy = tf.distribute.OneDeviceStrategy("CPU:0")
+        from replica_checks import *
+
+        for table in (mirrored_table, sharded_table):
+            make, tables_of = table(strategy)
+            start = np.ones([C, D], "f")
+            centers = make(start)
+            features, ids = batches(2, 0)
+            run = step_of(strategy, centers, impl={impl!r})
+            run(tf.constant(features[0]), tf.constant(ids[0]))
+            truth = oracle.center_loss(features[0], ids[0], start)
+            ((_, rows),) = tables_of(centers)
+            np.testing.assert_allclose(rows, truth.centers, rtol=1e-6)
+        """,
+        tmp_path,
+    )
+
+
+def test_shards_are_saved_and_restored_onto_another_number(tmp_path):
+    run(
+        """
+        from replicas import mirrored
+        strategy = mirrored(4)
+        import pytest
+        from replica_checks import *
+
+        def whole(centers):
+            parts = [part.numpy() for _, part in centers.shards]
+            assert sum(map(len, parts)) == C
+            return np.concatenate(parts)
+
+        random = tcl.RandomCenters(1.0, seed=3)
+        with strategy.scope():
+            four = tcl.ShardedCenters(C, D, initializer=random)
+        # The same numbers on any number of replicas, and as in a table that is not split.
+        expected = tcl.create_centers(C, D, initializer=random).numpy()
+        assert np.array_equal(whole(four), expected)
+        assert [first for first, _ in four.shards] == [0, 5, 11, 17]
+
+        four.save("saved")
+        tf.train.Checkpoint(centers=four).write("checkpoint")
+        one = tcl.ShardedCenters(C, D)
+        one.load("saved")
+        assert np.array_equal(whole(one), expected)
+        one = tcl.ShardedCenters(C, D)
+        tf.train.Checkpoint(centers=one).read("checkpoint").assert_consumed()
+        assert np.array_equal(whole(one), expected)
+
+        # And back; a second save replaces the first, and leaves none of its files.
+        one.shards[0][1].assign(2 * expected)
+        one.save("saved")
+        tf.train.Checkpoint(centers=one).write("checkpoint")
+        assert len(os.listdir("saved")) == 2
+        four.load("saved")
+        assert np.array_equal(whole(four), 2 * expected)
+        with strategy.scope():
+            again = tcl.ShardedCenters(C, D)
+        tf.train.Checkpoint(centers=again).read("checkpoint").assert_consumed()
+        assert np.array_equal(whole(again), 2 * expected)
+
+        # A save that was cut off does not count.
+        for path in os.listdir("saved"):
+            if path.endswith(".npy"):
+                os.truncate(os.path.join("saved", path), 100)
+        with pytest.raises(ValueError, match="folder: expected a complete file"):
+            again.load("saved")
+        with pytest.raises(ValueError, match=r"folder: expected a table float32 \\(3, 2\\)"):
+            tcl.ShardedCenters(3, 2).load("saved")
+        with pytest.raises(FileNotFoundError):
+            again.load("nothing")
+
+        # A whole model in Keras's files.
+        model, _, layer = trained(strategy.scope(), sharded=True)
+        model.save("model.keras")
+        loaded = keras.saving.load_model("model.keras", custom_objects={
+            "AddsAnother": AddsAnother, "Model": keras.Model})
+        assert np.array_equal(whole(loaded.get_layer("centers").centers), whole(layer.centers))
+        assert np.abs(whole(layer.centers)).max() > 0.01
+        """,
+        tmp_path,
+    )
