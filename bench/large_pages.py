@@ -38,7 +38,8 @@ class Workload:
         self.case, self.batches = case, case.batches
         self.feature_arrays, self.label_arrays = list(inputs.features), list(inputs.labels)
         # Two megabytes more, so that it can begin on a whole large page.
-        self._memory = mmap.mmap(-1, 4 * case.classes * case.dim + 2**21)
+        size = 4 * case.classes * case.dim + 2**21
+        self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._memory.madvise(ADVICE[pages])
         numbers = np.frombuffer(self._memory, np.float32)
         first = -numbers.ctypes.data % 2**21 // 4
@@ -83,6 +84,8 @@ def of_case(case, rounds):
         for what, build in WHAT.items():
             runners[what, pages] = Runner(workload, build(workload))
     share = (large_bytes() - before) / (4 * case.classes * case.dim)
+    if not 0.9 < share < 1.1:
+        raise SystemExit(f"expected one table of the two on large pages, got {share:.2f} tables")
     seconds, cores_of_others = measure.seconds_per_step(runners, rounds, machine.Others())
     return {
         "name": case.name,
@@ -129,7 +132,7 @@ def main():
     measurements = []
     for case in TABLES:
         measurements.append(of_case(case, arguments.rounds))
-        console.print(measurements[-1]["name"], measurements[-1]["tables_on_large_pages"])
+        console.print(case.name, measurements[-1]["tables_on_large_pages"])
     console.print(report(measurements))
     results = {"conditions": conditions, "cases": measurements}
     arguments.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")

@@ -65,6 +65,16 @@ def test_a_large_table_moves_to_large_pages_in_its_place(tmp_path):
     assert seen["share"] > 0.9
 
 
+@pytest.mark.skipif(not OFFERED, reason=f"{SETTING} says never, or Linux before 6.1")
+def test_a_table_that_was_read_before_its_first_step(tmp_path):
+    gather = PROGRAM.replace(
+        "tcl.center_loss(", "tcl.centers_of([5], centers)\ntcl.center_loss(", 1
+    )
+    seen = json.loads(run_python(gather, tmp_path))
+    assert seen["right"] and not seen["moved"]
+    assert seen["share"] > 0.9
+
+
 def test_it_can_be_switched_off(tmp_path):
     seen = json.loads(run_python(PROGRAM, tmp_path, TF_CENTER_LOSS_HUGE_PAGES="0"))
     assert seen["right"] and not seen["moved"]

@@ -219,6 +219,60 @@ def test_sequential(impl, batch):
     assert_close(numbers(layer), truth.centers, "float32", "centers")
 
 
+@keras.saving.register_keras_serializable(package="test_training")
+class SequentialWithLabels(keras.Sequential):
+    def call(self, inputs, training=None):
+        x, labels = inputs
+        for layer in self.layers:
+            x = layer(x, labels) if isinstance(layer, tcl.CenterLoss) else layer(x)
+        return x
+
+
+def test_sequential_with_labels(impl, batch, tmp_path):
+    # The layer in the midst of a sequential model, behind others.
+    features, labels = batch
+    layer = tcl.CenterLoss(C, impl=impl, name="centers")
+    dense = keras.layers.Dense(D, use_bias=False, trainable=False)
+    model = SequentialWithLabels([dense, keras.layers.Dropout(0.0), layer, keras.layers.Dense(C)])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss)
+    model.train_on_batch([*batch], labels)
+    truth = oracle.center_loss(features @ dense.kernel.numpy(), labels, np.zeros([C, D]))
+    assert_close(numbers(layer), truth.centers, "float32", "centers")
+    assert "centers_distance" in model.fit([*batch], labels, epochs=2, verbose=0).history
+    moved = numbers(layer)
+    model.evaluate([*batch], labels, verbose=0)
+    expected = model.predict([*batch], verbose=0)
+    assert np.array_equal(numbers(layer), moved)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert np.array_equal(numbers(again.layers[2]), moved)
+    np.testing.assert_allclose(again.predict([*batch], verbose=0), expected, rtol=1e-6)
+
+
+class OwnTrainStep:
+    def train_step(self, data):
+        inputs, labels = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(y=labels, y_pred=self(inputs, training=True))
+        gradients = tape.gradient(loss, self.trainable_weights)
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
+        return {metric.name: metric.result() for metric in self.metrics}
+
+
+def test_a_train_step_of_ones_own(impl, batch):
+    results = []
+    for bases in ((), (OwnTrainStep,)):
+        keras.utils.set_random_seed(1)
+        layer = tcl.CenterLoss(C, weight=0.3, impl=impl)
+        model = classifier(layer, bases)
+        logs = model.fit([*batch], batch[1], batch_size=4, epochs=2, shuffle=False, verbose=0)
+        assert f"{layer.name}_distance" in logs.history
+        results.append(model.get_weights())
+    for kerass, own in zip(*results, strict=True):
+        assert np.array_equal(kerass, own)
+
+
 def test_the_same_seed_gives_the_same_bits(impl, batch):
     results = []
     for _ in range(2):

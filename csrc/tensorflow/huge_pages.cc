@@ -5,6 +5,7 @@
 #include <fstream>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 
 #include "absl/synchronization/mutex.h"
@@ -103,12 +104,32 @@ Allocator* TheAllocator() {
 
 tensorflow::Allocator* HugePageAllocator() { return TheAllocator(); }
 
+namespace {
+
+absl::Mutex moved_mutex(absl::kConstInit);
+// Addresses stay in it when their memory is freed: another table there is moved at its first step
+// unless it is gathered from before that.
+std::unordered_set<const void*>& Moved() ABSL_SHARED_LOCKS_REQUIRED(moved_mutex) {
+  static auto* const moved = new std::unordered_set<const void*>;
+  return *moved;
+}
+
+}  // namespace
+
+bool MovedToHugePages(const void* memory) {
+  absl::ReaderMutexLock lock(moved_mutex);
+  return Moved().count(memory) != 0;
+}
+
 void MoveToHugePages(const void* memory, int64_t bytes) {
 #if defined(__linux__)
-  if (TheAllocator()->Owns(memory)) return;
-  Advise(memory, bytes, MADV_HUGEPAGE);
-  Advise(memory, bytes, kCollapse);
+  if (!TheAllocator()->Owns(memory)) {
+    Advise(memory, bytes, MADV_HUGEPAGE);
+    Advise(memory, bytes, kCollapse);
+  }
 #endif
+  absl::MutexLock lock(moved_mutex);
+  Moved().insert(memory);
 }
 
 }  // namespace tcl

@@ -25,6 +25,9 @@ tensorflow::Allocator* HugePageAllocator();
 // about two seconds for a gigabyte; nothing to do for memory of the HugePageAllocator.
 void MoveToHugePages(const void* memory, int64_t bytes);
 
+// Whether memory at this address was moved, or tried to, before. Some tens of nanoseconds.
+bool MovedToHugePages(const void* memory);
+
 }  // namespace tcl
 
 #endif  // TF_CENTER_LOSS_OP_CSRC_TENSORFLOW_HUGE_PAGES_H_
