@@ -3,6 +3,7 @@
 python -m bench
 python -m bench --torch PYTHON_WITH_TORCH --json bench/results/NAME.json
 python -m bench --cases 1024x512 --labels ""
+python -m bench --rows xla training --labels ""
 python -m bench --cases --labels 10,1000,100000,10000000
 """
 
@@ -24,7 +25,10 @@ from bench.together import measurements
 from bench.torch_process import TorchProcess
 from bench.workload import Tables
 
-SWEPT = ("fused loop", "tutorial loop", "kernel", "rows", "empty loop")
+SWEPT = (
+    *("fused loop", "tutorial loop", "fused xla", "kernel", "rows"),
+    *report.EMPTY_OF.values(),
+)
 
 
 def main():
@@ -40,11 +44,11 @@ def main():
         status = stack.enter_context(console.status("")).update
         status("memory")
         swept, tables, cases, sweep = label_sweep(arguments.labels), Tables(), [], []
-        extra = memory.of_cases(arguments.cases, IMPLEMENTATIONS, arguments.torch)
+        extra = memory.of_cases(arguments.cases, arguments.rows, arguments.torch)
         extra |= memory.of_cases(swept, SWEPT)
         for case in arguments.cases:
             cases += measurements(
-                [case], IMPLEMENTATIONS, extra, tables, arguments.rounds, torch, status
+                [case], arguments.rows, extra, tables, arguments.rounds, torch, status
             )
             console.print(report.table(cases[-1]))
         if swept:
@@ -76,6 +80,13 @@ def parse():
         "without a PART, none",
     )
     parser.add_argument(
+        "--rows",
+        nargs="*",
+        metavar="PART",
+        default=[""],
+        help="only implementations whose key in bench/implementations.py holds one of these",
+    )
+    parser.add_argument(
         "--labels",
         metavar="N,N,...",
         default="10,1000,10000,100000,1000000,10000000",
@@ -98,6 +109,11 @@ def parse():
         case
         for case in CASES
         if any(part in case.name.replace("×", "x") for part in arguments.cases)
+    ]
+    arguments.rows = [
+        key
+        for key in IMPLEMENTATIONS
+        if key in report.EMPTY_OF.values() or any(part in key for part in arguments.rows)
     ]
     arguments.labels = [int(number) for number in arguments.labels.split(",") if number]
     return arguments

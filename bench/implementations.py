@@ -11,9 +11,10 @@ import numpy as np
 import tensorflow as tf
 
 import tf_center_loss_op as tcl
-from bench import compiled
+from bench import compiled, xla
 from bench.cases import ALPHA
 from bench.machine import THREADS
+from bench.training import training
 from tf_center_loss_op import _kernels
 
 
@@ -86,10 +87,12 @@ def function(step):
     return build
 
 
-def while_loop(step):
+def while_loop(step, jit_compile=None):
     """The steps in a `tf.while_loop` within one `tf.function`, strictly one after the other.
 
-    Picking a batch is a view, no copy. The loop carries the last gradient and the last labels, so
+    Picking a batch is a view, no copy; under XLA it is a copy, also in the empty loop, which what
+    is subtracted contains even where XLA has fused it into the step, to the op's disadvantage. The
+    loop carries the last gradient and the last labels, so
     that nothing can be left out, in the empty loop neither.
     """
 
@@ -97,7 +100,7 @@ def while_loop(step):
         all_features, all_labels = workload.features, workload.labels
         centers, batches = workload.table.variable, workload.batches
 
-        @tf.function(autograph=False)
+        @tf.function(autograph=False, jit_compile=jit_compile)
         def loop(first, end):
             def body(i, loss, gradient, labels):
                 features, labels = all_features[i % batches], all_labels[i % batches]
@@ -180,6 +183,7 @@ class Implementation(NamedTuple):
     computes: bool = True  # something that the oracle can judge
 
 
+TRAININGS = {"native": "fused op", "graph": 'impl="graph"', None: "no center loss"}
 IMPLEMENTATIONS = {
     "fused loop": Implementation("fused op", "tf.while_loop", while_loop(fused)),
     "fused function": Implementation("fused op", "tf.function", function(fused)),
@@ -197,6 +201,22 @@ IMPLEMENTATIONS = {
     "rows": Implementation("rows moved by hand", "C++", moved_rows),
     "copy": Implementation("copy of the same bytes", "C++", copied_bytes, computes=False),
     "empty loop": Implementation("empty loop", "tf.while_loop", while_loop(empty), computes=False),
+    "fused xla": Implementation("fused op", "XLA loop", while_loop(fused, True)),
+    "graph xla": Implementation('impl="graph"', "XLA loop", while_loop(graph, True)),
+    **{
+        f"{key} xla": Implementation(
+            f"counts by {key}", "XLA loop", while_loop(xla.with_counts(count), True)
+        )
+        for key, count in xla.COUNTS.items()
+    },
+    "empty xla": Implementation("empty loop", "XLA loop", while_loop(empty, True), computes=False),
+    **{
+        f"training {impl}{' xla' if jit else ''}": Implementation(
+            f"training, {what}", "XLA" if jit else "tf.function", training(impl, jit), False
+        )
+        for impl, what in TRAININGS.items()
+        for jit in (True, None)
+    },
 }
 
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from rich.table import Table
 
-EMPTY = "empty loop"
-EMPTIES = (EMPTY, "empty launch", "empty call")
-LOOPS = ("fused loop", "tutorial loop", "tuned loop", "graph loop")
+EMPTIES = ("empty loop", "empty launch")  # what does nothing
+EMPTY_OF = {"tf.while_loop": "empty loop", "XLA loop": "empty xla"}  # how -> what is subtracted
+PLAIN_XLA = ("graph xla", "matrix xla", "table xla", "sorting xla")
 QUANTILES = (0.1, 0.5, 0.9)
 COLORS = {
     "fused op": "tab:blue",
@@ -23,7 +23,13 @@ COLORS = {
     "bare kernel": "tab:green",
     "rows moved by hand": "tab:olive",
     "copy of the same bytes": "tab:gray",
-    EMPTY: "lightgray",
+    "counts by matrix": "tab:pink",
+    "counts by table": "tab:cyan",
+    "counts by sorting": "darkcyan",
+    "training, fused op": "navy",
+    'training, impl="graph"': "darkred",
+    "training, no center loss": "silver",
+    "empty loop": "lightgray",
 }
 
 
@@ -32,10 +38,18 @@ def gross(measurement, key):
     return np.array(measurement["implementations"][key]["seconds"])
 
 
+def is_loop(measurement, key):
+    """Whether the row is a loop of steps, from which an empty loop is subtracted."""
+    implementation = measurement["implementations"][key]
+    return implementation["how"] in EMPTY_OF and implementation["what"] not in EMPTIES
+
+
 def net(measurement, key):
-    """The same, in a `tf.while_loop` less the empty loop of the same round."""
+    """The same, in a loop less the empty loop of the same kind and round."""
     seconds = gross(measurement, key)
-    return seconds - gross(measurement, EMPTY) if key in LOOPS else seconds
+    if not is_loop(measurement, key):
+        return seconds
+    return seconds - gross(measurement, EMPTY_OF[measurement["implementations"][key]["how"]])
 
 
 def ratio(above, below):
@@ -62,18 +76,21 @@ def table(measurement):
         )
         bandwidth = measurement["bytes"] / np.median(net(measurement, key)) / 1e9
         share = ""
-        if "copy" in measurement["implementations"] and key not in EMPTIES:
+        step = implementation["what"] not in EMPTIES and not key.startswith("training")
+        # What a compiled program took is kept for the next one: it would all come to nothing.
+        gives_back = step and key != "copy" and "XLA" not in implementation["how"]
+        if "copy" in measurement["implementations"] and step:
             share = f"{100 * ratio(gross(measurement, 'copy'), net(measurement, key)):.0f}"
         out.add_row(
             implementation["what"],
             implementation["how"],
             f"{1e6 * np.median(gross(measurement, key)):.1f}",
-            middle if key in LOOPS else "",
+            middle if is_loop(measurement, key) else "",
             low,
             high,
-            f"{bandwidth:.2f}" if key not in EMPTIES else "",
+            f"{bandwidth:.2f}" if step else "",
             share,
-            "" if key in ("copy", *EMPTIES) else _megabytes(implementation["extra_memory"]),
+            _megabytes(implementation["extra_memory"]) if gives_back else "",
         )
     return out
 
@@ -84,7 +101,7 @@ def _megabytes(size):
 
 def sweep_table(sweep):
     """A row a number of labels."""
-    keys = [key for key in sweep[0]["implementations"] if key not in EMPTIES]
+    keys = [key for key, row in sweep[0]["implementations"].items() if row["what"] not in EMPTIES]
     around = sweep[0]["surroundings"]
     out = Table(
         title=f"Cost against the number of labels, B = {sweep[0]['batch']}, D = {sweep[0]['dim']}: "
@@ -142,42 +159,71 @@ def summary(figures):
 
 
 def _case_figures(cases):
+    def compare(what, above, below, of=net, where=lambda m: True, **bound):
+        for m in cases:
+            if where(m) and {above, below} <= m["implementations"].keys():
+                yield Figure(what, m["name"], ratio(of(m, above), of(m, below)), **bound)
+
+    def large(m):
+        return m["batch"] >= 1024
+
+    for batch, bound in ((64, 8), (4096, 4)):
+        yield from compare(
+            "tutorial's ops / fused op, net",
+            "tutorial loop",
+            "fused loop",
+            where=lambda m, batch=batch: m["batch"] == batch,
+            at_least=bound,
+        )
+    yield from compare(
+        "tuned TensorFlow ops / fused op, net", "tuned loop", "fused loop", at_least=1
+    )
+    yield from compare(
+        "fused op, net / bare kernel", "fused loop", "kernel", where=large, at_most=1.25
+    )
+    yield from compare(
+        "bare kernel / rows moved by hand", "kernel", "rows", where=large, at_most=1.2
+    )
+    # Nothing is subtracted: PyTorch's loop is Python's.
+    yield from compare(
+        "PyTorch / fused op, loop included", "torch", "fused loop", of=gross, at_least=1
+    )
     for m in cases:
-        bound = {64: 8, 4096: 4}.get(m["batch"])
-        if bound:
-            times = ratio(net(m, "tutorial loop"), net(m, "fused loop"))
-            yield Figure("tutorial's ops / fused op, net", m["name"], times, at_least=bound)
-    for m in cases:
-        times = ratio(net(m, "tuned loop"), net(m, "fused loop"))
-        yield Figure("tuned TensorFlow ops / fused op, net", m["name"], times, at_least=1)
-    large = [m for m in cases if m["batch"] >= 1024]
-    for m in large:
-        times = ratio(net(m, "fused loop"), net(m, "kernel"))
-        yield Figure("fused op, net / bare kernel", m["name"], times, at_most=1.25)
-    for m in large:
-        times = ratio(net(m, "kernel"), net(m, "rows"))
-        yield Figure("bare kernel / rows moved by hand", m["name"], times, at_most=1.2)
-    for m in cases:
-        if "torch" in m["implementations"]:
-            # Nothing is subtracted: PyTorch's loop is Python's.
-            times = ratio(gross(m, "torch"), gross(m, "fused loop"))
-            yield Figure("PyTorch / fused op, loop included", m["name"], times, at_least=1)
+        if {"fused xla", *PLAIN_XLA} <= m["implementations"].keys():
+            best = min(PLAIN_XLA, key=lambda key: np.median(net(m, key)))
+            times = ratio(net(m, best), net(m, "fused xla"))
+            what = f"XLA: {m['implementations'][best]['what']} / fused op, net"
+            yield Figure(what, m["name"], times, at_least=2)
+    yield from compare(
+        "training step with the op, XLA / not", "training native xla", "training native", at_most=1
+    )
 
 
 def _sweep_figures(sweep):
-    few, many = 10**4, 10**7
-    if not {few, many} <= sweep.keys():
-        return
-    where = "10⁷ labels / 10⁴ labels"
     # Rows of a larger table lie in fewer caches and on more pages, whoever reads them: what the op
     # itself must not do is grow beyond the loop that only moves them.
-    growth = {key: net(sweep[many], key) / net(sweep[few], key) for key in ("fused loop", "rows")}
-    times = ratio(growth["fused loop"], growth["rows"])
-    yield Figure("growth of the fused op, net / of rows moved by hand", where, times, at_most=1.25)
-    extra = [sweep[c]["implementations"]["fused loop"]["extra_memory"] for c in (few, many)]
-    yield Figure(
-        "growth of the fused op's extra memory, MB", where, (extra[1] - extra[0]) / 1e6, at_most=1
-    )
+    for what, key, many in (
+        ("the fused op, net", "fused loop", 10**7),
+        ("the fused op under XLA, net", "fused xla", 10**6),
+    ):
+        few = 10**4
+        if {few, many} <= sweep.keys():
+            growth = {k: net(sweep[many], k) / net(sweep[few], k) for k in (key, "rows")}
+            yield Figure(
+                f"growth of {what} / of rows moved by hand",
+                f"{many:,} labels / {few:,} labels",
+                ratio(growth[key], growth["rows"]),
+                at_most=1.25,
+            )
+    few, many = 10**4, 10**7
+    if {few, many} <= sweep.keys():
+        extra = [sweep[c]["implementations"]["fused loop"]["extra_memory"] for c in (few, many)]
+        yield Figure(
+            "growth of the fused op's extra memory, MB",
+            f"{many:,} labels / {few:,} labels",
+            (extra[1] - extra[0]) / 1e6,
+            at_most=1,
+        )
 
 
 def pyplot():
@@ -199,7 +245,7 @@ def draw_cases(cases, path):
         rows, columns, figsize=(7.5 * columns, 4.2 * rows), squeeze=False, layout="constrained"
     )
     for panel, m in zip(panels.flat, cases, strict=False):
-        keys = [key for key in m["implementations"] if key not in EMPTIES][::-1]
+        keys = [k for k, row in m["implementations"].items() if row["what"] not in EMPTIES][::-1]
         low, middle, high = 1e6 * np.quantile([net(m, key) for key in keys], QUANTILES, axis=1)
         shown = [m["implementations"][key] for key in keys]
         names = [f"{i['what']}, {i['how']}" for i in shown]
@@ -210,9 +256,7 @@ def draw_cases(cases, path):
             panel.annotate(
                 f"{value:.3g}", (value, name), (4, 4), textcoords="offset points", fontsize=8
             )
-        panel.set(
-            xscale="log", title=m["name"], xlabel="µs a step; tf.while_loop net of an empty loop"
-        )
+        panel.set(xscale="log", title=m["name"], xlabel="µs a step; loops net of an empty loop")
         panel.grid(axis="x", alpha=0.3)
         panel.set_axisbelow(True)
     for panel in panels.flat[len(cases) :]:
@@ -227,19 +271,20 @@ def draw_sweep(sweep, path):
     figure, panel = plt.subplots(figsize=(8, 5), layout="constrained")
     classes = [m["classes"] for m in sweep]
     for key, implementation in sweep[0]["implementations"].items():
-        if key in EMPTIES:
+        if implementation["what"] in EMPTIES:
             continue
         low, middle, high = 1e6 * np.quantile([net(m, key) for m in sweep], QUANTILES, axis=1)
         color = COLORS[implementation["what"]]
         name = f"{implementation['what']}, {implementation['how']}"
-        panel.plot(classes, middle, "o-", color=color, label=name)
+        style = "o--" if "XLA" in implementation["how"] else "o-"
+        panel.plot(classes, middle, style, color=color, label=name)
         panel.fill_between(classes, low, high, color=color, alpha=0.2)
     panel.set(
         xscale="log",
         yscale="log",
         xlabel="labels (rows of the table)",
         ylabel="µs a step, median, 10 % to 90 %",
-        title=f"B = {sweep[0]['batch']}, D = {sweep[0]['dim']}; tf.while_loop net of an empty loop",
+        title=f"B = {sweep[0]['batch']}, D = {sweep[0]['dim']}; loops net of an empty loop",
     )
     panel.grid(which="both", alpha=0.3)
     panel.legend()

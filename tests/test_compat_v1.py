@@ -7,6 +7,7 @@ import tensorflow as tf
 import tf_center_loss_op as tcl
 import tutorial
 from child import TESTS, run_python
+from conftest import GRAPH_ONLY
 from tolerances import TRAINING
 
 tf1 = tf.compat.v1
@@ -194,3 +195,49 @@ def test_all_of_this_without_the_native_op(tmp_path):
         tmp_path,
         TF_CENTER_LOSS_IMPL="graph",
     )
+
+
+def compiled_by(how, step):
+    if how == "compile":
+        return lambda *inputs: tf.xla.experimental.compile(step, inputs)
+    return tf.function(step, jit_compile=True, autograph=False)
+
+
+@pytest.mark.parametrize("how", ["compile", "function"])
+@pytest.mark.parametrize("impl", ["native", "graph"])
+def test_under_xla(session, monkeypatch, how, impl):
+    if impl == "native" and GRAPH_ONLY:
+        pytest.skip("no native library in this run")
+    monkeypatch.setenv("TF_CENTER_LOSS_IMPL", impl)
+    features = tf.constant([[2.0, 4.0], [4.0, 8.0], [0.0, 6.0]])
+    label = tf.constant([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+
+    def step(features, label):
+        loss, _, update = ours(features, label, alpha=0.5)
+        gradient = tf1.gradients(loss, features)[0]
+        with tf.control_dependencies([update]):
+            return tf.identity(loss), tf.identity(gradient)
+
+    run = compiled_by(how, step)(features, label)
+    (centers,) = tf1.global_variables()
+    initialise(session)
+    loss, gradient = session.run(run)
+    assert loss == 68.0
+    np.testing.assert_array_equal(gradient, [[2, 4], [4, 8], [0, 6]])
+    np.testing.assert_allclose(session.run(centers), [[0.5, 1], [0, 0], [0, 0.75]], rtol=1e-6)
+    _, gradient = session.run(run)
+    np.testing.assert_allclose(gradient, [[1.5, 3], [3.5, 7], [0, 5.25]], rtol=1e-6)
+
+
+def test_in_a_compiled_function_of_tensorflow_2():
+    @tf.function(jit_compile=True, autograph=False)
+    def step(features):
+        loss, centers, update = ours(features, tf.one_hot([1], 2), alpha=0.5)
+        with tf.control_dependencies([update]):
+            return tf.identity(loss), centers.read_value()
+
+    with tf1.variable_scope("in_a_compiled_function"):
+        assert step(tf.constant([[2.0, 4.0]]))[0] == 10
+        loss, centers = step(tf.constant([[2.0, 4.0]]))
+    assert loss == (1.75**2 + 3.5**2) / 2
+    np.testing.assert_allclose(centers, [[0, 0], [0.25 + 1.75 / 8, 0.5 + 3.5 / 8]], rtol=1e-6)

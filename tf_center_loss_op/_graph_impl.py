@@ -106,7 +106,8 @@ def _small(batch):
 
 def _groups_by_matrix(labels, residual):
     """Labels, whether a place is the last of its class, n and sums there: all compared with all."""
-    same = labels[:, tf.newaxis] == labels
+    # Not `==`, which in a graph of TensorFlow 1 compares the objects.
+    same = tf.equal(labels[:, tf.newaxis], labels)
     place = tf.range(tf.size(labels))
     last = ~tf.reduce_any(same & (place > place[:, tf.newaxis]), axis=1)
     n = tf.reduce_sum(tf.cast(same, tf.int32), axis=1)
@@ -124,7 +125,7 @@ def _groups_by_sorting(labels, residual):
     place = tf.range(tf.size(labels))
 
     def same_run(shift):
-        return (place >= shift) & (labels == tf.roll(labels, shift, axis=0))
+        return (place >= shift) & tf.equal(labels, tf.roll(labels, shift, axis=0))
 
     def take_up(shift, n, total):
         same = same_run(shift)
@@ -137,7 +138,8 @@ def _groups_by_sorting(labels, residual):
         take_up,
         (tf.constant(1), tf.ones_like(place), total),
     )
-    last = (labels != tf.roll(labels, -1, axis=0)) | (place == tf.size(labels) - 1)
+    last = tf.not_equal(labels, tf.roll(labels, -1, axis=0))
+    last |= tf.equal(place, tf.size(labels) - 1)
     return labels, last, n, total
 
 

@@ -93,11 +93,10 @@ def reads_in_xla(centers):
     step the table's own memory, would copy it for what comes of the read later.
     """
     graph = tf.compat.v1.get_default_graph()
-    if not (in_xla() and isinstance(centers, tf.Variable)):
+    # In a graph of TensorFlow 1 no program order makes what stands there part of this run.
+    if not (in_xla() and graph.building_function and isinstance(centers, tf.Variable)):
         return []
-    handle = centers.handle
-    if graph.building_function:
-        handle = graph.capture(handle)
+    handle = graph.capture(centers.handle)
     found, last = set(), {}
     for op in graph.get_operations():
         inputs = [tensor.op for tensor in op.inputs]

@@ -4,7 +4,7 @@
 // times, most of it on one thread, and takes 2 to 5 times as long (256 to 4096 samples of 512
 // features, 100k and 1M labels, 2 cores). Either form moves the centers in place, and either is
 // given a copy of the table where the program also reads it in no order with the step;
-// AfterEarlierReads gives such reads an order.
+// AfterEarlierReads gives such reads an order, which HLO has no place for.
 //
 // A kernel cannot raise under XLA, so a label out of range makes its own sample NaN: it is handed
 // on as a sample of class 0 with features of NaN, which the kernel lets count in N and move
@@ -70,9 +70,9 @@ bool HoldsTable(const xla::ShapeProto& shape, int64_t elements) {
 // that the step does not depend on it would hand a copy of the table. So what was read becomes an
 // operand too, unused. (A control dependency would do, but keeps passes from rewriting a gather
 // that the code generator then cannot take.) Values as large as the table are passed through: what
-// the step waits for is what came of them, the sum over the table or the loop's result. Not seen,
-// and paid for with a copy, is what comes of a read only later in the program: a read of the whole
-// table (not a gather) whose value is used after the step.
+// the step waits for is what came of them, the sum over the table or the loop's result. That this
+// is in the program already is what `reads_in_xla` in _native.py sees to. Not seen, and paid for
+// with a copy, is a read of the whole table that comes before a loop or a branch with the step.
 void AfterEarlierReads(xla::XlaBuilder& builder, int64_t elements) {
   std::deque<xla::HloInstructionProto>& program = InstructionsOf(builder);
   xla::HloInstructionProto& step = program.back();
