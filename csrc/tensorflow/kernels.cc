@@ -23,7 +23,7 @@ using tensorflow::Tensor;
 using tensorflow::TensorShape;
 
 // Caches and the translation buffer hold the rows of a smaller table anyway.
-constexpr size_t kMinTableBytes = size_t{1} << 26;
+constexpr int64_t kMinTableBytes = int64_t{1} << 26;
 
 ParallelFor ThreadsOf(OpKernelContext* context) {
   return [context](int64_t total, int64_t bytes, const Work& work) {
@@ -95,14 +95,11 @@ class OnCpu {
   }
 
   static absl::Status Own(OpKernelContext* context, Tensor* table) {
-    if (!table->RefCountIsOne()) {
-      Tensor copy;
-      TF_RETURN_IF_ERROR(Allocate(context, table->dtype(), table->shape(), &copy));
-      std::memcpy(copy.data(), table->data(), table->TotalBytes());
-      *table = copy;
-    } else if (table->TotalBytes() >= kMinTableBytes && HugePagesWanted()) {
-      MoveToHugePages(table->data(), static_cast<int64_t>(table->TotalBytes()));
-    }
+    if (table->RefCountIsOne()) return absl::OkStatus();
+    Tensor copy;
+    TF_RETURN_IF_ERROR(Allocate(context, table->dtype(), table->shape(), &copy));
+    std::memcpy(copy.data(), table->data(), table->TotalBytes());
+    *table = copy;
     return absl::OkStatus();
   }
 
@@ -112,7 +109,7 @@ class OnCpu {
   }
 
   static absl::Status Launch(OpKernelContext* context, const Arguments& step) {
-    // A gather before the first step has taken away the occasion to do it in Own.
+    // At the first step; a gather may have come before, or a checkpoint changed the buffer since.
     const int64_t bytes = step.classes * step.dim * static_cast<int64_t>(sizeof(Center));
     if (step.options.update_centers && bytes >= kMinTableBytes && HugePagesWanted() &&
         !MovedToHugePages(step.centers)) {
