@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from cuda_cases import CLASS_SIZES, batch_of
 
 import device as gpu
 import problems
+from cuda_cases import CLASS_SIZES, batch_of
 
 
 def steps(device):

@@ -5,9 +5,9 @@ import json
 
 import numpy as np
 import pytest
-from cuda_cases import CLASS_SIZES, batch_of
 
 import problems
+from cuda_cases import CLASS_SIZES, batch_of
 from device import to_host
 
 OPTIONS = dict(rule="paper", alpha=0.3, reduction="mean")

@@ -1,9 +1,9 @@
 """The tests of the emulated kernels, with the GPU in the emulator's place."""
 
 import pytest
-import test_cuda_emulated
 
 import emulated
+import test_cuda_emulated
 
 # What is the emulator's own, or the module's, see test_gpu_arrays.py. A table in a file is 8 GB to
 # carry there and back.
