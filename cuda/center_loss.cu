@@ -424,13 +424,7 @@ class Rows {
 
   __device__ explicit Rows(const Parameters<Feature>& p) : p_(p) {
     alpha_ = p.cuda.alpha == nullptr ? p.options.alpha : *p.cuda.alpha;
-    weight_ = p.cuda.weight == nullptr ? p.options.weight : *p.cuda.weight;
-    if (p.options.update_centers && !(IsFinite(alpha_) && alpha_ >= 0)) {
-      // No kernel can raise: a bad alpha shows in the loss.
-      weight_ = NotANumber();
-      alpha_ = 0;
-    }
-    moves_ = p.options.update_centers && alpha_ != 0;
+    moves_ = p.options.update_centers && IsFinite(alpha_) && alpha_ > 0;
   }
 
   // Whether any center moves; with alpha = 0 none does, so none is touched.
@@ -438,7 +432,7 @@ class Rows {
 
   __device__ void SetCounted(int counted) {
     counted_ = counted;
-    sample_scale_ = ReductionScale(p_.options.reduction, weight_, counted);
+    sample_scale_ = ReductionScale(p_.options.reduction, Weight(), counted);
   }
 
   // Fetches what sample i needs, ahead of the look-up of its class.
@@ -514,7 +508,7 @@ class Rows {
       if (thread < half) shared[thread] += shared[thread + half];
     }
     if (thread != 0) return;
-    sum = shared[0] * static_cast<double>(weight_);
+    sum = shared[0] * static_cast<double>(Weight());
     if (p_.options.reduction == Reduction::kMean) {
       sum = counted_ == 0 ? 0 : sum / static_cast<double>(counted_);
     }
@@ -528,6 +522,13 @@ class Rows {
   __device__ static Center NotANumber() { return static_cast<Center>(FloatOf(0x7fc00000u)); }
 
  private:
+  // Read again at the end of the launch: there is no register to keep it in meanwhile.
+  __device__ Center Weight() const {
+    // No kernel can raise: a bad alpha shows in the loss.
+    if (p_.options.update_centers && !(IsFinite(alpha_) && alpha_ >= 0)) return NotANumber();
+    return p_.cuda.weight == nullptr ? p_.options.weight : *p_.cuda.weight;
+  }
+
   // What becomes of the sum of a chunk's residuals.
   enum class Sums { kNone, kMove, kStore, kAdd };
 
@@ -536,7 +537,6 @@ class Rows {
     const bool holds = Lane() < members.count;
     Center sample_weight = 1;
     if (p_.sample_weight != nullptr && holds) sample_weight = p_.sample_weight[members.position];
-    const Center factor = sample_weight * sample_scale_;
     Center squares = 0;  // ||d||^2 of this lane's member
     // A row longer than kPass has to be gone through before any of it may be added up.
     const bool whole_rows = p_.dim <= kPass;
@@ -565,7 +565,7 @@ class Rows {
         square = WarpSum(square);
         if (Lane() == m) squares += square;
         if (p_.residual != nullptr) {
-          const Center scale = __shfl_sync(kAllLanes, factor, m);
+          const Center scale = __shfl_sync(kAllLanes, sample_weight, m) * sample_scale_;
           const int i = __shfl_sync(kAllLanes, members.position, m);
 #pragma unroll
           for (int e = 0; e < kLane; ++e) row[e] *= scale;
@@ -645,15 +645,15 @@ class Rows {
   // others wrote before they came is visible to it.
   __device__ bool LastToArrive(int* counter, int arrivals) {
     __syncwarp();  // what the other lanes wrote comes before the fence of the first
-    int before = 0;
+    bool last = false;
     if (Lane() == 0) {
       __threadfence();
-      before = atomicAdd(counter, 1);
-      if (before == arrivals - 1) *counter = 0;
+      last = atomicAdd(counter, 1) == arrivals - 1;
+      if (last) *counter = 0;
       __threadfence();
     }
     __syncwarp();  // and what they will read comes after it: a shuffle orders no memory
-    return __shfl_sync(kAllLanes, before, 0) == arrivals - 1;
+    return __any_sync(kAllLanes, last);
   }
 
   // Up the tree from the chunk of index.rank(), as far as this warp is the last to arrive. A node
@@ -682,9 +682,9 @@ class Rows {
       const int count = WarpSum(child.count);
       for (int64_t column = 0; column < p_.dim; column += kPass) {
         Piece sum, next;
-        LoadRow<Width, Cache::kShared>(p_.PoolAt(__shfl_sync(kAllLanes, child.row, 0)), column,
-                                       p_.dim, sum);
-        for (int k = 1; k < children; ++k) {
+#pragma unroll
+        for (int e = 0; e < kLane; ++e) sum[e] = 0;
+        for (int k = 0; k < children; ++k) {
           const int row = __shfl_sync(kAllLanes, child.row, k);
           LoadRow<Width, Cache::kShared>(p_.PoolAt(row), column, p_.dim, next);
 #pragma unroll
@@ -714,7 +714,6 @@ class Rows {
 
   const Parameters<Feature>& p_;
   Center alpha_;
-  Center weight_;
   Center sample_scale_ = 0;
   int counted_ = 0;
   bool moves_;

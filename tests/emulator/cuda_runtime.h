@@ -144,6 +144,7 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
   for (int lane = 0; lane < ::emulator::kWarp; ++lane) votes |= unsigned(all[lane] != 0) << lane;
   return votes;
 }
+inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
 inline bool __all_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) == mask; }
 template <typename T>
 unsigned __match_any_sync(unsigned, T value) {

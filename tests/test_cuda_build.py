@@ -1,0 +1,47 @@
+"""What nvcc makes of the CUDA kernels; needs no GPU."""
+
+import pytest
+
+from bench import ptxas
+
+TEXT = """\
+ptxas info    : Compiling entry function 'void tcl::(anonymous namespace)::HashStep<tcl::Half, 4, \
+true>(tcl::(anonymous namespace)::Parameters<tcl::Half>)' for 'sm_75'
+ptxas info    : Function properties for void tcl::(anonymous namespace)::HashStep<tcl::Half, 4, \
+true>
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 72 registers, used 1 barriers, 48 bytes smem, 632 bytes cmem[0]
+ptxas info    : Compiling entry function 'void tcl::(anonymous namespace)::Backward<float>(float)' \
+for 'sm_90'
+ptxas info    : Function properties for void tcl::(anonymous namespace)::Backward<float>(float)
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 0 barriers
+"""
+
+
+def test_what_ptxas_says_is_understood():
+    assert ptxas.parse(TEXT) == [
+        ptxas.Kernel("Backward<float>", "sm_90", 40, 0, 0, 0, 0),
+        ptxas.Kernel("HashStep<Half, 4, true>", "sm_75", 72, 8, 4, 12, 48),
+    ]
+
+
+def test_registers_spills_and_shared_memory(capsys):
+    if ptxas.nvcc() is None:
+        pytest.skip("no nvcc: the CUDA kernels are compiled where it is installed")
+    kernels, warnings = ptxas.compile_all()
+    with capsys.disabled():
+        print("", *ptxas.table(kernels), sep="\n")
+    assert not warnings
+    names = {kernel.name for kernel in kernels}
+    # A step scanned, hashed and hashed with atomics, of rows aligned or not, and a backward pass,
+    # for four types.
+    assert len(names) == 4 * (3 * 2 + 1)
+    assert len(kernels) == len(names) * len(ptxas.ARCHITECTURES)
+    for kernel in kernels:
+        assert kernel.spill_stores == kernel.spill_loads == 0, kernel
+        assert kernel.stack_frame == 0, kernel
+        # The registers that the launch bounds leave: blocks that have to be resident are.
+        assert kernel.registers <= (168 if kernel.name.startswith("ScanStep<double") else 128), (
+            kernel
+        )
