@@ -10,6 +10,7 @@ PARTS = ("kernel graph", "atomic graph", "table graph", "compiled table graph", 
 
 def figures(cases, copy_speed):
     """The figures to reach that these measurements can tell."""
+    cases = [m for m in cases if KERNEL in m["implementations"]]
     return [*_speed(cases, copy_speed), *_others(cases), *_skew(cases)]
 
 
