@@ -11,14 +11,20 @@ BUILD_FILES := CMakeLists.txt setup.py pyproject.toml requirements.txt \
 CXX_FILES = $(wildcard csrc/*.h csrc/*.cc csrc/*/*.h csrc/*/*.cc cuda/*.h cuda/*.cu cuda/*.cuh)
 LINTERS = $(shell grep -oE '(ruff|clang-format)==[0-9.]+' pyproject.toml)
 
+# Machines for GPUs come with a Python that holds PyTorch: it is used as it is, without a network.
+GPU_NEEDS := torch ml_dtypes pybind11 pytest psutil rich
+GPU_PYTHON ?= $(shell python3 -c 'import importlib.util, sys; \
+  sys.exit(not all(map(importlib.util.find_spec, sys.argv[1:])))' $(GPU_NEEDS) 2>/dev/null \
+  && echo python3 || echo $(IN_VENV))
+
 # Two pips at once in one environment spoil it; Ninja uses all cores all the same.
 .NOTPARALLEL:
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test bench gpu lint format clean
 .PRECIOUS: $(VENV)/.installed-%
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
-	@echo "Overridable: PYTHON=$(PYTHON) VENV=$(VENV) ARGS= (passed to the program that test, bench or demo runs)"
+	@echo "Overridable: PYTHON=$(PYTHON) VENV=$(VENV) ARGS= (passed to the program that test, bench, gpu or demo runs)"
 
 demo: $(VENV)/.installed-demo  ## train three real tasks, pictures in demo_output/
 	$(IN_VENV) -m examples $(ARGS)
@@ -28,6 +34,16 @@ test: $(VENV)/.installed-test  ## run the tests
 
 bench: $(VENV)/.installed-bench  ## run the benchmarks: the table and the plots
 	$(IN_VENV) -m bench $(ARGS)
+
+gpu:  ## on a machine with a GPU: build, test and time the CUDA kernels
+	@test $(GPU_PYTHON) != $(IN_VENV) || $(MAKE) $(VENV)/.installed-gpu
+	@export PATH="$$PATH:$(abspath $(VENV))/bin"; set -ex; \
+	cmake -DTCL_TENSORFLOW=OFF -DPython_EXECUTABLE="$$($(GPU_PYTHON) -c 'import sys; \
+	print(sys.executable)')" -S . -B build/gpu; \
+	cmake --build build/gpu --parallel; \
+	$(GPU_PYTHON) -m pytest tests/gpu --confcutdir=tests/gpu -rs && failed=0 || failed=1; \
+	$(GPU_PYTHON) -m bench.gpu $(ARGS); \
+	exit $$failed
 
 lint: $(VENV)/.linters  ## check style, change nothing
 	$(VENV)/bin/ruff check

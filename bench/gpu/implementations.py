@@ -96,11 +96,6 @@ def pytorch(counting, *, compiled=False):
         def step(k):
             return function(workload.features[k], workload.labels[k], workload.table, counts_of)
 
-        if compiled:
-            try:
-                step(0)
-            except Exception as error:  # a compiler, or a part of one, is missing
-                raise LeftOut(f"torch.compile: {str(error).strip().splitlines()[0]}") from error
         return step
 
     return build

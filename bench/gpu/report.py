@@ -10,6 +10,7 @@ PARTS = ("kernel graph", "atomic graph", "table graph", "compiled table graph", 
 
 def figures(cases, copy_speed):
     """The figures to reach that these measurements can tell."""
+    cases = [m for m in cases if KERNEL in m["implementations"]]
     return [*_speed(cases, copy_speed), *_others(cases), *_skew(cases)]
 
 
@@ -81,12 +82,12 @@ def draw(results, path):
     left.grid(which="both", alpha=0.3)
     left.legend()
 
-    names = [m["name"] for m in cases][::-1]
-    places = np.arange(len(names))
-    for offset, key in ((0.2, KERNEL), (-0.2, ATOMIC)):
-        times = [1e6 * np.median(gross(m, key)) for m in cases[::-1]]
-        right.barh(places + offset, times, 0.4, label=key.removesuffix(" graph"))
-    right.set_yticks(places, names)
+    for offset, key, color in ((0.2, KERNEL, "tab:blue"), (-0.2, ATOMIC, "tab:cyan")):
+        times = {k: gross(m, key) for k, m in enumerate(cases) if key in m["implementations"]}
+        places = [offset - k for k in times]
+        medians = [1e6 * np.median(seconds) for seconds in times.values()]
+        right.barh(places, medians, 0.4, label=key.removesuffix(" graph"), color=color)
+    right.set_yticks([-k for k in range(len(cases))], [m["name"] for m in cases])
     right.set(xscale="log", xlabel="µs a step, median, CUDA graph", title="labels")
     right.grid(axis="x", alpha=0.3)
     right.legend()

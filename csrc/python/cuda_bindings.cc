@@ -61,13 +61,19 @@ std::string DtypeOf(const DLTensor& tensor) {
 }
 
 CudaArray FromDLPack(const py::object& object, const char* name) {
-  // No synchronisation: the caller gives the stream.
-  const py::capsule capsule = object.attr("__dlpack__")(py::arg("stream") = -1);
+  const std::string expected =
+      std::string(name) + ": expected an array in the memory of a CUDA device";
+  py::capsule capsule;
+  try {
+    // No synchronisation: the caller gives the stream.
+    capsule = object.attr("__dlpack__")(py::arg("stream") = -1);
+  } catch (const py::error_already_set& error) {  // as NumPy, which knows no streams
+    throw py::value_error(expected + " (" + std::string(py::str(error.value())) + ")");
+  }
   const auto* tensor =
       static_cast<const DLTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
   if (tensor == nullptr) throw py::error_already_set();
-  Require(tensor->device_type == kDLCuda || tensor->device_type == kDLCudaManaged,
-          std::string(name) + ": expected an array in the memory of a CUDA device");
+  Require(tensor->device_type == kDLCuda || tensor->device_type == kDLCudaManaged, expected);
   CudaArray array;
   array.data = static_cast<char*>(tensor->data) + tensor->byte_offset;
   array.shape.assign(tensor->shape, tensor->shape + tensor->ndim);

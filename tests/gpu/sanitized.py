@@ -27,12 +27,14 @@ def steps(device):
 
 
 def read_too_far(device):
-    short = torch.ones([64, 128], device="cuda")
-    said = short.__cuda_array_interface__ | {"shape": (128, 128)}
-    labels = torch.arange(128, device="cuda")
-    centers = torch.zeros([128, 128], device="cuda")
+    # One row that says it is 32 MB: farther than whatever else lies behind it.
+    batch, dim = 2048, 4096
+    row = torch.ones([1, dim], device="cuda")
+    said = row.__cuda_array_interface__ | {"shape": (batch, dim)}
+    labels = torch.zeros([batch], dtype=torch.int64, device="cuda")
+    centers = torch.zeros([1, dim], device="cuda")
     features = SimpleNamespace(__cuda_array_interface__=said)
-    device.workspace(128, 128)(features, labels, centers)
+    device.workspace(batch, dim)(features, labels, centers)
     torch.cuda.synchronize()
 
 

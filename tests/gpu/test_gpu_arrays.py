@@ -58,6 +58,7 @@ WRONG = {
     "rank": (dict(features=lambda t: t[0]), r"features: expected shape \[B, D\], got \[4\]"),
     "a view": (dict(features=lambda t: t.t().contiguous().t()), "features: expected a C-contig"),
     "host memory": (dict(features=lambda t: t.cpu()), "features: expected an array in the memory"),
+    "NumPy": (dict(features=lambda t: t.cpu().numpy()), "features: expected an array in the mem"),
     "no array": (dict(features=lambda t: [1.0]), "features: expected an array with DLPack"),
     "larger batch": (
         dict(features=lambda t: t.repeat(2, 1), labels=lambda t: t.repeat(2)),
@@ -87,7 +88,7 @@ def test_sizes_of_no_workspace(kernels, wrong):
         kernels.CudaStep(*wrong)
 
 
-@pytest.mark.parametrize("repeats", [1, 700], ids=["scanned", "hashed"])
+@pytest.mark.parametrize("repeats", [1, 1024], ids=["scanned", "hashed"])
 def test_more_numbers_than_32_bits_count(kernels, repeats):
     # C * D > 2^31, and byte offsets beyond 2^33.
     import torch

@@ -26,7 +26,7 @@ def sanitize(tool, *arguments):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=150,
+        timeout=90,
     )
     if "not supported" in done.stdout and "steps done" not in done.stdout:
         pytest.skip(f"compute-sanitizer cannot work here: {done.stdout[-300:]}")
