@@ -111,8 +111,8 @@ class OnCpu {
   static absl::Status Launch(OpKernelContext* context, const Arguments& step) {
     // At the first step; a gather may have come before, or a checkpoint changed the buffer since.
     const int64_t bytes = step.classes * step.dim * static_cast<int64_t>(sizeof(Center));
-    if (step.options.update_centers && bytes >= kMinTableBytes && HugePagesWanted() &&
-        !MovedToHugePages(step.centers)) {
+    if (step.options.update_centers && bytes >= static_cast<int64_t>(kMinTableBytes) &&
+        HugePagesWanted() && !MovedToHugePages(step.centers)) {
       MoveToHugePages(step.centers, bytes);
     }
     const int64_t bad = CenterLossOnCpu(step, ThreadsOf(context), BestIsa());
