@@ -40,10 +40,25 @@ def test_fit(tmp_path):
         slower = keras.optimizers.schedules.PolynomialDecay(0.5, 5, 0.1)
         check_fit(strategy, [
             {"alone": True, "ignore_label": 3, "rule": "batch_mean"},
-            {"steps": 2, "alpha": slower, "reduction": "sum"},
             {"update": "manual"},
             {"sharded": True, "alone": True},
         ])
+        layer = check_fit(strategy, [{"steps": 2, "alpha": slower, "reduction": "sum"}])
+
+        # All copies are loaded.
+        centers, table = layer.centers, copies(strategy, layer.centers.value)
+        tcl.save_centers(centers, "centers.npy")
+        centers.assign(tf.zeros_like(centers))
+        assert not copies(strategy, centers.value).any()
+        tcl.load_centers(centers, "centers.npy")
+        assert np.array_equal(copies(strategy, centers.value), table)
+        with strategy.scope():
+            inputs, label = keras.Input([D]), keras.Input([], dtype="int32")
+            model = keras.Model([inputs, label], layer([inputs, label]))
+        model.save_weights("model.weights.h5")
+        centers.assign(tf.zeros_like(centers))
+        model.load_weights("model.weights.h5")
+        assert np.array_equal(copies(strategy, centers.value), table)
         """,
         tmp_path,
     )
@@ -333,6 +348,12 @@ def test_shards_are_saved_and_restored_onto_another_number(tmp_path):
         loaded = keras.saving.load_model("model.keras", custom_objects={
             "AddsAnother": AddsAnother, "Model": keras.Model})
         assert np.array_equal(whole(loaded.get_layer("centers").centers), whole(layer.centers))
+        model.save_weights("model.weights.h5")
+        trained_centers = whole(layer.centers)
+        for _, part in layer.centers.shards:
+            part.assign(tf.zeros_like(part))
+        model.load_weights("model.weights.h5")
+        assert np.array_equal(whole(layer.centers), trained_centers)
         assert np.abs(whole(layer.centers)).max() > 0.01
         """,
         tmp_path,

@@ -438,6 +438,11 @@ class Replicated:
     """
 
     def __init__(self, run):
+        if _native.gpu_atomics():
+            raise ValueError(
+                "set_gpu_atomics: expected False where every replica has a copy of the centers, "
+                "which sums in any order would let drift apart, got True"
+            )
         self._run = run
 
     def center_loss(self, a: _arguments.Arguments) -> tuple[tf.Tensor, tf.Tensor]:
