@@ -96,14 +96,14 @@ def replica() -> int:
     return 0 if context is None else context._replica_id
 
 
-def own_copy(variable: keras.Variable) -> tf.Variable:
+def own_copy(variable: keras.Variable) -> keras.Variable | tf.Variable:
     """The copy of a layer's weight that belongs to this replica.
 
     Where all replicas write the same to theirs there is nothing to agree on.
     """
-    variable = _arguments.unwrap(variable)
-    if isinstance(variable, _arguments.TableLike):
+    if in_stateless_scope():
         return variable
+    variable = _arguments.unwrap(variable)
     return tf.distribute.get_strategy().experimental_local_results(variable)[replica()]
 
 
