@@ -110,6 +110,23 @@ def test_what_is_exchanged(tmp_path):
             result = form(features, spread(strategy, [np.int32(part) for part in labels]))
             assert [bool(k) for k in strategy.experimental_local_results(result)] == [expected] * 2
 
+        # 16-bit features in both forms: as one replica, copies alike.
+        for dtype, labels in [("float16", "few"), ("bfloat16", "distinct")]:
+            features, ids = batches(2, 0, labels)
+            features = [tf.cast(part, dtype).numpy() for part in features]
+            start = np.ones([C, D], "f")
+            centers, alone = mirrored_table(strategy)[0](start), tf.Variable(start)
+            run = step_of(strategy, centers)
+            loss, gradient = run(spread(strategy, features), spread(strategy, ids))
+            x, y = tf.concat(features, 0), np.concatenate(ids)
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                expected = tcl.center_loss(x, y, alone)
+            np.testing.assert_allclose(gather(strategy, loss).sum(), expected, rtol=1e-6)
+            assert np.array_equal(gather(strategy, gradient), tape.gradient(expected, x).numpy())
+            np.testing.assert_allclose(copies(strategy, centers), alone.numpy(), rtol=1e-6)
+            assert not np.array_equal(alone.numpy(), start)
+
         # Nothing of the table's size is: no collective op has C in its shape.
         def collectives(graph):
             for op in graph.get_operations():

@@ -657,7 +657,7 @@ class _Step:
             )
 
         checked = _graph_impl.require(self.total(_OUTSIDE) == 0, message)
-        return checked & _graph_impl.check_alpha(a)
+        return checked & _graph_impl.check_alpha(a) if a.update_centers else checked
 
 
 def _count(where):
