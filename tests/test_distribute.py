@@ -19,10 +19,13 @@ def test_functions(replicas, implementations, tmp_path):
         strategy = mirrored({replicas})
         from replica_checks import *
 
-        for impl in {implementations}:
-            cases = CASES if {replicas} == 2 else CASES[:2]
-            check_functions(strategy, impl, *mirrored_table(strategy), cases=cases)
-            check_functions(strategy, impl, *sharded_table(strategy), cases=cases[:-1])
+        first, *others = {implementations}
+        cases = CASES if {replicas} == 2 else CASES[:2]
+        check_functions(strategy, first, *mirrored_table(strategy), cases=cases)
+        check_functions(strategy, first, *sharded_table(strategy), cases=cases[:-1])
+        for impl in others:
+            check_functions(strategy, impl, *mirrored_table(strategy), cases=CASES[:2])
+            check_functions(strategy, impl, *sharded_table(strategy), cases=CASES[:1])
         """,
         tmp_path,
     )
@@ -40,10 +43,25 @@ def test_fit(tmp_path):
         slower = keras.optimizers.schedules.PolynomialDecay(0.5, 5, 0.1)
         check_fit(strategy, [
             {"alone": True, "ignore_label": 3, "rule": "batch_mean"},
-            {"steps": 2, "alpha": slower, "reduction": "sum"},
             {"update": "manual"},
             {"sharded": True, "alone": True},
         ])
+        layer = check_fit(strategy, [{"steps": 2, "alpha": slower, "reduction": "sum"}])
+
+        # All copies are loaded.
+        centers, table = layer.centers, copies(strategy, layer.centers.value)
+        tcl.save_centers(centers, "centers.npy")
+        centers.assign(tf.zeros_like(centers))
+        assert not copies(strategy, centers.value).any()
+        tcl.load_centers(centers, "centers.npy")
+        assert np.array_equal(copies(strategy, centers.value), table)
+        with strategy.scope():
+            inputs, label = keras.Input([D]), keras.Input([], dtype="int32")
+            model = keras.Model([inputs, label], layer([inputs, label]))
+        model.save_weights("model.weights.h5")
+        centers.assign(tf.zeros_like(centers))
+        model.load_weights("model.weights.h5")
+        assert np.array_equal(copies(strategy, centers.value), table)
         """,
         tmp_path,
     )
@@ -91,6 +109,23 @@ def test_what_is_exchanged(tmp_path):
             features = spread(strategy, [np.zeros([4, D], dtype)] * 2)
             result = form(features, spread(strategy, [np.int32(part) for part in labels]))
             assert [bool(k) for k in strategy.experimental_local_results(result)] == [expected] * 2
+
+        # 16-bit features in both forms: as one replica, copies alike.
+        for dtype, labels in [("float16", "few"), ("bfloat16", "distinct")]:
+            features, ids = batches(2, 0, labels)
+            features = [tf.cast(part, dtype).numpy() for part in features]
+            start = np.ones([C, D], "f")
+            centers, alone = mirrored_table(strategy)[0](start), tf.Variable(start)
+            run = step_of(strategy, centers)
+            loss, gradient = run(spread(strategy, features), spread(strategy, ids))
+            x, y = tf.concat(features, 0), np.concatenate(ids)
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                expected = tcl.center_loss(x, y, alone)
+            np.testing.assert_allclose(gather(strategy, loss).sum(), expected, rtol=1e-6)
+            assert np.array_equal(gather(strategy, gradient), tape.gradient(expected, x).numpy())
+            np.testing.assert_allclose(copies(strategy, centers), alone.numpy(), rtol=1e-6)
+            assert not np.array_equal(alone.numpy(), start)
 
         # Nothing of the table's size is: no collective op has C in its shape.
         def collectives(graph):
@@ -333,6 +368,12 @@ def test_shards_are_saved_and_restored_onto_another_number(tmp_path):
         loaded = keras.saving.load_model("model.keras", custom_objects={
             "AddsAnother": AddsAnother, "Model": keras.Model})
         assert np.array_equal(whole(loaded.get_layer("centers").centers), whole(layer.centers))
+        model.save_weights("model.weights.h5")
+        trained_centers = whole(layer.centers)
+        for _, part in layer.centers.shards:
+            part.assign(tf.zeros_like(part))
+        model.load_weights("model.weights.h5")
+        assert np.array_equal(whole(layer.centers), trained_centers)
         assert np.abs(whole(layer.centers)).max() > 0.01
         """,
         tmp_path,

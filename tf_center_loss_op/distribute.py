@@ -96,14 +96,14 @@ def replica() -> int:
     return 0 if context is None else context._replica_id
 
 
-def own_copy(variable: keras.Variable) -> tf.Variable:
+def own_copy(variable: keras.Variable) -> keras.Variable | tf.Variable:
     """The copy of a layer's weight that belongs to this replica.
 
     Where all replicas write the same to theirs there is nothing to agree on.
     """
-    variable = _arguments.unwrap(variable)
-    if isinstance(variable, _arguments.TableLike):
+    if in_stateless_scope():
         return variable
+    variable = _arguments.unwrap(variable)
     return tf.distribute.get_strategy().experimental_local_results(variable)[replica()]
 
 
@@ -438,6 +438,11 @@ class Replicated:
     """
 
     def __init__(self, run):
+        if _native.gpu_atomics():
+            raise ValueError(
+                "set_gpu_atomics: expected False where every replica has a copy of the centers, "
+                "which sums in any order would let drift apart, got True"
+            )
         self._run = run
 
     def center_loss(self, a: _arguments.Arguments) -> tuple[tf.Tensor, tf.Tensor]:
@@ -652,7 +657,7 @@ class _Step:
             )
 
         checked = _graph_impl.require(self.total(_OUTSIDE) == 0, message)
-        return checked & _graph_impl.check_alpha(a)
+        return checked & _graph_impl.check_alpha(a) if a.update_centers else checked
 
 
 def _count(where):

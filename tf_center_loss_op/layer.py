@@ -217,7 +217,7 @@ class CenterLoss(keras.layers.Layer):
     def save_own_variables(self, store):
         """Writes the centers block by block, where the store is one HDF5 file."""
         group = tables.h5_group(store)
-        if group is None or not self.built:
+        if group is None or not self.built or self.sharded:
             super().save_own_variables(store)
             return
         tables.write_h5(group, "0", self.centers)
@@ -232,7 +232,7 @@ class CenterLoss(keras.layers.Layer):
             type. The centers are unchanged.
         """
         group = tables.h5_group(store)
-        if group is None or not self.built:
+        if group is None or not self.built or self.sharded:
             super().load_own_variables(store)
             return
         self._check_load_own_variables(store)
