@@ -22,6 +22,9 @@ namespace {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+__device__ __forceinline__ int Lane() { return static_cast<int>(threadIdx.x) % kWarp; }
+__device__ __forceinline__ int WarpOfBlock() { return static_cast<int>(threadIdx.x) / kWarp; }
+
 // A warp holds up to kColumns of a row at a time, kPerLane of them in each lane: 64 bytes, which is
 // enough loads in flight to hide the latency of memory, and few enough registers (row, next row,
 // center and sum) for two blocks of 256 threads on a multiprocessor. Half of that where the numbers
@@ -105,7 +108,7 @@ __device__ __forceinline__ void AddVector(T* address, const T* in) {
 // The first column of this lane's vector number `vector` of the columns that start at `column`.
 template <int Width>
 __device__ __forceinline__ int64_t ColumnOf(int64_t column, int vector) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int lane = Lane();
   return column + (static_cast<int64_t>(vector) * kWarp + lane) * Width;
 }
 
@@ -141,7 +144,7 @@ template <typename T>
 __device__ __forceinline__ void PrefetchRow(const T* row, int64_t dim) {
   constexpr int kLine = 128;
   const char* const begin = reinterpret_cast<const char*>(row);
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int lane = Lane();
   for (int64_t at = int64_t{lane} * kLine; at < dim * static_cast<int64_t>(sizeof(T));
        at += kWarp * kLine) {
 #if defined(__CUDA_ARCH__)
@@ -164,7 +167,7 @@ __device__ __forceinline__ T WarpSum(T value) {
 
 // For the lane, the sum over the lanes before it.
 __device__ __forceinline__ int WarpSumBefore(int value) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int lane = Lane();
   int sum = value;
 #pragma unroll
   for (int other = 1; other < kWarp; other *= 2) {

@@ -164,7 +164,7 @@ def test_a_workspace_serves_launch_after_launch(atomic):
 
 
 def workspace_parts(workspace):
-    """What has to be zero between launches; the places are those of Layout in center_loss.cu."""
+    """What has to be zero between launches; the places are those of Layout in workspace.cuh."""
     of = workspace.struct
     slots = 1
     while slots < 4 * of.batch:

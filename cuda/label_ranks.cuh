@@ -1,0 +1,268 @@
+// How a sample learns the count of its class, its rank among the samples of its class, and where
+// those of other ranks are.
+//
+// ScanIndex: each warp scans the labels in shared memory, B / 32 steps. No barrier.
+// HashIndex: all blocks count the labels in a hash table; then kTiles blocks rank the samples whose
+//   label is not alone, each those of one tile of the batch, in order. A rank in the batch is the
+//   rank in the tile and the counts of the class in the tiles before. Between the two, and after
+//   them, all blocks have to meet.
+
+#ifndef TF_CENTER_LOSS_OP_CUDA_LABEL_RANKS_CUH_
+#define TF_CENTER_LOSS_OP_CUDA_LABEL_RANKS_CUH_
+
+#include <cstdint>
+
+#include "cuda/device.cuh"
+#include "cuda/workspace.cuh"
+
+namespace tcl {
+namespace {
+
+// Up to kWarp of a class's samples, one in each lane: of the ranks first, first + stride, ...
+struct Members {
+  int count;     // lanes that hold one
+  int position;  // in the batch
+};
+
+// Ranks by scanning the labels, which lie in shared memory.
+template <typename Feature>
+class ScanIndex {
+ public:
+  __device__ ScanIndex(const Parameters<Feature>& p, unsigned char* shared)
+      : p_(p), labels_(reinterpret_cast<int64_t*>(shared)) {
+    found_ = reinterpret_cast<int*>(labels_ + p.batch) + WarpOfBlock() * kWarp;
+    for (int i = static_cast<int>(threadIdx.x); i < p.batch; i += static_cast<int>(blockDim.x)) {
+      labels_[i] = p.Label(i);
+    }
+    __syncthreads();
+  }
+
+  static int64_t SharedBytes(int64_t batch, int threads) {
+    return batch * static_cast<int64_t>(sizeof(int64_t)) +
+           threads * static_cast<int64_t>(sizeof(int));
+  }
+
+  __device__ int Counted() const {
+    if (!p_.options.has_ignore_label) return p_.batch;
+    int counted = 0;
+    for (int i = Lane(); i < p_.batch; i += kWarp) counted += !p_.Ignored(labels_[i]);
+    return WarpSum(counted);
+  }
+
+  // The class of sample i from here on, its count and the rank of i.
+  __device__ void SetClass(int i) {
+    label_ = labels_[i];
+    count_ = rank_ = 0;
+    for (int start = 0; start < p_.batch; start += kWarp) {
+      const int j = start + Lane();
+      const bool same = j < p_.batch && labels_[j] == label_;
+      count_ += __popc(__ballot_sync(kAllLanes, same));
+      rank_ += __popc(__ballot_sync(kAllLanes, same && j < i));
+    }
+  }
+
+  __device__ int count() const { return count_; }
+  __device__ int rank() const { return rank_; }
+
+  __device__ Members Find(int first, int stride, int most) {
+    int before = 0;
+    const int last = first + stride * (most - 1);
+    for (int start = 0; start < p_.batch && before <= last; start += kWarp) {
+      const int j = start + Lane();
+      const bool same = j < p_.batch && labels_[j] == label_;
+      const unsigned all = __ballot_sync(kAllLanes, same);
+      const int rank = before + __popc(all & ((1u << Lane()) - 1));
+      if (same && rank >= first && rank <= last && (rank - first) % stride == 0) {
+        found_[(rank - first) / stride] = j;
+      }
+      before += __popc(all);
+    }
+    __syncwarp();
+    const Members members = {most, Lane() < most ? found_[Lane()] : 0};
+    __syncwarp();
+    return members;
+  }
+
+ private:
+  const Parameters<Feature>& p_;
+  int64_t* labels_;  // [B]
+  int* found_;       // [kWarp]
+  int64_t label_ = 0;
+  int count_ = 0;
+  int rank_ = 0;
+};
+
+// Ranks from a hash table of the batch's labels and from the counts of each class in each tile.
+template <typename Feature>
+class HashIndex {
+ public:
+  __device__ HashIndex(const Parameters<Feature>& p, int parity)
+      : p_(p), table_(p.table[parity]), groups_(p.groups[parity]) {}
+
+  // Enters this block's share of the labels, once for each warp and label.
+  __device__ void Enter() {
+    int counted = 0;
+    const int threads = static_cast<int>(gridDim.x * blockDim.x);
+    const int thread = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+    for (int start = thread - Lane(); start < p_.batch; start += threads) {
+      const int i = start + Lane();
+      const int64_t label = i < p_.batch ? p_.Label(i) : -1;
+      const bool is_counted = i < p_.batch && !p_.Ignored(label);
+      const bool enters = is_counted && p_.InTable(label);
+      counted += is_counted;
+      const unsigned same = __match_any_sync(kAllLanes, enters ? label : -1 - Lane());
+      const int leader = __ffs(static_cast<int>(same)) - 1;
+      int group = -1;
+      if (enters && leader == Lane()) {
+        group = GroupOf(label, i);
+        atomicAdd(&groups_[group].count, __popc(same));
+      }
+      group = __shfl_sync(kAllLanes, group, leader);
+      if (i < p_.batch) p_.group_of[i] = group;
+    }
+    counted = WarpSum(counted);
+    if (Lane() == 0 && counted > 0) atomicAdd(&p_.header->counted, counted);
+  }
+
+  // For each tile of this block's share: the order of its samples of classes with several, and
+  // their ranks among the tile's.
+  __device__ void RankTiles(int* shared) {
+    for (int tile = static_cast<int>(blockIdx.x); tile < kTiles;
+         tile += static_cast<int>(gridDim.x)) {
+      RankTile(tile, shared);
+    }
+  }
+
+  // A group is known by the position of the sample that entered it.
+  __device__ int GroupAt(int i) const { return __ldcg(&p_.group_of[i]); }
+  __device__ int CountOf(int group) const { return __ldcg(&groups_[group].count); }
+
+  // Whether sample i, of a group of several, leads a chunk. Each lane asks for a sample of its own.
+  __device__ bool Leads(int i, int group) const {
+    const unsigned tiles = __ldcg(&groups_[group].tiles);
+    const int own = i / p_.TileSize();
+    int rank = __ldcg(&p_.rank_in_tile[i]);
+    for (int tile = 0; tile < own; ++tile) {
+      if (tiles >> tile & 1) rank += __ldcg(&p_.tile_count[int64_t{group} * kTiles + tile]);
+    }
+    return rank % kMembers == 0;
+  }
+
+  __device__ void SetClass(int i) {
+    const int group = GroupAt(i);
+    count_ = CountOf(group);
+    const unsigned tiles = __ldcg(&groups_[group].tiles);
+    const int64_t at = int64_t{group} * kTiles + Lane();
+    const bool here = tiles >> Lane() & 1;
+    tile_count_ = here ? __ldcg(&p_.tile_count[at]) : 0;
+    tile_start_ = here ? __ldcg(&p_.tile_start[at]) : 0;
+    tile_rank_ = WarpSumBefore(tile_count_);
+    rank_ = __shfl_sync(kAllLanes, tile_rank_, i / p_.TileSize()) + __ldcg(&p_.rank_in_tile[i]);
+  }
+
+  __device__ int count() const { return count_; }
+  __device__ int rank() const { return rank_; }
+
+  __device__ Members Find(int first, int stride, int most) const {
+    const int rank = Lane() < most ? first + stride * Lane() : -1;
+    int at = 0;
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int start = __shfl_sync(kAllLanes, tile_start_, tile);
+      const int begin = __shfl_sync(kAllLanes, tile_rank_, tile);
+      const int count = __shfl_sync(kAllLanes, tile_count_, tile);
+      if (rank >= begin && rank < begin + count) {
+        at = tile * p_.TileSize() + start + rank - begin;
+      }
+    }
+    return {most, Lane() < most ? __ldcg(&p_.tile_order[at]) : 0};
+  }
+
+  // Clears this block's share of the table that the next launch uses.
+  __device__ static void Clear(const Parameters<Feature>& p, int parity) {
+    const int thread = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+    const int threads = static_cast<int>(gridDim.x * blockDim.x);
+    const int slots = __ldcg(&p.header->slots[parity]);
+    const int groups = __ldcg(&p.header->groups[parity]);
+    for (int k = thread; k < slots; k += threads) p.table[parity][k] = 0;
+    for (int k = thread; k < groups; k += threads) p.groups[parity][k] = Group{0, 0};
+  }
+
+ private:
+  // Finds the group of the label, or makes i its name.
+  __device__ int GroupOf(int64_t label, int i) {
+    // The high bits of label * 2^64 / golden ratio: labels that share a stride spread, too.
+    const uint64_t hash = static_cast<uint64_t>(label) * 0x9e3779b97f4a7c15u;
+    int slot = static_cast<int>((hash >> 32) * static_cast<uint64_t>(p_.slots) >> 32);
+    for (;;) {
+      int entered = __ldcg(&table_[slot]);
+      if (entered == 0) entered = atomicCAS(&table_[slot], 0, i + 1);
+      if (entered == 0) return i;
+      if (p_.Label(entered - 1) == label) return entered - 1;
+      slot = slot + 1 == p_.slots ? 0 : slot + 1;
+    }
+  }
+
+  // By pieces of a sample a thread, one after the other; shared: [threads + 1].
+  __device__ void RankTile(int tile, int* shared) {
+    const int size = p_.TileSize();
+    const int begin = tile * size;
+    const int end = min(begin + size, p_.batch);
+    const int threads = static_cast<int>(blockDim.x);
+    const int thread = static_cast<int>(threadIdx.x);
+    int* const cursor = shared + threads;
+    if (thread == 0) *cursor = 0;
+    const auto cell = [tile](int group) { return int64_t{group} * kTiles + tile; };
+
+    for (int start = begin; start < end; start += threads) {
+      const int i = start + thread;
+      int group = i < end ? GroupAt(i) : -1;
+      if (group >= 0 && CountOf(group) == 1) group = -1;
+      shared[thread] = group;
+      __syncthreads();  // the labels are there, and the counts of the piece before
+      int counted = 0;  // the new count, at the last of the group in this piece
+      if (group >= 0) {
+        int rank = 0, count = 0;
+        for (int other = 0; other < threads; ++other) {
+          count += shared[other] == group;
+          rank += shared[other] == group && other < thread;
+        }
+        const unsigned seen = __ldcg(&groups_[group].tiles) >> tile & 1;
+        const int before = seen ? __ldcg(&p_.tile_count[cell(group)]) : 0;
+        p_.rank_in_tile[i] = before + rank;
+        if (rank == count - 1) counted = before + count;
+      }
+      __syncthreads();  // everyone has read the labels and the count before
+      if (counted > 0) {
+        p_.tile_count[cell(group)] = counted;
+        atomicOr(&groups_[group].tiles, 1u << tile);
+      }
+    }
+    __syncthreads();
+    for (int i = begin + thread; i < end; i += threads) {
+      const int group = GroupAt(i);
+      if (group < 0 || CountOf(group) == 1 || p_.rank_in_tile[i] != 0) continue;
+      p_.tile_start[cell(group)] = atomicAdd(cursor, __ldcg(&p_.tile_count[cell(group)]));
+    }
+    __syncthreads();
+    for (int i = begin + thread; i < end; i += threads) {
+      const int group = GroupAt(i);
+      if (group < 0 || CountOf(group) == 1) continue;
+      p_.tile_order[begin + __ldcg(&p_.tile_start[cell(group)]) + p_.rank_in_tile[i]] = i;
+    }
+  }
+
+  const Parameters<Feature>& p_;
+  int* table_;     // [slots] position of the sample that entered a label, plus one; 0: free
+  Group* groups_;  // [B]
+  int count_ = 0;
+  int rank_ = 0;
+  // Of the tile that is this lane's number: its samples of the class, their first rank and place.
+  int tile_count_ = 0;
+  int tile_rank_ = 0;
+  int tile_start_ = 0;
+};
+
+}  // namespace
+}  // namespace tcl
+
+#endif  // TF_CENTER_LOSS_OP_CUDA_LABEL_RANKS_CUH_

@@ -1,0 +1,145 @@
+// What a launch is given, and where its bookkeeping lies in device memory.
+
+#ifndef TF_CENTER_LOSS_OP_CUDA_WORKSPACE_CUH_
+#define TF_CENTER_LOSS_OP_CUDA_WORKSPACE_CUH_
+
+#include <cstdint>
+
+#include "cuda/center_loss_cuda.h"
+#include "cuda/device.cuh"
+
+namespace tcl {
+namespace {
+
+// Members of a chunk, and chunks below a node of the tree. The sum of a chunk is written and read
+// again: of 16 members that is an eighth of the traffic of their features. A warp goes through them
+// one after the other: of many more, the launch would wait for a few warps in the end.
+constexpr int kMembers = 16;
+
+// As many as a warp has lanes: a lane for each tile.
+constexpr int kTiles = kWarp;
+
+// Table slots for each sample: at most a quarter full, so that few probes go astray.
+constexpr int64_t kSlotsPerSample = 4;
+
+// Bookkeeping of the launch that is running. All zero between launches but for `parity`, `slots`
+// and `groups`.
+struct Header {
+  int done;            // blocks that have finished
+  int counted_blocks;  // blocks that have counted their labels
+  int ranked_blocks;   // blocks that have ranked their tiles
+  int pool_rows;       // rows of the pool that are taken
+  int counted;         // N
+  int parity;          // which of the two tables this launch uses; it clears the other
+  int slots[2];        // slots of each table that its last launch used
+  int groups[2];       // and groups
+};
+
+// A class of the batch, under the position of the sample that entered it into the table.
+struct Group {
+  int count;       // n, with the samples that are not finite
+  unsigned tiles;  // which tiles hold samples of it
+};
+
+// A row of the pool: the sum of a chunk, or of a node of the tree.
+struct PoolRow {
+  int row;    // where
+  int count;  // of how many finite samples
+};
+
+struct Layout {
+  int levels = 1;         // of the tree
+  int64_t slots = 0;      // of each table
+  int64_t pool_rows = 0;  // of sums
+  int64_t bytes = 0;
+
+  int64_t header, table[2], groups[2], arrivals, sums_by_leader, group_of, rank_in_tile, tile_count,
+      tile_start, tile_order, sample_loss, pool;
+
+  explicit Layout(const CudaWorkspace& workspace) {
+    const int64_t batch = workspace.batch;
+    slots = SlotsFor(batch);
+    for (int64_t covered = kMembers; covered < batch; covered *= kMembers) ++levels;
+    // A class of n > kMembers samples has ceil(n / kMembers) <= 2 n / (kMembers + 1) chunks.
+    pool_rows = workspace.atomic ? batch / 2 + 1 : batch / 8 + 1;
+    static_assert(kMembers >= 15, "2 / (kMembers + 1) <= 1 / 8");
+    header = Take(sizeof(Header));
+    for (int k = 0; k < 2; ++k) table[k] = Take(slots * static_cast<int64_t>(sizeof(int)));
+    for (int k = 0; k < 2; ++k) groups[k] = Take(batch * static_cast<int64_t>(sizeof(Group)));
+    arrivals = Take(levels * batch * static_cast<int64_t>(sizeof(int)));
+    sums_by_leader = Take(batch * static_cast<int64_t>(sizeof(PoolRow)));
+    group_of = Take(batch * static_cast<int64_t>(sizeof(int)));
+    rank_in_tile = Take(batch * static_cast<int64_t>(sizeof(int)));
+    tile_count = Take(batch * kTiles * static_cast<int64_t>(sizeof(int)));
+    tile_start = Take(batch * kTiles * static_cast<int64_t>(sizeof(int)));
+    tile_order = Take(batch * static_cast<int64_t>(sizeof(int)));
+    sample_loss = Take(batch * workspace.center_size);
+    pool = Take(pool_rows * workspace.dim * workspace.center_size);
+  }
+
+  static int64_t SlotsFor(int64_t batch) {
+    int64_t slots = 1;
+    while (slots < kSlotsPerSample * batch) slots *= 2;
+    return slots;
+  }
+
+ private:
+  int64_t Take(int64_t size) {
+    const int64_t at = bytes;
+    bytes += (size + 255) / 256 * 256;  // on cache lines of its own
+    return at;
+  }
+};
+
+// What a launch is given.
+template <typename Feature>
+struct Parameters {
+  using Center = CenterType<Feature>;
+
+  int batch;
+  int64_t dim;
+  int64_t classes;
+  const Feature* features;
+  const void* labels;
+  bool long_labels;
+  const Center* sample_weight;
+  Center* centers;
+  Center* loss;
+  Center* residual;
+  Center* squared_distance;
+  bool features_are_residuals;
+  StepOptions<Center> options;
+  CudaOptions<Center> cuda;
+
+  Header* header;
+  int* table[2];
+  Group* groups[2];
+  int slots;      // of the table, for this batch
+  int* arrivals;  // [levels, B] chunks and nodes that have arrived, under their first leader
+  PoolRow* sums_by_leader;  // [B]
+  int* group_of;            // [B]
+  int* rank_in_tile;        // [B]
+  int* tile_count;          // [B, kTiles] samples of a group in a tile
+  int* tile_start;          // [B, kTiles] where they start in the tile's part of tile_order
+  int* tile_order;          // [B] each tile's samples, those of one group together, in order
+  Center* sample_loss;      // [B]
+  Center* pool;             // [pool_rows, D]
+
+  __device__ int64_t Label(int i) const {
+    return long_labels ? static_cast<const int64_t*>(labels)[i]
+                       : static_cast<const int32_t*>(labels)[i];
+  }
+  __device__ bool Ignored(int64_t label) const {
+    return options.has_ignore_label && label == options.ignore_label;
+  }
+  __device__ bool InTable(int64_t label) const { return label >= 0 && label < classes; }
+  __device__ const Feature* Features(int i) const { return features + int64_t{i} * dim; }
+  __device__ Center* CenterRow(int64_t label) const { return centers + label * dim; }
+  __device__ Center* PoolAt(int row) const { return pool + int64_t{row} * dim; }
+  __device__ int TileSize() const { return (batch + kTiles - 1) / kTiles; }
+};
+
+}  // namespace
+}  // namespace tcl
+
+#endif  // TF_CENTER_LOSS_OP_CUDA_WORKSPACE_CUH_
