@@ -19,8 +19,6 @@
 // batch order by the last block. With `atomic`, each sample of a class of several adds its residual
 // to one row of the pool in whatever order, and the last of them moves the center.
 
-#include <atomic>
-
 #include "cuda/center_loss_cuda.h"
 #include "cuda/device.cuh"
 #include "cuda/label_ranks.cuh"
@@ -189,17 +187,19 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-// The device's multiprocessors, asked once for each device: the question costs more than a launch.
+// The device's multiprocessors; remembered, because the question costs more than a launch.
 cudaError_t Multiprocessors(int* count) {
-  constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices] = {};
+  static thread_local int known_device = -1, known_count = 0;
   int device;
   if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  *count = device < kDevices ? known[device].load() : 0;
-  if (*count > 0) return cudaSuccess;
-  const cudaError_t error = cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess && device < kDevices) known[device] = *count;
-  return error;
+  if (device != known_device) {
+    const cudaError_t error =
+        cudaDeviceGetAttribute(&known_count, cudaDevAttrMultiProcessorCount, device);
+    if (error != cudaSuccess) return error;
+    known_device = device;
+  }
+  *count = known_count;
+  return cudaSuccess;
 }
 
 template <typename Kernel, typename Argument>

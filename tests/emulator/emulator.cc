@@ -451,7 +451,7 @@ int Launch(unsigned grid, unsigned block, size_t shared, bool cooperative,
 }  // namespace emulator
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = 1000;  // beyond what is remembered: the tests change the number below
+  *device = emulator::settings.multiprocessors;  // one for each number of them: it is remembered
   return cudaSuccess;
 }
 
