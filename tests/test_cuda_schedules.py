@@ -227,7 +227,7 @@ def test_no_access_out_of_bounds(tmp_path):
     [
         ("if (at < dim) StoreVector", "StoreVector"),
         ("pool_rows = workspace.atomic ? batch / 2 + 1 : batch / 8 + 1;", "pool_rows = 1;"),
-        ("kScanThreads * static_cast<int64_t>(sizeof(int));", "0;"),
+        ("threads * static_cast<int64_t>(sizeof(int));", "0;"),
     ],
     ids=["rows", "pool", "shared-memory"],
 )
