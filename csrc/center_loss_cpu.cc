@@ -139,11 +139,14 @@ class Step {
     if (begin >= end) return;
     const Item first = ItemFrom(groups_.Find(begin), begin);
     if (first.begin >= end) return;
-    const Row<Center> scratch = moves_ ? NewRow<Center>(step_.dim) : nullptr;
+    alignas(64) Center small[kColumnBlock];
+    Row<Center> large;
+    if (moves_ && step_.dim > kColumnBlock) large = NewRow<Center>(step_.dim);
+    Center* const scratch = large != nullptr ? large.get() : small;
     Chunk chunks[2];
     Chunk* chunk = &chunks[0];
     Chunk* next = &chunks[1];
-    SetChunk(first, first.begin, scratch.get(), chunk);
+    SetChunk(first, first.begin, scratch, chunk);
     int64_t not_finite = 0;
     for (;;) {
       const Item& item = chunk->item;
@@ -151,7 +154,7 @@ class Step {
       const bool ends_item = chunk_end == item.end;
       const bool is_last = chunk_end == groups_.counted();
       if (!is_last) {
-        SetChunk(ends_item ? ItemFrom(item.group, item.end) : item, chunk_end, scratch.get(), next);
+        SetChunk(ends_item ? ItemFrom(item.group, item.end) : item, chunk_end, scratch, next);
       }
       chunk->rows.next = is_last ? nullptr : &next->rows;
       not_finite += RunChunk(*chunk, chunk->begin == item.begin);

@@ -28,8 +28,9 @@ int64_t LabelGroups::Build(const Label* labels, int64_t batch, int64_t classes,
   const int64_t slots = direct ? classes : int64_t{1} << bits;
   const int64_t mask = slots - 1;
 
-  memory_.reset(new int64_t[static_cast<size_t>(3 * batch + 1 + (batch + slots + 1) / 2)]);
-  int64_t* const order = memory_.get();
+  const int64_t needed = 3 * batch + 1 + (batch + slots + 1) / 2;
+  if (needed > kSmall) memory_.reset(new int64_t[static_cast<size_t>(needed)]);
+  int64_t* const order = needed > kSmall ? memory_.get() : small_;
   int64_t* const label_of = order + batch;
   int64_t* const begin = label_of + batch;
   uint32_t* const group_of = reinterpret_cast<uint32_t*>(begin + batch + 1);

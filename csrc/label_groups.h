@@ -32,6 +32,9 @@ class LabelGroups {
   // The batch's ignored samples: order()[counted()] to order()[batch - 1].
 
  private:
+  // What a batch of 64 takes is no reason to ask for memory.
+  static constexpr int64_t kSmall = 512;
+  int64_t small_[kSmall];
   std::unique_ptr<int64_t[]> memory_;
   int64_t* order_ = nullptr;  // [B]
   int64_t* label_ = nullptr;  // [size]
