@@ -31,9 +31,7 @@ namespace {
 // Up to here a scan of the labels by every warp (B / 32 steps) is cheaper than two barriers.
 constexpr int64_t kScanBatch = 2048;
 constexpr int kScanThreads = 128;  // small, to spread a small batch over all multiprocessors
-// Blocks on a multiprocessor: 128 registers a thread, 168 where they hold pairs.
-template <typename Center>
-constexpr int kScanResident = sizeof(Center) == 8 ? 3 : 4;
+constexpr int kScanResident = 4;   // blocks on a multiprocessor: 128 registers a thread
 constexpr int kHashThreads = 256;
 constexpr int kHashResident = 2;  // blocks on a multiprocessor, for certain
 
@@ -65,7 +63,7 @@ __device__ void Finish(const Parameters<Feature>& p, Rows<Feature, Width>& rows,
 }
 
 template <typename Feature, int Width>
-__global__ void __launch_bounds__(kScanThreads, kScanResident<CenterType<Feature>>)
+__global__ void __launch_bounds__(kScanThreads, kScanResident)
     ScanStep(const __grid_constant__ Parameters<Feature> p) {
   TCL_DYNAMIC_SHARED(shared);
   Rows<Feature, Width> rows(p);

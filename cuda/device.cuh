@@ -28,9 +28,13 @@ __device__ __forceinline__ int WarpOfBlock() { return static_cast<int>(threadIdx
 // A warp holds up to kColumns of a row at a time, kPerLane of them in each lane: 64 bytes, which is
 // enough loads in flight to hide the latency of memory, and few enough registers (row, next row,
 // center and sum) for two blocks of 256 threads on a multiprocessor. Half of that where the numbers
-// come one by one, since each then has an address of its own.
+// come one by one, since each then has an address of its own, and three quarters where they are
+// pairs of float64, whose counts and scales take pairs of registers, too.
 template <typename Center, int Width>
-constexpr int kPerLane = (Width == 1 ? 32 : 64) / static_cast<int>(sizeof(Center));
+constexpr int kPerLane = (Width == 1            ? 32
+                          : sizeof(Center) == 8 ? 48
+                                                : 64) /
+                         static_cast<int>(sizeof(Center));
 template <typename Center, int Width>
 constexpr int kColumns = kWarp * kPerLane<Center, Width>;
 

@@ -67,10 +67,14 @@ def step(inputs, atomic, **schedule):
 
 
 RACING = cuda_cases.FACTORS | {
+    "shape": [shape for shape in cuda_cases.SHAPES if shape.leading[0] * shape.dim < 49_000],
     "dtype": ["float32"],
-    "labels": ["int32", "int64"],
     "rule": ["paper"],
+    "reduction": ["mean", "none"],
+    "ignore": [None, "class"],
+    "bad": [None, "rows"],
     "weight": [0.25],
+    "seed": [1, 3],
     "multiprocessors": [1, 2],
 }
 
