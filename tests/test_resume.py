@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,7 +81,7 @@ def backups(folder):
 
 
 def run(source, folder, kill_after=None):
-    """Runs it to its end, or kills it so many seconds after its first backup."""
+    """Whether it was killed, so many seconds after its first backup; else it ran to its end."""
     program, before = folder / "program.py", backups(folder)
     program.write_text(source)
     child = subprocess.Popen(
@@ -97,8 +98,8 @@ def run(source, folder, kill_after=None):
         child.send_signal(signal.SIGKILL)
         child.wait()
         assert backups(folder)
-    else:
-        assert kill_after is None
+        return True
+    return False
 
 
 @pytest.mark.parametrize("program", [WITH_CALLBACK, WITH_CHECKPOINT], ids=["fit", "checkpoint"])
@@ -108,8 +109,8 @@ def test_killed_at_random_moments(program, tmp_path):
     moments = [random.SystemRandom().uniform(0, 0.5) for _ in range(2)]
     print("killed after", moments)  # pytest shows it where the test fails
     run(program + SAVE, whole)
-    for moment in moments:
-        run(program + SAVE, broken, moment)
+    killed = [run(program + SAVE, broken, moment) for moment in moments]
+    assert any(killed)
     run(program + SAVE, broken)
     for expected, resumed in zip(weights(whole), weights(broken), strict=True):
         assert np.array_equal(expected, resumed)
@@ -316,6 +317,28 @@ def test_a_damaged_backup(how, tmp_path):
         fit(model, tcl.AtomicBackup(tmp_path, **options))
     for a, b in zip(numbers(model), before, strict=True):
         assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("removed_before", [0, EPOCHS - 1], ids=["an older one", "the last"])
+def test_killed_while_it_removes_the_backups(removed_before, tmp_path, monkeypatch):
+    # Files went, but not all: what is left must not look like a backup, nor be in the way.
+    removed = []
+
+    def half(folder, rmtree=shutil.rmtree):
+        removed.append(folder)
+        if len(removed) <= removed_before:
+            return rmtree(folder)
+        for path in [*Path(folder).rglob("*.npy")][:2]:
+            path.unlink()
+        raise Interruption
+
+    with monkeypatch.context() as patch, pytest.raises(Interruption):
+        patch.setattr(shutil, "rmtree", half)
+        fit(make_model(), tcl.AtomicBackup(tmp_path))
+    assert (tmp_path / str(removed_before + 1)).exists()
+    model = make_model()
+    fit(model, tcl.AtomicBackup(tmp_path))
+    assert_same(model, uninterrupted()[0])
 
 
 def test_a_backup_of_another_model(tmp_path):

@@ -110,14 +110,18 @@ class AtomicBackup(keras.callbacks.BackupAndRestore):
     def on_train_end(self, logs=None):
         """Removes the backups, if wanted."""
         if self.delete_checkpoint and self.backup_dir.exists():
+            for folder in self._backups():
+                _remove(folder)
             shutil.rmtree(self.backup_dir)
 
     def _save(self, epoch, batch):
         """Writes a backup after `batch` batches of the epoch, then removes the older ones."""
         self.backup_dir.mkdir(parents=True, exist_ok=True)
         older = self._backups()
-        for folder in self.backup_dir.glob("*.partial"):
-            shutil.rmtree(folder)
+        for folder in self.backup_dir.iterdir():
+            # Of a process that was killed while it wrote or removed them.
+            if folder not in older and (folder.suffix == ".partial" or folder.name.isdecimal()):
+                shutil.rmtree(folder)
         partial = self.backup_dir / "new.partial"
         partial.mkdir()
         variables = self._variables()
@@ -138,7 +142,7 @@ class AtomicBackup(keras.callbacks.BackupAndRestore):
         partial.rename(self.backup_dir / str(int(older[-1].name) + 1 if older else 1))
         _to_disk(self.backup_dir)
         for folder in older[:-1] if self.double_checkpoint else older:
-            shutil.rmtree(folder)
+            _remove(folder)
 
     def _load(self, folder, state):
         variables = self._variables()
@@ -225,6 +229,12 @@ def _is_table(variable):
     """Whether a copy of it would be felt."""
     bytes_of = np.prod(variable.shape) * tf.as_dtype(variable.dtype).size
     return len(variable.shape) == 2 and bytes_of > tables.BLOCK_BYTES
+
+
+def _remove(folder):
+    # The state first: half a folder must not look like a backup.
+    (folder / _STATE).unlink()
+    shutil.rmtree(folder)
 
 
 def _to_disk(path):
