@@ -206,9 +206,14 @@ def markdown(rows):
     rows = list(rows)
     lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
     for row in rows:
-        cells = (f"{v:,.4g}" if isinstance(v, float) else f"{v:,}" for v in row.values())
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join(map(_cell, row.values())) + " |")
     return "\n".join(lines)
+
+
+def _cell(value):
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    return f"{value:,}"
 
 
 def measured(cases):

@@ -709,6 +709,9 @@ class _Exchange:
             )
 
     def _gather(self, rows, length):
+        if rows.dtype == tf.bfloat16:
+            # Which the op does not know; it only copies bits.
+            return tf.bitcast(self._gather(tf.bitcast(rows, tf.float16), length), tf.bfloat16)
         if self._eager:
             return self._context.all_gather(rows, axis=0)
         with tf.device(self._launcher._device):
