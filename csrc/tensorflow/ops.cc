@@ -118,8 +118,8 @@ REGISTER_OP("TclCenterLossStep")
     .Output("loss: Tcenters")
     .Output("residual_bits: Tbits")
     .Output("squared_distance: Tcenters")
-    .TCL_BATCH_ATTRS.TCL_BITS_ATTR.TCL_REDUCTION_ATTR.TCL_RULE_ATTR.TCL_ATOMIC_ATTR.Attr(
-        "num_weights: int >= 0")
+    .TCL_BATCH_ATTRS.TCL_BITS_ATTR.TCL_REDUCTION_ATTR.TCL_RULE_ATTR.TCL_ATOMIC_ATTR
+    .Attr("num_weights: int >= 0")
     .SetIsStateful()
     .SetShapeFn([](InferenceContext* c) {
       BatchShape shape;
