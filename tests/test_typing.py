@@ -32,7 +32,7 @@ SIGNATURES = {
         dict(weight=1.0)
         | STEP
         | dict(reduction="mean", centers_initializer="zeros", ignore_label=None, impl="auto")
-        | dict(update="forward", distance_metric=True),
+        | dict(update="forward", distance_metric=True, sharded=False),
     ),
     "compat.v1.center_loss": (dict(features=REQUIRED, labels=REQUIRED, alpha=0.0), {}),
     "nearest_centers": (
