@@ -7,7 +7,7 @@ import tensorflow as tf
 import tf_center_loss_op as tcl
 import tutorial
 from child import TESTS, run_python
-from conftest import GRAPH_ONLY
+from implementations import GRAPH_ONLY
 from tolerances import TRAINING
 
 tf1 = tf.compat.v1

@@ -368,7 +368,6 @@ def test_the_table_is_not_copied(tmp_path):
         (dict(max_samples=0), ValueError, ["max_samples", "int >= 1", "0"]),
         (dict(max_classes=2.5), TypeError, ["max_classes", "int >= 1", "2.5"]),
     ],
-    ids=str,
 )
 def test_wrong_arguments(arguments, error, words):
     with pytest.raises(error) as caught:

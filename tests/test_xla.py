@@ -17,7 +17,7 @@ import problems
 import stepping
 import tf_center_loss_op as tcl
 from child import run_python
-from conftest import GRAPH_ONLY
+from implementations import GRAPH_ONLY
 from pairwise import all_pairs
 from tolerances import assert_close
 
