@@ -30,7 +30,7 @@ demo: $(VENV)/.installed-demo  ## train three real tasks, pictures in demo_outpu
 	$(IN_VENV) -m examples $(ARGS)
 
 test: $(VENV)/.installed-test  ## run the tests
-	$(IN_VENV) -m pytest tests $(ARGS)
+	$(IN_VENV) -m pytest tests --numprocesses auto --dist loadfile $(ARGS)
 
 bench: $(VENV)/.installed-bench  ## run the benchmarks: the table and the plots
 	$(IN_VENV) -m bench $(ARGS)
