@@ -100,16 +100,11 @@ class OnGpu {
     return absl::OkStatus();
   }
 
-  static absl::Status Own(OpKernelContext* context, Tensor* table) {
-    if (table->RefCountIsOne()) return absl::OkStatus();
-    Tensor copy;
-    TF_RETURN_IF_ERROR(context->allocate_temp(table->dtype(), table->shape(), &copy));
-    TF_RETURN_IF_ERROR(
-        ToStatus(CopyOnCuda(copy.data(), table->data(), static_cast<int64_t>(table->TotalBytes()),
-                            StreamOf(context)),
-                 "copying the centers"));
-    *table = copy;
-    return absl::OkStatus();
+  static absl::Status Copy(OpKernelContext* context, const Tensor& table, Tensor* copy) {
+    TF_RETURN_IF_ERROR(context->allocate_temp(table.dtype(), table.shape(), copy));
+    return ToStatus(CopyOnCuda(copy->data(), table.data(), static_cast<int64_t>(table.TotalBytes()),
+                               StreamOf(context)),
+                    "copying the centers");
   }
 
   static absl::Status AllocateResidual(OpKernelContext* context, const TensorShape& shape,

@@ -94,12 +94,9 @@ class OnCpu {
         absl::StrCat("alpha: expected a finite number >= 0, got ", step->options.alpha));
   }
 
-  static absl::Status Own(OpKernelContext* context, Tensor* table) {
-    if (table->RefCountIsOne()) return absl::OkStatus();
-    Tensor copy;
-    TF_RETURN_IF_ERROR(Allocate(context, table->dtype(), table->shape(), &copy));
-    std::memcpy(copy.data(), table->data(), table->TotalBytes());
-    *table = copy;
+  static absl::Status Copy(OpKernelContext* context, const Tensor& table, Tensor* copy) {
+    TF_RETURN_IF_ERROR(Allocate(context, table.dtype(), table.shape(), copy));
+    std::memcpy(copy->data(), table.data(), table.TotalBytes());
     return absl::OkStatus();
   }
 
@@ -111,8 +108,8 @@ class OnCpu {
   static absl::Status Launch(OpKernelContext* context, const Arguments& step) {
     // At the first step; a gather may have come before, or a checkpoint changed the buffer since.
     const int64_t bytes = step.classes * step.dim * static_cast<int64_t>(sizeof(Center));
-    if (step.options.update_centers && bytes >= static_cast<int64_t>(kMinTableBytes) &&
-        HugePagesWanted() && !MovedToHugePages(step.centers)) {
+    if (step.options.update_centers && bytes >= kMinTableBytes && HugePagesWanted() &&
+        !MovedToHugePages(step.centers)) {
       MoveToHugePages(step.centers, bytes);
     }
     const int64_t bad = CenterLossOnCpu(step, ThreadsOf(context), BestIsa());

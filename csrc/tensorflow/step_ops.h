@@ -4,7 +4,7 @@
 // features), Label and Arguments (a StepArguments and whatever else Launch takes), and
 //
 //   SetWeight(tensor, arguments), SetAlpha(...)  a scalar of the centers' type
-//   Own(context, table)                          gives the table a buffer that nobody else holds
+//   Copy(context, table, copy)                   another buffer with the table's numbers
 //   AllocateResidual(context, shape, tensor)     memory for output 1
 //   Launch(context, arguments)                   does the step
 
@@ -86,11 +86,17 @@ class StepOp : public tensorflow::OpKernel {
   bool IsExpensive() override { return false; }
 
  protected:
-  // Calls body(table) with the table locked for a step in place.
+  // Calls body(table) with the table locked for a step in place, in a buffer nobody else holds.
   template <typename Body>
   absl::Status WithWritableCenters(Context* context, Body body) {
-    return WithWritableVariable(
-        context, 0, [&](Tensor* table) { return backend_.Own(context, table); }, body);
+    const auto own = [&](Tensor* table) {
+      if (table->RefCountIsOne()) return absl::OkStatus();
+      Tensor copy;
+      TF_RETURN_IF_ERROR(backend_.Copy(context, *table, &copy));
+      *table = copy;
+      return absl::OkStatus();
+    };
+    return WithWritableVariable(context, 0, own, body);
   }
 
   absl::Status Bind(const Tensor& features, const Tensor& labels, const Tensor& centers,
