@@ -371,12 +371,12 @@ def test_in_place(xla_library, tmp_path):
             return tf.reduce_sum(centers), step()
 
         def loop_between_reads():
-            total = read()
+            whole, total = tf.reduce_sum(centers), read()
             for i in tf.range(5, dtype=tf.int64):
                 total += read(labels + i)
                 step(labels + i)
                 total += read(labels + i)
-            return total, step()
+            return whole, total, step()
 
         programs = [alone, between_reads, read_first_and_used_last, loss_first_step_later,
                     read_in_a_branch, sum_of_the_table, loop_between_reads]
@@ -413,26 +413,140 @@ def a_whole_read_in_a_loop(step, centers):
     return total
 
 
-@pytest.mark.native
-@pytest.mark.parametrize("program", [whole_reads_before_each_step, a_whole_read_in_a_loop])
-@pytest.mark.parametrize("layer", [False, True])
-def test_the_step_waits_for_whole_reads(xla_library, program, layer):
+def reads_before_a_for_loop(step, centers):
+    rows, total = tf.gather(centers, [0, 1]), tf.reduce_sum(centers)
+    for _ in tf.range(3):
+        step()
+    return rows, total, tf.reduce_sum(centers**3)
+
+
+def reads_before_a_while_loop(step, centers):
+    products = centers.read_value() @ tf.ones([3, 2])
+    last = tf.while_loop(lambda i, _: i < 3, lambda i, t: (i + 1, t + step()), (0, 0.0))[1]
+    return products, last
+
+
+def reads_before_nested_loops(step, centers):
+    first, total = tf.reduce_sum(centers * centers), tf.constant(0.0)
+    for _ in tf.range(2):
+        norms = tf.norm(centers, axis=1)
+        for _ in tf.range(2):
+            step()
+        total += tf.reduce_max(norms)
+    return first, total
+
+
+def a_loop_of_one_round_or_none_in_a_loop(step, centers):
+    total = tf.reduce_sum(centers * centers)
+    for i in tf.range(4):
+        due = i % 2 == 0
+        while due:
+            step()
+            due = tf.constant(False)
+    return total
+
+
+def an_alpha_of_zero_in_a_loop(step, centers):
+    total = tf.reduce_sum(centers * centers)
+    for i in tf.range(4):
+        step(alpha=tf.where(i % 2 == 0, 0.5, 0.0))
+    return total
+
+
+def a_gradient_through_a_loop(step, centers):
+    first, x = tf.reduce_sum(centers * centers), tf.ones([6, 3])
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        total = first * tf.reduce_sum(x)
+        for _ in tf.range(3):
+            total += step(x)
+    return first, tape.gradient(total, x)
+
+
+PROGRAMS_WITH_READS = [
+    whole_reads_before_each_step,
+    a_whole_read_in_a_loop,
+    reads_before_a_for_loop,
+    reads_before_a_while_loop,
+    reads_before_nested_loops,
+    a_loop_of_one_round_or_none_in_a_loop,
+    an_alpha_of_zero_in_a_loop,
+    a_gradient_through_a_loop,
+]
+
+
+def check_program(program, *, in_place=True, layer=False):
+    """The numbers are those without XLA, which is given no reason to copy the table."""
     features, labels = tf.random.normal([6, 3]), tf.constant([0, 1, 1, 2, 0, 1])
     before = tf.random.normal([5003, 3])
 
     def run(jit):
         centers = stepping.make_variable(before, "keras.Variable" if layer else "tf.Variable")
 
-        def step():
-            return tcl.center_loss(features, labels, centers, impl="native")
+        def step(features=features, **options):
+            return tcl.center_loss(features, labels, centers, impl="native", **options)
 
-        return tf.function(lambda: program(step, centers), jit_compile=jit)
+        return centers, tf.function(lambda: program(step, centers), jit_compile=jit)
 
-    step = run(True)
-    optimized = step.experimental_get_compiler_ir()(stage="optimized_hlo")
-    assert not re.search(r"\[5003,3\]\S* copy\(", optimized)
-    for actual, expected in zip(tf.nest.flatten(step()), tf.nest.flatten(run(None)()), strict=True):
-        np.testing.assert_allclose(actual, expected, rtol=1e-5)
+    (actual_centers, actual), (expected_centers, expected) = run(True), run(None)
+    optimized = actual.experimental_get_compiler_ir()(stage="optimized_hlo")
+    assert not (in_place and re.search(r"\[5003,3\]\S* copy\(", optimized))
+    results = tf.nest.flatten(actual()), tf.nest.flatten(expected())
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+    np.testing.assert_allclose(actual_centers.numpy(), expected_centers.numpy(), rtol=1e-5)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("program", PROGRAMS_WITH_READS)
+@pytest.mark.parametrize("form", ["call", "hlo"])
+def test_the_step_waits_for_reads(xla_library, monkeypatch, program, form):
+    monkeypatch.setenv("TF_CENTER_LOSS_XLA_HLO", str(int(form == "hlo")))
+    check_program(program)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("program", PROGRAMS_WITH_READS[:3])
+def test_the_step_of_a_keras_variable_waits_for_reads(xla_library, program):
+    check_program(program, layer=True)
+
+
+@pytest.mark.native
+def test_the_step_in_a_function_waits_for_reads_outside(xla_library):
+    def program(step, centers):
+        rows, total = tf.gather(centers, [0, 1]), tf.reduce_sum(centers * centers)
+        tf.function(step)()
+        return rows, total
+
+    check_program(program)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("form", ["call", "hlo"])
+def test_reads_before_a_branch(xla_library, monkeypatch, form):
+    def program(step, centers):
+        total = tf.reduce_sum(centers * centers)
+        for i in tf.range(4):
+            rows = tf.gather(centers, [0, 1])
+            if i % 2 == 0:
+                total += step()
+            total += tf.reduce_sum(rows)
+        return total
+
+    monkeypatch.setenv("TF_CENTER_LOSS_XLA_HLO", str(int(form == "hlo")))
+    check_program(program, in_place=False)
+
+
+@pytest.mark.native
+def test_a_read_of_a_number_of_rows_that_xla_does_not_know(xla_library):
+    some = tf.Variable([True, False, True])
+
+    def program(step, centers):
+        rows = tf.gather(centers, tf.boolean_mask([0, 1, 2], some))
+        step()
+        return rows
+
+    check_program(program, in_place=False)
 
 
 @pytest.mark.native

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import tensorflow as tf
 
 # There is no public way to ask whether op determinism is on, or whether the graph that is being
-# traced will be compiled.
+# traced will be compiled, or is a part of the one around it.
 from tensorflow.python.framework.config import is_op_determinism_enabled
+from tensorflow.python.ops import control_flow_v2_func_graphs
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from tf_center_loss_op import _arguments
@@ -19,6 +20,12 @@ from tf_center_loss_op import _arguments
 _PACKAGE = Path(__file__).resolve().parent
 _LIBRARY = _PACKAGE / "libtf_center_loss_op.so"
 _XLA_LIBRARY = _PACKAGE / "libtf_center_loss_op_xla.so"
+_LOOPS_AND_BRANCHES = (
+    control_flow_v2_func_graphs.WhileBodyFuncGraph,
+    control_flow_v2_func_graphs.WhileCondFuncGraph,
+    control_flow_v2_func_graphs.CondBranchFuncGraph,
+)
+_STEPS = ("TclCenterLossStep", "TclUpdateCenters")
 _REBUILD = (
     "pip install --force-reinstall --no-deps tf_center_loss_op (from a checkout: pip install .)"
 )
@@ -87,26 +94,46 @@ def in_xla():
 
 
 def reads_in_xla(centers):
-    """What was computed from whole reads of the table so far, in a graph that XLA will compile.
+    """What a step of the centers is to wait for, in a graph that XLA will compile.
 
-    The step waits for it. TensorFlow orders the step after the read alone, and XLA, which gives the
-    step the table's own memory, would copy it for what comes of the read later.
+    TensorFlow orders the step after earlier reads of the table, but XLA knows no order but that of
+    data, and would copy a table that is read in no order with the step. So this is for the step to
+    take as inputs: of what was computed from each read, the first that is smaller than the table,
+    in this graph and, for a step in a loop or a branch, in the graphs around it.
     """
     graph = tf.compat.v1.get_default_graph()
-    # In a graph of TensorFlow 1 no program order makes what stands there part of this run.
-    if not (in_xla() and graph.building_function and isinstance(centers, tf.Variable)):
+    if not (in_xla() and isinstance(centers, tf.Variable)):
         return []
-    handle = graph.capture(centers.handle)
-    found, last = set(), {}
+    found = []
+    # In a graph of TensorFlow 1 no program order makes what stands there part of this run.
+    while graph.building_function:
+        with graph.as_default():
+            # Without a gradient, of which a loop would keep one for each of its inputs.
+            found += [tf.stop_gradient(tensor) for tensor in _from_reads(graph, centers)]
+        if not isinstance(graph, _LOOPS_AND_BRANCHES):
+            break  # its function may be called from elsewhere
+        graph = graph.outer_graph
+    return found
+
+
+def _from_reads(graph, centers):
+    handle, size = graph.capture(centers.handle), centers.shape.num_elements()
+    large, small = {handle.ref()}, []
     for op in graph.get_operations():
-        inputs = [tensor.op for tensor in op.inputs]
-        reads = op.type == "ReadVariableOp" and op.inputs[0] is handle
-        if reads or not found.isdisjoint(inputs):
-            found.add(op)
-            last[op] = True
-            for source in inputs:
-                last.pop(source, None)
-    return list(last)
+        if large.isdisjoint(tensor.ref() for tensor in op.inputs):
+            continue
+        if op.type in _STEPS and op.inputs[0] is handle:
+            small = []  # that step waits for them, and this one for that
+            continue
+        for tensor in op.outputs:
+            if not (tensor.dtype.is_floating or tensor.dtype.is_integer or tensor.dtype.is_bool):
+                continue
+            elements = tensor.shape.num_elements()
+            if elements is not None and size is not None and elements >= size:
+                large.add(tensor.ref())
+            else:
+                small.append(tensor)
+    return small
 
 
 @functools.cache

@@ -20,13 +20,7 @@ def center_loss(a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
 
 def update_centers(a: Arguments) -> tf.Operation | None:
     """The step of the centers alone."""
-    return _native.ops().tcl_update_centers(
-        centers=a.centers.handle,
-        alpha=a.alpha,
-        rule=a.rule,
-        atomic=_native.gpu_atomics(),
-        **_batch(a),
-    )
+    return _native.ops().tcl_update_centers(**_move(a), **_batch(a))
 
 
 def loss_and_residual(a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
@@ -37,14 +31,8 @@ def loss_and_residual(a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
 
 def update_from_residual(a: Arguments, residual: tf.Tensor) -> tf.Operation | None:
     """The step of the centers from a residual x_i - c_{y_i} [B, D] computed before."""
-    return _native.ops().tcl_update_centers(
-        centers=a.centers.handle,
-        alpha=a.alpha,
-        rule=a.rule,
-        atomic=_native.gpu_atomics(),
-        from_residual=True,
-        **_batch(a) | {"features": residual},
-    )
+    batch = _batch(a) | {"features": residual}
+    return _native.ops().tcl_update_centers(from_residual=True, **_move(a), **batch)
 
 
 def residual_and_step(a: Arguments) -> tf.Tensor:
@@ -55,19 +43,22 @@ def residual_and_step(a: Arguments) -> tf.Tensor:
 
 
 def _step(a):
-    return _native.ops().tcl_center_loss_step(
-        centers=a.centers.handle,
-        alpha=a.alpha,
-        rule=a.rule,
-        atomic=_native.gpu_atomics(),
-        **_batch(a),
-        **_loss(a),
-    )
+    return _native.ops().tcl_center_loss_step(**_move(a), **_batch(a), **_loss(a))
 
 
 def _read_only(a):
     variable_accessed(a.centers)
     return _native.ops().tcl_center_loss(centers=a.centers.handle, **_batch(a), **_loss(a))
+
+
+def _move(a):
+    return {
+        "centers": a.centers.handle,
+        "alpha": a.alpha,
+        "rule": a.rule,
+        "atomic": _native.gpu_atomics(),
+        "after": _native.reads_in_xla(a.centers),
+    }
 
 
 def _batch(a):
@@ -120,7 +111,8 @@ def _slices(op, handle, labels, rows):
 
 @tf.RegisterGradient("TclCenterLossStep")
 def _step_gradient(op, upstream, *_):
-    _, features, labels, weight, _, *sample_weight = op.inputs
+    _, features, labels, weight, _, *rest = op.inputs
+    sample_weight = rest[: op.get_attr("num_weights")]
     gradient = _backward(
         op, upstream, op.outputs[1], features, labels, weight, sample_weight, centers=[]
     )

@@ -139,8 +139,7 @@ def loss_and_squared_distance(features, labels, centers, *, weight, impl, name=N
     with tf.name_scope(name or "center_loss"):
         a = _arguments.check(features, labels, centers, weight=weight, **options)
         run = implementation(impl, a.centers)
-        with tf.control_dependencies(_native.reads_in_xla(a.centers)):
-            loss, squared_distance = run.center_loss(a)
+        loss, squared_distance = run.center_loss(a)
         if a.reduction == "none" and a.loss_shape is not None:
             loss = tf.reshape(loss, a.loss_shape)
         return Result(loss, tf.stop_gradient(squared_distance), a.features, a.labels)
@@ -199,8 +198,7 @@ def update_centers(
             features, labels, centers, alpha=alpha, rule=rule, ignore_label=ignore_label
         )
         run = implementation(impl, a.centers)
-        with tf.control_dependencies(_native.reads_in_xla(a.centers)):
-            step = run.update_centers(a)
+        step = run.update_centers(a)
         in_program_order = (
             tf.executing_eagerly() or tf.compat.v1.get_default_graph().building_function
         )

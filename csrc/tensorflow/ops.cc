@@ -67,7 +67,9 @@ absl::Status CheckScalar(InferenceContext* c, int input, const char* name) {
 }
 
 absl::Status CheckSampleWeight(InferenceContext* c, int input, DimensionHandle batch) {
-  if (input >= c->num_inputs()) return absl::OkStatus();
+  int num_weights;
+  TF_RETURN_IF_ERROR(c->GetAttr("num_weights", &num_weights));
+  if (num_weights == 0) return absl::OkStatus();
   ShapeHandle unused;
   if (c->Merge(c->input(input), c->Vector(batch), &unused).ok()) return absl::OkStatus();
   return Mismatch(c, "sample_weight", c->input(input), c->DebugString(c->Vector(batch)));
@@ -105,6 +107,10 @@ absl::Status SetLossOutputs(InferenceContext* c, const BatchShape& shape) {
 // Only for a GPU, see CudaOptions::atomic.
 #define TCL_ATOMIC_ATTR Attr("atomic: bool = false")
 
+// What a step comes after under XLA, which knows no order but that of data (xla_cpu_call.cc); no
+// kernel reads it.
+#define TCL_AFTER Input("after: Tafter").Attr("Tafter: list(type) >= 0 = []")
+
 }  // namespace
 
 // Loss, residual, ||x_i - c_{y_i}||^2 and the step of the centers, in one pass over the batch.
@@ -115,7 +121,7 @@ REGISTER_OP("TclCenterLossStep")
     .Input("weight: Tcenters")
     .Input("alpha: Tcenters")
     .Input("sample_weight: num_weights * Tcenters")
-    .Output("loss: Tcenters")
+    .TCL_AFTER.Output("loss: Tcenters")
     .Output("residual_bits: Tbits")
     .Output("squared_distance: Tcenters")
     .TCL_BATCH_ATTRS.TCL_BITS_ATTR.TCL_REDUCTION_ATTR.TCL_RULE_ATTR.TCL_ATOMIC_ATTR
@@ -157,7 +163,7 @@ REGISTER_OP("TclUpdateCenters")
     .Input("features: T")
     .Input("labels: Tlabels")
     .Input("alpha: Tcenters")
-    .TCL_BATCH_ATTRS.TCL_RULE_ATTR.TCL_ATOMIC_ATTR.Attr("from_residual: bool = false")
+    .TCL_AFTER.TCL_BATCH_ATTRS.TCL_RULE_ATTR.TCL_ATOMIC_ATTR.Attr("from_residual: bool = false")
     .SetIsStateful()
     .SetShapeFn([](InferenceContext* c) {
       BatchShape shape;

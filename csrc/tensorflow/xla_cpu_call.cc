@@ -2,9 +2,11 @@
 //
 // Why not HLO on the CPU: as HLO (xla_hlo.cc) the same step reads and writes the batch some ten
 // times, most of it on one thread, and takes 2 to 5 times as long (256 to 4096 samples of 512
-// features, 100k and 1M labels, 2 cores). Either form moves the centers in place, and either is
-// given a copy of the table where the program also reads it in no order with the step;
-// AfterEarlierReads gives such reads an order, which HLO has no place for.
+// features, 100k and 1M labels, 2 cores). Either form moves the centers in place.
+//
+// XLA knows no order but that of data, and hands the step a copy of the table where the program
+// reads it in no order with the step. So the call takes, unused, what was computed from earlier
+// reads (`after`, which reads_in_xla in _native.py finds), and what AfterEarlierReads finds.
 //
 // A kernel cannot raise under XLA, so a label out of range makes its own sample NaN: it is handed
 // on as a sample of class 0 with features of NaN, which the kernel lets count in N and move
@@ -65,14 +67,17 @@ bool HoldsTable(const xla::ShapeProto& shape, int64_t elements) {
   return size >= elements;
 }
 
+bool IsDynamic(const xla::ShapeProto& shape) {
+  const auto& dynamic = shape.is_dynamic_dimension();
+  return std::find(dynamic.begin(), dynamic.end(), true) != dynamic.end();
+}
+
 // Makes the last instruction, which overwrites its first operand, an instruction that comes after
-// everything so far that reads that operand: XLA knows no order but that of data, and to a read
-// that the step does not depend on it would hand a copy of the table. So what was read becomes an
-// operand too, unused. (A control dependency would do, but keeps passes from rewriting a gather
-// that the code generator then cannot take.) Values as large as the table are passed through: what
-// the step waits for is what came of them, the sum over the table or the loop's result. That this
-// is in the program already is what `reads_in_xla` in _native.py sees to. Not seen, and paid for
-// with a copy, is a read of the whole table that comes before a loop or a branch with the step.
+// everything so far that reads that operand: for a step in a `tf.function` that is called from
+// another, which TensorFlow traced apart from the reads there. (A control dependency would do, but
+// keeps passes from rewriting a gather that the code generator then cannot take.) Values as large
+// as the table are passed through: what the step waits for is what came of them, the sum over the
+// table or the loop's result; so are those whose size XLA does not know, which no call can take.
 void AfterEarlierReads(xla::XlaBuilder& builder, int64_t elements) {
   std::deque<xla::HloInstructionProto>& program = InstructionsOf(builder);
   xla::HloInstructionProto& step = program.back();
@@ -84,7 +89,7 @@ void AfterEarlierReads(xla::XlaBuilder& builder, int64_t elements) {
                      [&tables](int64_t id) { return tables.count(id) != 0; })) {
       continue;
     }
-    if (HoldsTable(instruction.shape(), elements)) {
+    if (HoldsTable(instruction.shape(), elements) || IsDynamic(instruction.shape())) {
       tables.insert(instruction.id());
     } else if (instruction.shape().element_type() != xla::TOKEN) {
       step.add_operand_ids(instruction.id());
@@ -269,6 +274,7 @@ std::string Attributes(const StepKind& kind, bool weighted) {
 StepResults StepOnCpu(const StepKind& kind, const StepOperands& in) {
   std::vector<XlaOp> operands = {in.centers, in.features, in.labels, in.weight, in.alpha};
   if (in.sample_weight) operands.push_back(*in.sample_weight);
+  operands.insert(operands.end(), in.after.begin(), in.after.end());
 
   std::vector<xla::Shape> shapes;
   using Alias = std::pair<xla::ShapeIndex, std::pair<int64_t, xla::ShapeIndex>>;

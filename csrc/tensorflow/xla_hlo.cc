@@ -8,6 +8,10 @@
 // compared with all instead, and the sums are one product of that matrix with the rows: no sort, no
 // loop.
 //
+// In place also where the program reads the table before the step: XLA knows no order but that of
+// data, so whether a sample moves its center depends on what was computed from those reads
+// (`after`), in form though not in fact.
+//
 // Deterministic: every row of the table is scattered to once at most, so no two additions race.
 //
 // HLO can neither raise nor index out of bounds (it clamps and drops), so what the contract says of
@@ -76,6 +80,16 @@ XlaOp Shifted(XlaOp values, XlaOp shift, int64_t batch) {
   std::vector<XlaOp> start(shape.dimensions().size(), Int64(b, 0));
   start[0] = Int64(b, batch) - shift;
   return xla::DynamicSlice(xla::ConcatInDim(b, {values, values}, 0), start, shape.dimensions());
+}
+
+// True, which XLA finds out by computing the value only: it keeps no rule by which a number cannot
+// both equal and not equal itself.
+XlaOp TrueAfter(XlaOp value) {
+  XlaBuilder* const b = value.builder();
+  const XlaOp number = xla::ConvertElementType(value, xla::F32);
+  const XlaOp impossible = xla::And(xla::Eq(number, number), xla::Ne(number, number));
+  return xla::ReduceAll(xla::Not(impossible), xla::ConstantR0<bool>(b, true),
+                        xla::CreateScalarAndComputation(xla::PRED, b));
 }
 
 // s_j for classes of n samples, [B] (center_loss_math.h).
@@ -220,7 +234,10 @@ absl::StatusOr<StepResults> StepInHlo(const StepKind& kind, const StepOperands& 
   }
   if (!kind.moves || in.batch == 0) return out;
 
-  const XlaOp moving = xla::And(valid, finite);
+  XlaOp moving = xla::And(valid, finite);
+  for (const XlaOp value : in.after) {
+    moving = xla::And(moving, xla::Broadcast(TrueAfter(value), {in.batch}));
+  }
   const XlaOp nowhere = Int64(b, in.classes);
   const XlaOp keys = xla::Select(moving, labels, xla::Broadcast(nowhere, {in.batch}));
   const XlaOp residuals = ZeroUnless(AlongRows(moving, in), residual);

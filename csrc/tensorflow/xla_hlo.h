@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "csrc/center_loss.h"
@@ -32,6 +33,7 @@ struct StepOperands {
   xla::XlaOp weight;                        // []
   xla::XlaOp alpha;                         // []
   std::optional<xla::XlaOp> sample_weight;  // [B]
+  std::vector<xla::XlaOp> after;            // what the step waits for
   int64_t batch = 0, dim = 0, classes = 0;
   xla::PrimitiveType center_type = xla::F32;
 };

@@ -18,6 +18,7 @@
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "tensorflow/compiler/tf2xla/xla_op_registry.h"
 #include "xla/hlo/builder/lib/constants.h"
+#include "xla/shape_util.h"
 
 namespace tcl {
 namespace {
@@ -46,6 +47,9 @@ class StepLowering : public XlaOpKernel {
     if (context->HasAttr("reduction")) {
       OP_REQUIRES_OK(context, context->GetAttr("reduction", &name));
       kind_.has_loss = ParseReduction(name, &kind_.reduction);
+      int num_weights;
+      OP_REQUIRES_OK(context, context->GetAttr("num_weights", &num_weights));
+      weighted_ = num_weights > 0;
     }
     if (context->HasAttr("from_residual")) {
       OP_REQUIRES_OK(context, context->GetAttr("from_residual", &kind_.from_residual));
@@ -63,8 +67,17 @@ class StepLowering : public XlaOpKernel {
     in.weight =
         kind_.has_loss ? context->Input(next++) : xla::One(context->builder(), in.center_type);
     in.alpha = kind_.moves ? context->Input(next++) : xla::Zero(context->builder(), in.center_type);
-    if (next < context->num_inputs()) in.sample_weight = context->Input(next);
-    OP_REQUIRES_OK(context, Bind(context, next, table, &in));
+    const int sample_weight = next;
+    if (weighted_) in.sample_weight = context->Input(next++);
+    for (; next < context->num_inputs(); ++next) {
+      const auto shape = context->InputXlaShape(next);
+      OP_REQUIRES_OK(context, shape.status());
+      // What is as large may be the table itself; of unknown size the call cannot take it.
+      if (shape->is_static() && xla::ShapeUtil::ElementsIn(*shape) < table.num_elements()) {
+        in.after.push_back(context->Input(next));
+      }
+    }
+    OP_REQUIRES_OK(context, Bind(context, sample_weight, table, &in));
 
     StepResults out;
     if (OnCpu(context)) {
@@ -128,6 +141,7 @@ class StepLowering : public XlaOpKernel {
 
   DataType type_;
   StepKind kind_;
+  bool weighted_ = false;
 };
 
 class BackwardLowering : public XlaOpKernel {
