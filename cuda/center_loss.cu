@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(256)
   const int warps = static_cast<int>(gridDim.x * blockDim.x) / kWarp;
   for (int64_t i = static_cast<int64_t>(blockIdx.x * blockDim.x + threadIdx.x) / kWarp; i < batch;
        i += warps) {
-    const CenterType<Feature> factor = upstream[per_sample ? i : 0];
+    const CenterType<Feature> factor = upstream == nullptr ? 1 : upstream[per_sample ? i : 0];
     if (in_place && factor == 1) continue;
     for (int64_t column = 0; column < dim; column += kColumns<CenterType<Feature>, 1>) {
       constexpr int kLane = kPerLane<CenterType<Feature>, 1>;

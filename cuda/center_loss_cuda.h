@@ -45,8 +45,9 @@ int CenterLossOnCuda(const StepArguments<Feature, Label>& step,
                      const CudaWorkspace& workspace, void* stream);
 
 // The backward pass: gradient[i, :] = upstream[i] * residual[i, :], or upstream[0] for every row
-// where `per_sample` is false; rounded to the features' type. `gradient` may be `residual` itself:
-// an upstream of one then costs no memory traffic.
+// where `per_sample` is false, or the residual itself where `upstream` is null; rounded to the
+// features' type. `gradient` may be `residual` itself: an upstream of one then costs no memory
+// traffic.
 template <typename Feature>
 int BackwardOnCuda(const CenterType<Feature>* upstream, bool per_sample,
                    const CenterType<Feature>* residual, Feature* gradient, int64_t batch,

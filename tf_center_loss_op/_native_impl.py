@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import tensorflow as tf
 
 # A variable is put on the tape by being read; an op that takes its handle does not count as such.
@@ -54,10 +55,10 @@ def _read_only(a):
 def _move(a):
     return {
         "centers": a.centers.handle,
-        "alpha": a.alpha,
         "rule": a.rule,
         "atomic": _native.gpu_atomics(),
         "after": _native.reads_in_xla(a.centers),
+        **_number("alpha", a.alpha),
     }
 
 
@@ -67,16 +68,28 @@ def _batch(a):
         "labels": a.labels,
         "has_ignore_label": a.ignore_label is not None,
         "ignore_label": a.ignore_label or 0,
+        "Tcenters": a.centers.dtype,
     }
 
 
 def _loss(a):
     return {
-        "weight": a.weight,
+        **_number("weight", a.weight),
         "sample_weight": [] if a.sample_weight is None else [a.sample_weight],
         "reduction": a.reduction,
         "Tbits": tf.int64 if a.centers.dtype == tf.float64 else tf.uint32,
     }
+
+
+def _number(name, tensor):
+    """A scalar input of an op, or its attribute where the number is known while tracing.
+
+    An attribute is a float32. In eager mode each number would make a kernel of its own.
+    """
+    value = None if tf.executing_eagerly() else tf.get_static_value(tensor)
+    if value is None or np.float32(value) != value:
+        return {name: [tensor]}
+    return {name: [], f"constant_{name}": float(value)}
 
 
 def _backward(op, upstream, residual_bits, features, labels, weight, sample_weight, centers):
@@ -86,12 +99,27 @@ def _backward(op, upstream, residual_bits, features, labels, weight, sample_weig
         features=features,
         labels=labels,
         weight=weight,
+        constant_weight=op.get_attr("constant_weight"),
         sample_weight=sample_weight,
         centers=centers,
         reduction=op.get_attr("reduction"),
         has_ignore_label=op.get_attr("has_ignore_label"),
         ignore_label=op.get_attr("ignore_label"),
+        Tcenters=op.get_attr("Tcenters"),
     )
+
+
+def _weights(op, inputs):
+    """weight and sample_weight, each a list of none or one, and the inputs after them."""
+    weights, sample_weights = len(op.get_attr("Tweight")), len(op.get_attr("Tsample_weight"))
+    rest = inputs[weights:]
+    return inputs[:weights], rest[:sample_weights], rest[sample_weights:]
+
+
+def _unless_one(upstream):
+    """The upstream gradient, as a list, which is empty where it is known to be one."""
+    value = None if tf.executing_eagerly() else tf.get_static_value(upstream)
+    return [upstream] if value is None or np.any(value != 1) else []
 
 
 def _slices(op, handle, labels, rows):
@@ -111,21 +139,22 @@ def _slices(op, handle, labels, rows):
 
 @tf.RegisterGradient("TclCenterLossStep")
 def _step_gradient(op, upstream, *_):
-    _, features, labels, weight, _, *rest = op.inputs
-    sample_weight = rest[: op.get_attr("num_weights")]
+    _, features, labels, *rest = op.inputs
+    weight, sample_weight, _ = _weights(op, rest[len(op.get_attr("Talpha")) :])
     gradient = _backward(
-        op, upstream, op.outputs[1], features, labels, weight, sample_weight, centers=[]
+        op, _unless_one(upstream), op.outputs[1], features, labels, weight, sample_weight, []
     )
     return [None, gradient] + [None] * (len(op.inputs) - 2)
 
 
 @tf.RegisterGradient("TclCenterLoss")
 def _center_loss_gradient(op, upstream, *_):
-    handle, features, labels, weight, *sample_weight = op.inputs
+    handle, features, labels, *rest = op.inputs
+    weight, sample_weight, _ = _weights(op, rest)
     # In the centers' type: the gradient to the centers is not rounded to 16 bits on its way.
     wide = tf.cast(features, op.get_attr("Tcenters"))
     gradient = _backward(
-        op, upstream, op.outputs[1], wide, labels, weight, sample_weight, centers=[handle]
+        op, _unless_one(upstream), op.outputs[1], wide, labels, weight, sample_weight, [handle]
     )
     d_features = tf.cast(gradient, features.dtype)
     return [_slices(op, handle, labels, gradient), d_features] + [None] * (len(op.inputs) - 2)
@@ -134,37 +163,31 @@ def _center_loss_gradient(op, upstream, *_):
 @tf.RegisterGradient("TclCenterLossBackward")
 def _backward_gradient(op, g):
     """gradient_i = upstream_i * f_i * (x_i - c_{y_i}), with f_i = weight * w_i (/ N)."""
-    upstream, residual_bits, features, labels, weight, *rest = op.inputs
-    num_weights = op.get_attr("num_weights")
-    sample_weight, centers = rest[:num_weights], rest[num_weights:]
+    residual_bits, features, labels, *rest = op.inputs
+    weight, sample_weight, rest = _weights(op, rest)
+    upstreams = len(op.get_attr("Tupstream"))
+    upstream, centers = rest[:upstreams], rest[upstreams:]
 
     # Taken through the op again, not from its bits, so that third derivatives exist.
-    residual = _backward(
-        op,
-        tf.ones_like(upstream),
-        residual_bits,
-        features,
-        labels,
-        weight,
-        sample_weight,
-        centers,
-    )
-    g = tf.cast(g, upstream.dtype)
-    per_sample = tf.reduce_sum(g * tf.cast(residual, g.dtype), axis=1)
-    d_upstream = per_sample if upstream.shape.rank == 1 else tf.reduce_sum(per_sample)
+    residual = _backward(op, [], residual_bits, features, labels, weight, sample_weight, centers)
+    dtype = op.get_attr("Tcenters")
+    g = tf.cast(g, dtype)
+    per_sample = tf.reduce_sum(g * tf.cast(residual, dtype), axis=1)
+    d_upstream = [per_sample if u.shape.rank == 1 else tf.reduce_sum(per_sample) for u in upstream]
 
-    factor = tf.fill(tf.shape(labels), weight)
-    if sample_weight:
-        factor *= sample_weight[0]
+    factor = tf.fill(tf.shape(labels), tf.constant(op.get_attr("constant_weight"), dtype))
+    for given in weight + sample_weight + upstream:
+        factor *= given
     counted = tf.ones_like(factor)
     if op.get_attr("has_ignore_label"):
         ignore_label = tf.cast(op.get_attr("ignore_label"), labels.dtype)
-        counted = tf.cast(tf.not_equal(labels, ignore_label), factor.dtype)
+        counted = tf.cast(tf.not_equal(labels, ignore_label), dtype)
         factor = tf.where(counted > 0, factor, 0)
     if op.get_attr("reduction") == b"mean":
         factor = tf.math.divide_no_nan(factor, tf.reduce_sum(counted))
-    rows = g * (upstream * factor)[:, tf.newaxis]
+    rows = g * factor[:, tf.newaxis]
 
     d_centers = [_slices(op, handle, labels, rows) for handle in centers]
     d_features = tf.cast(rows, features.dtype)
-    return [d_upstream, None, d_features, None, None, *[None] * num_weights, *d_centers]
+    nothing = [None] * len(weight + sample_weight)
+    return [None, d_features, None, *nothing, *d_upstream, *d_centers]

@@ -89,15 +89,12 @@ class OnGpu {
                     "depend on the order in which threads come"));
   }
 
-  static absl::Status SetWeight(const Tensor& weight, Arguments* step) {
+  static void SetWeight(const Tensor& weight, Arguments* step) {
     step->cuda.weight = weight.scalar<Center>().data();
-    return absl::OkStatus();
   }
 
-  absl::Status SetAlpha(const Tensor& alpha, Arguments* step) const {
+  static void SetAlpha(const Tensor& alpha, Arguments* step) {
     step->cuda.alpha = alpha.scalar<Center>().data();
-    step->cuda.atomic = atomic_;
-    return absl::OkStatus();
   }
 
   static absl::Status Copy(OpKernelContext* context, const Tensor& table, Tensor* copy) {
@@ -112,12 +109,13 @@ class OnGpu {
     return context->allocate_temp(context->expected_output_dtype(1), shape, residual);
   }
 
-  absl::Status Launch(OpKernelContext* context, const Arguments& step) {
+  absl::Status Launch(OpKernelContext* context, Arguments& step) {
+    step.cuda.atomic = atomic_;
     CudaWorkspace sizes;
     sizes.batch = step.batch;
     sizes.dim = step.dim;
     sizes.center_size = sizeof(Center);
-    sizes.atomic = step.cuda.atomic;
+    sizes.atomic = atomic_;
     return workspace_.With(context, sizes, [&](const CudaWorkspace& workspace) {
       return ToStatus(CenterLossOnCuda<typename FeatureOf<T>::type, Label>(
                           step, step.cuda, workspace, StreamOf(context)),
@@ -137,16 +135,21 @@ class BackwardOnGpuOp : public OpKernel {
   using OpKernel::OpKernel;
 
   void Compute(OpKernelContext* context) override {
-    const Tensor& upstream = context->input(0);
-    const Tensor& bits = context->input(1);
-    OP_REQUIRES_OK(context, CheckBackward(upstream, bits));
-    const auto* const factors = upstream.flat<Center>().data();
+    BackwardInputs in;
+    OP_REQUIRES_OK(context, in.Find(context));
+    const Tensor& bits = *in.bits;
     Tensor gradient;
+    if (std::is_same<T, Center>::value && in.upstream == nullptr) {
+      OP_REQUIRES_OK(context,
+                     gradient.BitcastFrom(bits, tensorflow::DataTypeToEnum<T>::v(), bits.shape()));
+      context->set_output(0, gradient);
+      return;
+    }
     // In the residual's own memory, where nobody else holds it: with an upstream of one, which only
     // the device knows, nothing then has to be moved.
     std::unique_ptr<Tensor> forwarded;
     if (std::is_same<T, Center>::value) {
-      forwarded = context->forward_input(1, OpKernelContext::Params::kNoReservation, bits.dtype(),
+      forwarded = context->forward_input(0, OpKernelContext::Params::kNoReservation, bits.dtype(),
                                          bits.shape(), context->output_memory_type(0),
                                          tensorflow::AllocatorAttributes());
     }
@@ -160,7 +163,7 @@ class BackwardOnGpuOp : public OpKernel {
     context->set_output(0, gradient);
     using Feature = typename FeatureOf<T>::type;
     OP_REQUIRES_OK(context, ToStatus(BackwardOnCuda<Feature>(
-                                         factors, upstream.dims() == 1,
+                                         in.factors<Center>(), in.per_sample(),
                                          static_cast<const Center*>(bits.data()),
                                          static_cast<Feature*>(gradient.data()), bits.dim_size(0),
                                          bits.dim_size(1), StreamOf(context)),

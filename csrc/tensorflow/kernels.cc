@@ -2,6 +2,7 @@
 
 #define EIGEN_USE_THREADS
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -9,6 +10,7 @@
 
 #include "absl/synchronization/mutex.h"
 #include "csrc/center_loss_cpu.h"
+#include "csrc/pool_threads.h"
 #include "csrc/tensorflow/huge_pages.h"
 #include "csrc/tensorflow/step_ops.h"
 #include "tensorflow/core/platform/threadpool.h"
@@ -26,12 +28,9 @@ using tensorflow::TensorShape;
 constexpr int64_t kMinTableBytes = int64_t{1} << 26;
 
 ParallelFor ThreadsOf(OpKernelContext* context) {
-  return [context](int64_t total, int64_t bytes, const Work& work) {
-    if (total * bytes <= kMinBytesPerThread) return work(0, total);
-    // Four bytes a cycle: what one core draws from memory.
-    const auto adaptive = tensorflow::thread::ThreadPool::SchedulingParams::Adaptive(bytes / 4);
-    context->device()->tensorflow_cpu_worker_threads()->workers->ParallelFor(total, adaptive, work);
-  };
+  tensorflow::thread::ThreadPool* const pool =
+      context->device()->tensorflow_cpu_worker_threads()->workers;
+  return OnThreadsOf(pool, pool->NumThreads());
 }
 
 // Large arrays on large pages.
@@ -82,16 +81,12 @@ class OnCpu {
 
   explicit OnCpu(OpKernelConstruction*) {}
 
-  static absl::Status SetWeight(const Tensor& weight, Arguments* step) {
+  static void SetWeight(const Tensor& weight, Arguments* step) {
     step->options.weight = weight.scalar<Center>()();
-    return absl::OkStatus();
   }
 
-  static absl::Status SetAlpha(const Tensor& alpha, Arguments* step) {
+  static void SetAlpha(const Tensor& alpha, Arguments* step) {
     step->options.alpha = alpha.scalar<Center>()();
-    if (std::isfinite(step->options.alpha) && step->options.alpha >= 0) return absl::OkStatus();
-    return absl::InvalidArgumentError(
-        absl::StrCat("alpha: expected a finite number >= 0, got ", step->options.alpha));
   }
 
   static absl::Status Copy(OpKernelContext* context, const Tensor& table, Tensor* copy) {
@@ -106,6 +101,11 @@ class OnCpu {
   }
 
   static absl::Status Launch(OpKernelContext* context, const Arguments& step) {
+    const Center alpha = step.options.alpha;
+    if (step.options.update_centers && !(std::isfinite(alpha) && alpha >= 0)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("alpha: expected a finite number >= 0, got ", alpha));
+    }
     // At the first step; a gather may have come before, or a checkpoint changed the buffer since.
     const int64_t bytes = step.classes * step.dim * static_cast<int64_t>(sizeof(Center));
     if (step.options.update_centers && bytes >= kMinTableBytes && HugePagesWanted() &&
@@ -129,16 +129,14 @@ class BackwardOnCpuOp : public OpKernel {
   using OpKernel::OpKernel;
 
   void Compute(OpKernelContext* context) override {
-    const Tensor& upstream = context->input(0);
-    const Tensor& bits = context->input(1);
-    OP_REQUIRES_OK(context, CheckBackward(upstream, bits));
-    const int64_t batch = bits.dim_size(0), dim = bits.dim_size(1);
-    const bool per_sample = upstream.dims() == 1;
-    const auto factors = upstream.flat<Center>();
+    BackwardInputs in;
+    OP_REQUIRES_OK(context, in.Find(context));
+    const Tensor& bits = *in.bits;
+    const Center* const factors = in.factors<Center>();
+    const Center one{1};
     if (std::is_same<T, Center>::value) {
-      bool all_one = true;
-      for (int64_t i = 0; i < factors.size(); ++i) all_one &= factors(i) == Center{1};
-      if (all_one) {
+      const int64_t given = factors == nullptr ? 0 : in.upstream->NumElements();
+      if (std::all_of(factors, factors + given, [](Center factor) { return factor == 1; })) {
         Tensor gradient;
         OP_REQUIRES_OK(
             context, gradient.BitcastFrom(bits, tensorflow::DataTypeToEnum<T>::v(), bits.shape()));
@@ -149,9 +147,10 @@ class BackwardOnCpuOp : public OpKernel {
     Tensor* gradient;
     OP_REQUIRES_OK(context, context->allocate_output(0, bits.shape(), &gradient));
     BackwardOnCpu<typename FeatureOf<T>::type>(
-        factors.data(), per_sample, static_cast<const Center*>(bits.data()),
-        static_cast<typename FeatureOf<T>::type*>(gradient->data()), batch, dim, ThreadsOf(context),
-        BestIsa());
+        factors == nullptr ? &one : factors, in.per_sample(),
+        static_cast<const Center*>(bits.data()),
+        static_cast<typename FeatureOf<T>::type*>(gradient->data()), bits.dim_size(0),
+        bits.dim_size(1), ThreadsOf(context), BestIsa());
   }
 };
 

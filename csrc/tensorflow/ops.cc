@@ -1,6 +1,7 @@
 // Signatures and shape functions of the ops. Features are [B, D] here: Python flattens [..., D].
 
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
@@ -60,19 +61,22 @@ absl::Status CheckBatch(InferenceContext* c, int centers, int features, int labe
   return absl::OkStatus();
 }
 
-absl::Status CheckScalar(InferenceContext* c, int input, const char* name) {
-  ShapeHandle unused;
-  if (c->WithRank(c->input(input), 0, &unused).ok()) return absl::OkStatus();
-  return Mismatch(c, name, c->input(input), "[]");
-}
-
-absl::Status CheckSampleWeight(InferenceContext* c, int input, DimensionHandle batch) {
-  int num_weights;
-  TF_RETURN_IF_ERROR(c->GetAttr("num_weights", &num_weights));
-  if (num_weights == 0) return absl::OkStatus();
-  ShapeHandle unused;
-  if (c->Merge(c->input(input), c->Vector(batch), &unused).ok()) return absl::OkStatus();
-  return Mismatch(c, "sample_weight", c->input(input), c->DebugString(c->Vector(batch)));
+// alpha [], weight [] and sample_weight [B], as far as the op has them, are the inputs from next on.
+absl::Status CheckOptional(InferenceContext* c, int next, DimensionHandle batch) {
+  const auto check = [&](const char* attr, const char* name, ShapeHandle expected) {
+    std::vector<tensorflow::DataType> types;
+    if (!c->GetAttr(attr, &types).ok()) return absl::OkStatus();
+    for (const int end = next + static_cast<int>(types.size()); next < end; ++next) {
+      ShapeHandle unused;
+      if (!c->Merge(c->input(next), expected, &unused).ok()) {
+        return Mismatch(c, name, c->input(next), c->DebugString(expected));
+      }
+    }
+    return absl::OkStatus();
+  };
+  TF_RETURN_IF_ERROR(check("Talpha", "alpha", c->Scalar()));
+  TF_RETURN_IF_ERROR(check("Tweight", "weight", c->Scalar()));
+  return check("Tsample_weight", "sample_weight", c->Vector(batch));
 }
 
 absl::Status SetLossOutputs(InferenceContext* c, const BatchShape& shape) {
@@ -104,6 +108,13 @@ absl::Status SetLossOutputs(InferenceContext* c, const BatchShape& shape) {
 // TensorFlow takes every int32 of a function's results back to the host.
 #define TCL_BITS_ATTR Attr("Tbits: {uint32, int64}")
 
+// What may be left out is a list of none or one, of the centers' type. A number that is known while
+// tracing stands in the op itself: a node less that runs in each step.
+#define TCL_OPTIONAL_ATTR(Name) Attr("T" Name ": list({float, double}) >= 0")
+#define TCL_ALPHA_ATTRS TCL_OPTIONAL_ATTR("alpha").Attr("constant_alpha: float = 0")
+#define TCL_WEIGHT_ATTRS \
+  TCL_OPTIONAL_ATTR("weight").Attr("constant_weight: float = 1").TCL_OPTIONAL_ATTR("sample_weight")
+
 // Only for a GPU, see CudaOptions::atomic.
 #define TCL_ATOMIC_ATTR Attr("atomic: bool = false")
 
@@ -118,21 +129,18 @@ REGISTER_OP("TclCenterLossStep")
     .Input("centers: resource")
     .Input("features: T")
     .Input("labels: Tlabels")
-    .Input("weight: Tcenters")
-    .Input("alpha: Tcenters")
-    .Input("sample_weight: num_weights * Tcenters")
+    .Input("alpha: Talpha")
+    .Input("weight: Tweight")
+    .Input("sample_weight: Tsample_weight")
     .TCL_AFTER.Output("loss: Tcenters")
     .Output("residual_bits: Tbits")
     .Output("squared_distance: Tcenters")
-    .TCL_BATCH_ATTRS.TCL_BITS_ATTR.TCL_REDUCTION_ATTR.TCL_RULE_ATTR.TCL_ATOMIC_ATTR
-    .Attr("num_weights: int >= 0")
-    .SetIsStateful()
+    .TCL_BATCH_ATTRS.TCL_BITS_ATTR.TCL_REDUCTION_ATTR.TCL_RULE_ATTR.TCL_ATOMIC_ATTR.TCL_ALPHA_ATTRS
+    .TCL_WEIGHT_ATTRS.SetIsStateful()
     .SetShapeFn([](InferenceContext* c) {
       BatchShape shape;
       TF_RETURN_IF_ERROR(CheckBatch(c, 0, 1, 2, &shape));
-      TF_RETURN_IF_ERROR(CheckScalar(c, 3, "weight"));
-      TF_RETURN_IF_ERROR(CheckScalar(c, 4, "alpha"));
-      TF_RETURN_IF_ERROR(CheckSampleWeight(c, 5, shape.batch));
+      TF_RETURN_IF_ERROR(CheckOptional(c, 3, shape.batch));
       return SetLossOutputs(c, shape);
     });
 
@@ -141,18 +149,16 @@ REGISTER_OP("TclCenterLoss")
     .Input("centers: resource")
     .Input("features: T")
     .Input("labels: Tlabels")
-    .Input("weight: Tcenters")
-    .Input("sample_weight: num_weights * Tcenters")
+    .Input("weight: Tweight")
+    .Input("sample_weight: Tsample_weight")
     .Output("loss: Tcenters")
     .Output("residual_bits: Tbits")
     .Output("squared_distance: Tcenters")
-    .TCL_BATCH_ATTRS.TCL_BITS_ATTR.TCL_REDUCTION_ATTR.Attr("num_weights: int >= 0")
-    .SetIsStateful()
+    .TCL_BATCH_ATTRS.TCL_BITS_ATTR.TCL_REDUCTION_ATTR.TCL_WEIGHT_ATTRS.SetIsStateful()
     .SetShapeFn([](InferenceContext* c) {
       BatchShape shape;
       TF_RETURN_IF_ERROR(CheckBatch(c, 0, 1, 2, &shape));
-      TF_RETURN_IF_ERROR(CheckScalar(c, 3, "weight"));
-      TF_RETURN_IF_ERROR(CheckSampleWeight(c, 4, shape.batch));
+      TF_RETURN_IF_ERROR(CheckOptional(c, 3, shape.batch));
       return SetLossOutputs(c, shape);
     });
 
@@ -162,13 +168,14 @@ REGISTER_OP("TclUpdateCenters")
     .Input("centers: resource")
     .Input("features: T")
     .Input("labels: Tlabels")
-    .Input("alpha: Tcenters")
-    .TCL_AFTER.TCL_BATCH_ATTRS.TCL_RULE_ATTR.TCL_ATOMIC_ATTR.Attr("from_residual: bool = false")
+    .Input("alpha: Talpha")
+    .TCL_AFTER.TCL_BATCH_ATTRS.TCL_RULE_ATTR.TCL_ATOMIC_ATTR.TCL_ALPHA_ATTRS
+    .Attr("from_residual: bool = false")
     .SetIsStateful()
     .SetShapeFn([](InferenceContext* c) {
       BatchShape shape;
       TF_RETURN_IF_ERROR(CheckBatch(c, 0, 1, 2, &shape));
-      return CheckScalar(c, 3, "alpha");
+      return CheckOptional(c, 3, shape.batch);
     });
 
 // A table of zeros on large pages, which take up memory only when they are written. Stateful, so
@@ -185,24 +192,25 @@ REGISTER_OP("TclZeros")
       return absl::OkStatus();
     });
 
-// The backward pass: upstream times residual, in the features' type. Where upstream is one and the
-// types are the same, the residual's own buffer is the gradient. The other inputs are not read:
-// they are what the gradient of this op is taken to. A list of handles may be empty, and other than
-// an input of type resource it does not mark the op as stateful, which could then not be left out.
+// The backward pass: upstream, which is one where it is left out, times residual, in the features'
+// type. Where upstream is one and the types are the same, the residual's own buffer is the
+// gradient. The other inputs are not read: they are what the gradient of this op is taken to. A
+// list of handles may be empty, and other than an input of type resource it does not mark the op as
+// stateful, which could then not be left out.
 REGISTER_OP("TclCenterLossBackward")
-    .Input("upstream: Tcenters")
     .Input("residual_bits: Tbits")
     .Input("features: T")
     .Input("labels: Tlabels")
-    .Input("weight: Tcenters")
-    .Input("sample_weight: num_weights * Tcenters")
+    .Input("weight: Tweight")
+    .Input("sample_weight: Tsample_weight")
+    .Input("upstream: Tupstream")
     .Input("centers: handles")
     .Output("gradient: T")
-    .TCL_BATCH_ATTRS.TCL_BITS_ATTR.TCL_REDUCTION_ATTR.Attr("num_weights: int >= 0")
+    .TCL_BATCH_ATTRS.TCL_BITS_ATTR.TCL_REDUCTION_ATTR.TCL_WEIGHT_ATTRS.TCL_OPTIONAL_ATTR("upstream")
     .Attr("handles: list({resource}) >= 0")
     .SetShapeFn([](InferenceContext* c) {
       BatchShape shape;
-      TF_RETURN_IF_ERROR(CheckBatch(c, -1, 2, 3, &shape));
+      TF_RETURN_IF_ERROR(CheckBatch(c, -1, 1, 2, &shape));
       c->set_output(0, c->Matrix(shape.batch, shape.dim));
       return absl::OkStatus();
     });

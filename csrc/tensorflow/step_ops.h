@@ -3,7 +3,7 @@
 // A Backend says what a device does its own way. It has the types Element (TensorFlow's, of the
 // features), Label and Arguments (a StepArguments and whatever else Launch takes), and
 //
-//   SetWeight(tensor, arguments), SetAlpha(...)  a scalar of the centers' type
+//   SetWeight(tensor, arguments), SetAlpha(...)  a scalar of the centers' type that is an input
 //   Copy(context, table, copy)                   another buffer with the table's numbers
 //   AllocateResidual(context, shape, tensor)     memory for output 1
 //   Launch(context, arguments)                   does the step
@@ -47,8 +47,8 @@ inline absl::Status Mismatch(const char* name, const tensorflow::Tensor& got,
       absl::StrCat(name, ": expected shape ", expected, ", got ", got.shape().DebugString()));
 }
 
-// What the ops have in common: their attributes, the checks of their arrays, the outputs. Shapes
-// are checked here again because they may be unknown while tracing.
+// All ops but the backward one: an op with a rule moves the centers, one with a reduction has a
+// loss. Shapes are checked here again because they may be unknown while tracing.
 template <typename Backend>
 class StepOp : public tensorflow::OpKernel {
  public:
@@ -68,24 +68,57 @@ class StepOp : public tensorflow::OpKernel {
     OP_REQUIRES_OK(context, context->GetAttr("ignore_label", &ignore_label));
     options_.ignore_label = ignore_label;
     std::string name;
-    if (context->HasAttr("rule")) {
+    float constant;
+    options_.update_centers = context->HasAttr("rule");
+    if (options_.update_centers) {
       OP_REQUIRES_OK(context, context->GetAttr("rule", &name));
       OP_REQUIRES(context, ParseRule(name, &options_.rule),
                   absl::InvalidArgumentError(absl::StrCat("rule: unknown rule '", name, "'")));
+      OP_REQUIRES_OK(context, context->GetAttr("constant_alpha", &constant));
+      options_.alpha = constant;
+      OP_REQUIRES_OK(context, FindOptional(context, "Talpha", &alpha_));
     }
-    if (context->HasAttr("reduction")) {
+    has_loss_ = context->HasAttr("reduction");
+    if (has_loss_) {
       OP_REQUIRES_OK(context, context->GetAttr("reduction", &name));
       OP_REQUIRES(
           context, ParseReduction(name, &options_.reduction),
           absl::InvalidArgumentError(absl::StrCat("reduction: unknown reduction '", name, "'")));
+      OP_REQUIRES_OK(context, context->GetAttr("constant_weight", &constant));
+      options_.weight = constant;
+      OP_REQUIRES_OK(context, FindOptional(context, "Tweight", &weight_));
+      OP_REQUIRES_OK(context, FindOptional(context, "Tsample_weight", &sample_weight_));
     }
+    if (context->HasAttr("from_residual")) {
+      OP_REQUIRES_OK(context, context->GetAttr("from_residual", &from_residual_));
+    }
+  }
+
+  void Compute(Context* context) override {
+    const auto run = [&](const Tensor* centers) { return Run(context, *centers); };
+    OP_REQUIRES_OK(context, options_.update_centers ? WithWritableCenters(context, run)
+                                                    : WithReadableVariable(context, 0, run));
   }
 
   // On the thread that made its inputs: handing a small step to another takes longer than the step,
   // and a large one spreads over the threads by itself.
   bool IsExpensive() override { return false; }
 
- protected:
+ private:
+  // The place of an input that may be left out, -1 where it is; in the order of the op's inputs.
+  absl::Status FindOptional(tensorflow::OpKernelConstruction* context, const char* attr,
+                            int* place) {
+    tensorflow::DataTypeVector types;
+    TF_RETURN_IF_ERROR(context->GetAttr(attr, &types));
+    if (!types.empty()) *place = next_input_;
+    for (; !types.empty(); types.pop_back(), ++next_input_) {
+      if (types.back() == tensorflow::DataTypeToEnum<Center>::v()) continue;
+      return absl::InvalidArgumentError(absl::StrCat(attr, ": expected the centers' type, got ",
+                                                     tensorflow::DataTypeString(types.back())));
+    }
+    return absl::OkStatus();
+  }
+
   // Calls body(table) with the table locked for a step in place, in a buffer nobody else holds.
   template <typename Body>
   absl::Status WithWritableCenters(Context* context, Body body) {
@@ -97,6 +130,21 @@ class StepOp : public tensorflow::OpKernel {
       return absl::OkStatus();
     };
     return WithWritableVariable(context, 0, own, body);
+  }
+
+  absl::Status Run(Context* context, const Tensor& centers) {
+    Arguments step;
+    TF_RETURN_IF_ERROR(Bind(context->input(1), context->input(2), centers, &step));
+    if (alpha_ >= 0) {
+      const Tensor& alpha = context->input(alpha_);
+      if (alpha.dims() != 0) return Mismatch("alpha", alpha, "[]");
+      backend_.SetAlpha(alpha, &step);
+    }
+    if (has_loss_) {
+      TF_RETURN_IF_ERROR(BindWeights(context, &step));
+      TF_RETURN_IF_ERROR(AllocateOutputs(context, &step));
+    }
+    return backend_.Launch(context, step);
   }
 
   absl::Status Bind(const Tensor& features, const Tensor& labels, const Tensor& centers,
@@ -122,27 +170,25 @@ class StepOp : public tensorflow::OpKernel {
     step->labels = labels.flat<Label>().data();
     // Written only where options.update_centers says so, and then the variable is locked for it.
     step->centers = const_cast<Center*>(centers.flat<Center>().data());
+    step->features_are_residuals = from_residual_;
     step->options = options_;
-    step->options.update_centers = false;
     return absl::OkStatus();
   }
 
-  absl::Status BindWeights(const Tensor& weight, const tensorflow::OpInputList& sample_weight,
-                           Arguments* step) const {
-    if (weight.dims() != 0) return Mismatch("weight", weight, "[]");
-    TF_RETURN_IF_ERROR(backend_.SetWeight(weight, step));
-    if (sample_weight.size() == 0) return absl::OkStatus();
-    if (sample_weight[0].shape() != TensorShape({step->batch})) {
-      return Mismatch("sample_weight", sample_weight[0], TensorShape({step->batch}).DebugString());
+  absl::Status BindWeights(Context* context, Arguments* step) const {
+    if (weight_ >= 0) {
+      const Tensor& weight = context->input(weight_);
+      if (weight.dims() != 0) return Mismatch("weight", weight, "[]");
+      backend_.SetWeight(weight, step);
     }
-    step->sample_weight = sample_weight[0].flat<Center>().data();
+    if (sample_weight_ >= 0) {
+      const Tensor& sample_weight = context->input(sample_weight_);
+      if (sample_weight.shape() != TensorShape({step->batch})) {
+        return Mismatch("sample_weight", sample_weight, TensorShape({step->batch}).DebugString());
+      }
+      step->sample_weight = sample_weight.flat<Center>().data();
+    }
     return absl::OkStatus();
-  }
-
-  absl::Status BindAlpha(const Tensor& alpha, Arguments* step) const {
-    if (alpha.dims() != 0) return Mismatch("alpha", alpha, "[]");
-    step->options.update_centers = true;
-    return backend_.SetAlpha(alpha, step);
   }
 
   // Residual and distances only where somebody takes them; in eager mode somebody may.
@@ -168,84 +214,39 @@ class StepOp : public tensorflow::OpKernel {
     return absl::OkStatus();
   }
 
-  absl::Status Launch(Context* context, const Arguments& step) {
-    return backend_.Launch(context, step);
-  }
-
- private:
   StepOptions<Center> options_;
+  bool has_loss_ = false;
+  bool from_residual_ = false;
+  int next_input_ = 3;
+  int alpha_ = -1, weight_ = -1, sample_weight_ = -1;
   Backend backend_;
 };
 
-template <typename Backend>
-class CenterLossStepOp : public StepOp<Backend> {
- public:
-  using StepOp<Backend>::StepOp;
+// The inputs of a backward op, checked.
+struct BackwardInputs {
+  const tensorflow::Tensor* bits = nullptr;      // [B, D]
+  const tensorflow::Tensor* upstream = nullptr;  // [] or [B], null: one
 
-  void Compute(tensorflow::OpKernelContext* context) override {
-    tensorflow::OpInputList sample_weight;
-    OP_REQUIRES_OK(context, context->input_list("sample_weight", &sample_weight));
-    OP_REQUIRES_OK(context, this->WithWritableCenters(context, [&](tensorflow::Tensor* centers) {
-      typename Backend::Arguments step;
-      TF_RETURN_IF_ERROR(this->Bind(context->input(1), context->input(2), *centers, &step));
-      TF_RETURN_IF_ERROR(this->BindWeights(context->input(3), sample_weight, &step));
-      TF_RETURN_IF_ERROR(this->BindAlpha(context->input(4), &step));
-      TF_RETURN_IF_ERROR(this->AllocateOutputs(context, &step));
-      return this->Launch(context, step);
-    }));
+  absl::Status Find(tensorflow::OpKernelContext* context) {
+    bits = &context->input(0);
+    if (bits->dims() != 2) return Mismatch("residual_bits", *bits, "[B, D]");
+    tensorflow::OpInputList upstreams;
+    TF_RETURN_IF_ERROR(context->input_list("upstream", &upstreams));
+    if (upstreams.size() == 0) return absl::OkStatus();
+    upstream = &upstreams[0];
+    const int64_t batch = bits->dim_size(0);
+    if (upstream->dims() == 0 || upstream->shape() == tensorflow::TensorShape({batch})) {
+      return absl::OkStatus();
+    }
+    return Mismatch("upstream", *upstream, absl::StrCat("[] or [", batch, "]"));
   }
+
+  template <typename Center>
+  const Center* factors() const {
+    return upstream == nullptr ? nullptr : upstream->flat<Center>().data();
+  }
+  bool per_sample() const { return upstream != nullptr && upstream->dims() == 1; }
 };
-
-template <typename Backend>
-class CenterLossOp : public StepOp<Backend> {
- public:
-  using StepOp<Backend>::StepOp;
-
-  void Compute(tensorflow::OpKernelContext* context) override {
-    tensorflow::OpInputList sample_weight;
-    OP_REQUIRES_OK(context, context->input_list("sample_weight", &sample_weight));
-    OP_REQUIRES_OK(
-        context, WithReadableVariable(context, 0, [&](const tensorflow::Tensor* centers) {
-          typename Backend::Arguments step;
-          TF_RETURN_IF_ERROR(this->Bind(context->input(1), context->input(2), *centers, &step));
-          TF_RETURN_IF_ERROR(this->BindWeights(context->input(3), sample_weight, &step));
-          TF_RETURN_IF_ERROR(this->AllocateOutputs(context, &step));
-          return this->Launch(context, step);
-        }));
-  }
-};
-
-template <typename Backend>
-class UpdateCentersOp : public StepOp<Backend> {
- public:
-  explicit UpdateCentersOp(tensorflow::OpKernelConstruction* context) : StepOp<Backend>(context) {
-    OP_REQUIRES_OK(context, context->GetAttr("from_residual", &from_residual_));
-  }
-
-  void Compute(tensorflow::OpKernelContext* context) override {
-    OP_REQUIRES_OK(context, this->WithWritableCenters(context, [&](tensorflow::Tensor* centers) {
-      typename Backend::Arguments step;
-      TF_RETURN_IF_ERROR(this->Bind(context->input(1), context->input(2), *centers, &step));
-      TF_RETURN_IF_ERROR(this->BindAlpha(context->input(3), &step));
-      step.features_are_residuals = from_residual_;
-      return this->Launch(context, step);
-    }));
-  }
-
- private:
-  bool from_residual_;
-};
-
-// The checks of a backward op's inputs: upstream [] or [B], residual bits [B, D].
-inline absl::Status CheckBackward(const tensorflow::Tensor& upstream,
-                                  const tensorflow::Tensor& bits) {
-  if (bits.dims() != 2) return Mismatch("residual_bits", bits, "[B, D]");
-  const int64_t batch = bits.dim_size(0);
-  if (upstream.dims() == 0 || upstream.shape() == tensorflow::TensorShape({batch})) {
-    return absl::OkStatus();
-  }
-  return Mismatch("upstream", upstream, absl::StrCat("[] or [", batch, "]"));
-}
 
 // The tests run the kernels of a GPU beside those of the CPU, under a label.
 #if !defined(TCL_KERNEL_LABEL)
@@ -263,11 +264,10 @@ inline absl::Status CheckBackward(const tensorflow::Tensor& upstream,
                               .TypeConstraint<L>("Tlabels")             \
                               .TypeConstraint<CenterOf<T>>("Tcenters"), \
                           TCL_UNPAREN Kernel);
-#define TCL_REGISTER_LABEL(device, Backend, BackwardOp, T, Label)                                 \
-  TCL_REGISTER_KERNEL("TclCenterLossStep", device, (CenterLossStepOp<Backend<T, Label>>), T,      \
-                      Label)                                                                      \
-  TCL_REGISTER_KERNEL("TclCenterLoss", device, (CenterLossOp<Backend<T, Label>>), T, Label)       \
-  TCL_REGISTER_KERNEL("TclUpdateCenters", device, (UpdateCentersOp<Backend<T, Label>>), T, Label) \
+#define TCL_REGISTER_LABEL(device, Backend, BackwardOp, T, Label)                         \
+  TCL_REGISTER_KERNEL("TclCenterLossStep", device, (StepOp<Backend<T, Label>>), T, Label) \
+  TCL_REGISTER_KERNEL("TclCenterLoss", device, (StepOp<Backend<T, Label>>), T, Label)     \
+  TCL_REGISTER_KERNEL("TclUpdateCenters", device, (StepOp<Backend<T, Label>>), T, Label)  \
   TCL_REGISTER_KERNEL("TclCenterLossBackward", device, (BackwardOp<T>), T, Label)
 #define TCL_REGISTER(device, Backend, BackwardOp, T)          \
   TCL_REGISTER_LABEL(device, Backend, BackwardOp, T, int32_t) \

@@ -17,13 +17,9 @@
 #include "csrc/tensorflow/xla_cpu_call.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <condition_variable>
 #include <deque>
 #include <limits>
-#include <memory>
-#include <mutex>
 #include <string>
 #include <unordered_set>
 #include <utility>
@@ -31,6 +27,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "csrc/center_loss_cpu.h"
+#include "csrc/pool_threads.h"
 #include "xla/ffi/api/ffi.h"
 #include "xla/service/hlo.pb.h"
 #include "xla/shape_util.h"
@@ -97,52 +94,6 @@ void AfterEarlierReads(xla::XlaBuilder& builder, int64_t elements) {
   }
 }
 
-// Chunks of a range, taken one by one by whoever comes. The caller takes part until none is left
-// and then waits for chunks in progress only: helpers that never got a thread are not waited for,
-// so calls that hold all of a pool's threads cannot lock each other out.
-class Chunks {
- public:
-  Chunks(int64_t total, int64_t chunks, const Work& work)
-      : total_(total), chunks_(chunks), work_(work) {}
-
-  void Help() {
-    for (int64_t k; (k = next_++) < chunks_;) {
-      work_(total_ * k / chunks_, total_ * (k + 1) / chunks_);
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (++done_ == chunks_) all_done_.notify_one();
-    }
-  }
-
-  void Wait() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    all_done_.wait(lock, [this] { return done_ == chunks_; });
-  }
-
- private:
-  const int64_t total_, chunks_;
-  const Work& work_;  // outlives every chunk, though not every helper
-  std::atomic<int64_t> next_{0};
-  std::mutex mutex_;
-  std::condition_variable all_done_;
-  int64_t done_ = 0;
-};
-
-// Several chunks a thread even out what other work the threads have.
-constexpr int64_t kChunksPerThread = 4;
-
-ParallelFor ThreadsOf(ffi::ThreadPool& pool) {
-  return [&pool](int64_t total, int64_t bytes, const Work& work) {
-    const int64_t threads =
-        std::min({pool.num_threads(), total, total * bytes / kMinBytesPerThread});
-    if (threads <= 1) return work(0, total);
-    auto chunks =
-        std::make_shared<Chunks>(total, std::min(total, threads * kChunksPerThread), work);
-    for (int64_t t = 1; t < threads; ++t) pool.Schedule([chunks] { chunks->Help(); });
-    chunks->Help();
-    chunks->Wait();
-  };
-}
-
 // A batch in which the bad labels are samples of class 0 with features of NaN.
 template <typename Feature, typename Label>
 struct Repaired {
@@ -203,7 +154,7 @@ ffi::Error RunStep(const StepKind& kind, bool weighted, ffi::ThreadPool& pool,
         absl::StrCat("alpha: expected a finite number >= 0, got ", step.options.alpha));
   }
 
-  const ParallelFor threads = ThreadsOf(pool);
+  const ParallelFor threads = OnThreadsOf(&pool, pool.num_threads());
   if (CenterLossOnCpu(step, threads, BestIsa()) >= 0) {
     const Repaired<Feature, Label> repaired(&step);
     CenterLossOnCpu(step, threads, BestIsa());

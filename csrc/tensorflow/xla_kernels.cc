@@ -43,13 +43,15 @@ class StepLowering : public XlaOpKernel {
     if (context->HasAttr("rule")) {
       OP_REQUIRES_OK(context, context->GetAttr("rule", &name));
       kind_.moves = ParseRule(name, &kind_.rule);
+      OP_REQUIRES_OK(context, context->GetAttr("Talpha", &alpha_types_));
+      OP_REQUIRES_OK(context, context->GetAttr("constant_alpha", &constant_alpha_));
     }
     if (context->HasAttr("reduction")) {
       OP_REQUIRES_OK(context, context->GetAttr("reduction", &name));
       kind_.has_loss = ParseReduction(name, &kind_.reduction);
-      int num_weights;
-      OP_REQUIRES_OK(context, context->GetAttr("num_weights", &num_weights));
-      weighted_ = num_weights > 0;
+      OP_REQUIRES_OK(context, context->GetAttr("Tweight", &weight_types_));
+      OP_REQUIRES_OK(context, context->GetAttr("constant_weight", &constant_weight_));
+      OP_REQUIRES_OK(context, context->GetAttr("Tsample_weight", &sample_weight_types_));
     }
     if (context->HasAttr("from_residual")) {
       OP_REQUIRES_OK(context, context->GetAttr("from_residual", &kind_.from_residual));
@@ -63,12 +65,15 @@ class StepLowering : public XlaOpKernel {
     OP_REQUIRES_OK(context, DataTypeToPrimitiveType(type_, &in.center_type));
     in.features = context->Input(1);
     in.labels = context->Input(2);
+    const auto number = [&](float constant) {
+      return xla::ConvertElementType(xla::ConstantR0<float>(context->builder(), constant),
+                                     in.center_type);
+    };
     int next = 3;
-    in.weight =
-        kind_.has_loss ? context->Input(next++) : xla::One(context->builder(), in.center_type);
-    in.alpha = kind_.moves ? context->Input(next++) : xla::Zero(context->builder(), in.center_type);
+    in.alpha = alpha_types_.empty() ? number(constant_alpha_) : context->Input(next++);
+    in.weight = weight_types_.empty() ? number(constant_weight_) : context->Input(next++);
     const int sample_weight = next;
-    if (weighted_) in.sample_weight = context->Input(next++);
+    if (!sample_weight_types_.empty()) in.sample_weight = context->Input(next++);
     for (; next < context->num_inputs(); ++next) {
       const auto shape = context->InputXlaShape(next);
       OP_REQUIRES_OK(context, shape.status());
@@ -141,7 +146,8 @@ class StepLowering : public XlaOpKernel {
 
   DataType type_;
   StepKind kind_;
-  bool weighted_ = false;
+  tensorflow::DataTypeVector alpha_types_, weight_types_, sample_weight_types_;  // of none or one
+  float constant_alpha_ = 0, constant_weight_ = 1;
 };
 
 class BackwardLowering : public XlaOpKernel {
@@ -155,13 +161,17 @@ class BackwardLowering : public XlaOpKernel {
     xla::PrimitiveType feature_type, center_type;
     OP_REQUIRES_OK(context, DataTypeToPrimitiveType(feature_type_, &feature_type));
     OP_REQUIRES_OK(context, DataTypeToPrimitiveType(center_type_, &center_type));
-    const auto upstream = context->InputXlaShape(0), residual = context->InputXlaShape(1);
-    OP_REQUIRES_OK(context, upstream.status());
-    OP_REQUIRES_OK(context, residual.status());
-    // One number for all rows, or one for each.
-    const std::vector<int64_t> along(upstream->dimensions().size(), 0);
-    const XlaOp gradient = xla::BroadcastInDim(context->Input(0), residual->dimensions(), along) *
-                           xla::BitcastConvertType(context->Input(1), center_type);
+    XlaOp gradient = xla::BitcastConvertType(context->Input(0), center_type);
+    std::vector<XlaOp> upstream;
+    std::vector<TensorShape> shapes;
+    OP_REQUIRES_OK(context, context->InputList("upstream", &upstream, &shapes));
+    if (!upstream.empty()) {
+      const auto residual = context->InputXlaShape(0);
+      OP_REQUIRES_OK(context, residual.status());
+      // One number for all rows, or one for each.
+      const std::vector<int64_t> along(static_cast<size_t>(shapes[0].dims()), 0);
+      gradient = xla::BroadcastInDim(upstream[0], residual->dimensions(), along) * gradient;
+    }
     context->SetOutput(0, xla::ConvertElementType(gradient, feature_type));
   }
 

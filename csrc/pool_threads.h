@@ -1,0 +1,77 @@
+// A ParallelFor (center_loss_cpu.h) on the threads of somebody's pool.
+
+#ifndef TF_CENTER_LOSS_OP_CSRC_POOL_THREADS_H_
+#define TF_CENTER_LOSS_OP_CSRC_POOL_THREADS_H_
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+
+#include "csrc/center_loss_cpu.h"
+
+namespace tcl {
+
+// Chunks of a range, taken one by one by whoever comes. The caller takes part until none is left
+// and then waits for chunks in progress only: helpers that never got a thread are not waited for,
+// so calls that hold all of a pool's threads cannot lock each other out.
+class Chunks {
+ public:
+  Chunks(int64_t total, int64_t chunks, const Work& work)
+      : total_(total), chunks_(chunks), work_(work) {}
+
+  void Help() {
+    for (int64_t k; (k = next_++) < chunks_;) {
+      work_(total_ * k / chunks_, total_ * (k + 1) / chunks_);
+      if (++done_ < chunks_) continue;
+      std::lock_guard<std::mutex> lock(mutex_);
+      all_done_.notify_one();
+    }
+  }
+
+  void Wait() {
+    // A chunk in progress ends sooner than a thread that sleeps could be woken.
+    for (int spin = 0; spin < kSpins; ++spin) {
+      if (done_ == chunks_) return;
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    all_done_.wait(lock, [this] { return done_ == chunks_; });
+  }
+
+ private:
+  static constexpr int kSpins = 1000;
+
+  const int64_t total_, chunks_;
+  const Work& work_;  // outlives every chunk, though not every helper
+  std::atomic<int64_t> next_{0}, done_{0};
+  std::mutex mutex_;
+  std::condition_variable all_done_;
+};
+
+// Several chunks a thread even out what other work the threads have.
+constexpr int64_t kChunksPerThread = 8;
+
+// `pool` has, for `threads` threads, Schedule(task), which runs a task on one of them. The caller
+// is one more that works, in place of the last of them: waking a thread that sleeps takes as long
+// as a small step, and what the caller does meanwhile is not waited for.
+template <typename Pool>
+ParallelFor OnThreadsOf(Pool* pool, int64_t threads) {
+  return [pool, threads](int64_t total, int64_t bytes, const Work& work) {
+    const int64_t wanted = std::min({threads, total, total * bytes / kMinBytesPerThread + 1});
+    if (wanted <= 1) return work(0, total);
+    const auto chunks =
+        std::make_shared<Chunks>(total, std::min(total, wanted * kChunksPerThread), work);
+    for (int64_t t = 1; t < wanted; ++t) pool->Schedule([chunks] { chunks->Help(); });
+    chunks->Help();
+    chunks->Wait();
+  };
+}
+
+}  // namespace tcl
+
+#endif  // TF_CENTER_LOSS_OP_CSRC_POOL_THREADS_H_
