@@ -14,6 +14,7 @@
 #include "csrc/center_loss_cpu.h"
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <new>
 #include <vector>
@@ -27,6 +28,16 @@ namespace {
 // Long enough that the sums of a split group are a 1/64th of what is read to form them, short
 // enough that a batch of a few hundred samples of one label can be shared out.
 constexpr int64_t kItemMembers = 64;
+
+// Above this batch size the labels are grouped before other threads are called for: they would wait
+// for longer than it takes them to wake up.
+constexpr int64_t kMostWaitedFor = 8192;
+
+inline void Pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
 
 // The finishing pass is cut by columns in blocks of whole cache lines.
 constexpr int64_t kColumnBlock = 256;
@@ -66,29 +77,46 @@ class Step {
       : step_(step), loops_(GetRowLoops<Feature>(isa)), parallel_for_(parallel_for) {}
 
   int64_t Run() {
-    const StepOptions<Center>& options = step_.options;
-    const int64_t bad = groups_.Build(step_.labels, step_.batch, step_.classes,
-                                      options.has_ignore_label, options.ignore_label);
-    if (bad >= 0) return bad;
-    // With alpha = 0 no center moves, so none is touched.
-    moves_ = options.update_centers && options.alpha != 0;
-    sample_scale_ = ReductionScale(options.reduction, options.weight, groups_.counted());
-    FindSplitGroups();
-    if (step_.loss != nullptr && options.reduction != Reduction::kNone) {
-      sample_loss_.reset(new Center[static_cast<size_t>(step_.batch)]);
-    }
+    if (step_.batch > kMostWaitedFor) Prepare();
     const int64_t row_bytes =
         step_.dim * static_cast<int64_t>(sizeof(Feature) + 3 * sizeof(Center));
     parallel_for_(step_.batch, row_bytes, [this](int64_t begin, int64_t end) {
+      Prepare();
+      if (bad_ >= 0) return;
       RunItems(begin, end);
       ZeroIgnored(begin, end);
     });
+    Prepare();
+    if (bad_ >= 0) return bad_;
     FinishSplitGroups();
     ReduceLoss();
     return -1;
   }
 
  private:
+  // What comes before the rows, done by the first thread that is here while the others are still
+  // waking up.
+  void Prepare() {
+    if (prepared_.load(std::memory_order_acquire)) return;
+    if (taken_.exchange(true)) {
+      while (!prepared_.load(std::memory_order_acquire)) Pause();
+      return;
+    }
+    const StepOptions<Center>& options = step_.options;
+    bad_ = groups_.Build(step_.labels, step_.batch, step_.classes, options.has_ignore_label,
+                         options.ignore_label);
+    if (bad_ < 0) {
+      // With alpha = 0 no center moves, so none is touched.
+      moves_ = options.update_centers && options.alpha != 0;
+      sample_scale_ = ReductionScale(options.reduction, options.weight, groups_.counted());
+      FindSplitGroups();
+      if (step_.loss != nullptr && options.reduction != Reduction::kNone) {
+        sample_loss_.reset(new Center[static_cast<size_t>(step_.batch)]);
+      }
+    }
+    prepared_.store(true, std::memory_order_release);
+  }
+
   void FindSplitGroups() {
     if (!moves_ || step_.batch <= kItemMembers) return;
     int64_t partials = 0;
@@ -297,7 +325,9 @@ class Step {
   const StepArguments<Feature, Label>& step_;
   const RowLoops<Feature>& loops_;
   const ParallelFor& parallel_for_;
+  std::atomic<bool> taken_{false}, prepared_{false};
   LabelGroups groups_;
+  int64_t bad_ = -1;
   bool moves_ = false;
   Center sample_scale_ = 0;
   std::vector<SplitGroup> split_groups_;

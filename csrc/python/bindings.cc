@@ -139,14 +139,17 @@ py::tuple Dispatch(const py::array& features, const py::array& labels, py::array
   options.alpha = static_cast<Center>(alpha);
   options.weight = static_cast<Center>(weight);
   options.update_centers = update_centers;
-  Require(py::isinstance<py::array_t<Center>>(centers),
-          "centers: expected dtype " + std::string(py::str(py::dtype::of<Center>())) + " for " +
-              TypeName(features) + " features, got " + TypeName(centers));
+  if (!py::isinstance<py::array_t<Center>>(centers)) {
+    throw py::value_error("centers: expected dtype " +
+                          std::string(py::str(py::dtype::of<Center>())) + " for " +
+                          TypeName(features) + " features, got " + TypeName(centers));
+  }
   if (py::isinstance<py::array_t<int32_t>>(labels)) {
     return Run<Feature, int32_t>(features, labels, centers, options, sample_weight, threads, isa);
   }
-  Require(py::isinstance<py::array_t<int64_t>>(labels),
-          "labels: expected dtype int32 or int64, got " + TypeName(labels));
+  if (!py::isinstance<py::array_t<int64_t>>(labels)) {
+    throw py::value_error("labels: expected dtype int32 or int64, got " + TypeName(labels));
+  }
   return Run<Feature, int64_t>(features, labels, centers, options, sample_weight, threads, isa);
 }
 
@@ -165,18 +168,20 @@ py::tuple CenterLossStep(const py::array& features, const py::array& labels, py:
   RequireDense(labels, "labels");
   RequireDense(centers, "centers");
   const Isa chosen = ParseIsa(isa);
-  const std::string type = TypeName(features);
-#define TCL_DISPATCH(Name, Feature)                                                            \
-  if (type == Name) {                                                                          \
+  // NumPy's own types by their number; the name, which Python puts together, takes longer than a
+  // small step.
+  const py::dtype type = features.dtype();
+#define TCL_DISPATCH(condition, Feature)                                                       \
+  if (condition) {                                                                             \
     return Dispatch<Feature>(features, labels, centers, alpha, rule, reduction, sample_weight, \
                              ignore_label, update_centers, weight, threads, chosen);           \
   }
-  TCL_DISPATCH("float32", float)
-  TCL_DISPATCH("float64", double)
-  TCL_DISPATCH("float16", Half)
-  TCL_DISPATCH("bfloat16", BFloat16)
+  TCL_DISPATCH(type.num() == py::detail::npy_api::NPY_FLOAT_, float)
+  TCL_DISPATCH(type.num() == py::detail::npy_api::NPY_DOUBLE_, double)
+  TCL_DISPATCH(type.kind() == 'f' && type.itemsize() == 2, Half)
+  TCL_DISPATCH(TypeName(features) == "bfloat16", BFloat16)
   throw py::value_error("features: expected dtype float32, float64, float16 or bfloat16, got " +
-                        type);
+                        TypeName(features));
 }
 
 }  // namespace
