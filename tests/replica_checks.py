@@ -126,7 +126,14 @@ class AddsAnother(keras.layers.Layer):
         return x
 
 
-def trained(scope, *, update="forward", alone=False, steps=1, **options):
+def main_loss(**options):
+    """The loss of the labels, a mean."""
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True, **options)
+
+
+def trained(
+    scope, *, loss=lambda: tcl.GlobalBatchLoss(main_loss()), update="forward", steps=1, **options
+):
     """A model fitted on 3 batches of 16 and a last one of 1; its weights, logs and layer."""
     keras.utils.set_random_seed(1)
     with scope:
@@ -137,9 +144,7 @@ def trained(scope, *, update="forward", alone=False, steps=1, **options):
         x = keras.layers.Dropout(0.0)(keras.layers.Dense(C)(x))
         bases = (tcl.UpdateCentersAfterStep, keras.Model) if update == "manual" else (keras.Model,)
         model = type("Model", bases, {})([inputs, labels], x)
-        # Keras takes the mean of the replicas' means, which is not that of an uneven batch.
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum")
-        model.compile("sgd", None if alone else loss, steps_per_execution=steps)
+        model.compile("sgd", loss and loss(), steps_per_execution=steps)
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(49, D)).astype("f"), rng.integers(0, 7, 49).astype("int32")
     data = tf.data.Dataset.from_tensor_slices(((x, y), y)).batch(16)
@@ -148,8 +153,35 @@ def trained(scope, *, update="forward", alone=False, steps=1, **options):
     return model, logs, layer
 
 
+def trained_for_two(scope, wrap):
+    """The same for two outputs, with a mask, weights of the samples and of the losses."""
+    keras.utils.set_random_seed(1)
+    with scope:
+        inputs = keras.Input([D])
+        outputs = {"a": keras.layers.Dense(C)(inputs), "b": keras.layers.Dense(1)(inputs)}
+        model = keras.Model(inputs, outputs)
+        masked = main_loss(ignore_class=3, reduction="mean_with_sample_weight")
+        model.compile("sgd", {"a": wrap(masked), "b": wrap("mse")}, loss_weights={"a": 1, "b": 0.3})
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(17, D)).astype("f"), rng.integers(0, 7, 17)
+    weights = rng.uniform(0.1, 3, 17).astype("f")
+    data = (x, {"a": y, "b": x[:, :1]}, {"a": weights, "b": weights})
+    data = tf.data.Dataset.from_tensor_slices(data).batch(16)
+    logs = model.fit(data, epochs=2, verbose=0).history
+    return model, logs, model.predict(data, verbose=0)
+
+
+def check_same(model, logs, one, one_logs):
+    """Trained weights and what was shown, as of one replica."""
+    for mine, other in zip(model.trainable_weights, one.trainable_weights, strict=True):
+        np.testing.assert_allclose(mine.numpy(), other.numpy(), rtol=1e-5, atol=1e-6)
+    assert logs.keys() == one_logs.keys()
+    for name in logs:
+        np.testing.assert_allclose(logs[name], one_logs[name], rtol=1e-5, err_msg=name)
+
+
 def check_fit(strategy, cases):
-    """Weights, and where the center loss is alone the logs, as of one replica."""
+    """Weights, centers and logs as of one replica."""
     for options in cases:
         model, logs, layer = trained(strategy.scope(), **options)
         alike = {k: v for k, v in options.items() if k not in ("sharded", "steps")}
@@ -163,14 +195,17 @@ def check_fit(strategy, cases):
         else:
             table = copies(strategy, layer.centers.value)
             np.testing.assert_allclose(table, expected, rtol=1e-5, atol=1e-6)
-        pairs = zip(model.trainable_weights, one.trainable_weights, strict=True)
-        for mine, other in pairs:
-            np.testing.assert_allclose(mine.numpy(), other.numpy(), rtol=1e-5, atol=1e-6)
-        if options.get("alone"):
-            assert logs.keys() == one_logs.keys()
-            for name in logs:
-                np.testing.assert_allclose(logs[name], one_logs[name], rtol=1e-5, err_msg=name)
+        check_same(model, logs, one, one_logs)
     return layer
+
+
+def differs(check, *args):
+    """Whether the check fails."""
+    try:
+        check(*args)
+    except AssertionError:
+        return True
+    return False
 
 
 def worker():

@@ -42,9 +42,9 @@ def test_fit(tmp_path):
 
         slower = keras.optimizers.schedules.PolynomialDecay(0.5, 5, 0.1)
         check_fit(strategy, [
-            {"alone": True, "ignore_label": 3, "rule": "batch_mean"},
+            {"loss": None, "ignore_label": 3, "rule": "batch_mean"},
             {"update": "manual"},
-            {"sharded": True, "alone": True},
+            {"sharded": True},
         ])
         layer = check_fit(strategy, [{"steps": 2, "alpha": slower, "reduction": "sum"}])
 
@@ -75,7 +75,42 @@ def test_fit_on_four_replicas(tmp_path):
         strategy = mirrored(4)
         from replica_checks import *
 
-        check_fit(strategy, [{"alone": True}])
+        check_fit(strategy, [{}])
+        """,
+        tmp_path,
+    )
+
+
+def test_the_main_loss(tmp_path):
+    run(
+        """
+        from replicas import mirrored
+        strategy = mirrored(2)
+        import pytest
+        from replica_checks import *
+
+        # Keras's mean of the replicas' means is another, where the last batch is uneven.
+        alone = contextlib.nullcontext()
+        one = trained(alone, loss=main_loss)[:2]
+        assert differs(check_same, *trained(strategy.scope(), loss=main_loss)[:2], *one)
+        check_same(*trained(strategy.scope())[:2], *one)
+        total = lambda: tcl.GlobalBatchLoss(main_loss(reduction="sum"))
+        check_fit(strategy, [{"loss": total}])
+
+        *one, predicted = trained_for_two(alone, lambda loss: loss)
+        *two, of_two = trained_for_two(strategy.scope(), tcl.GlobalBatchLoss)
+        check_same(*two, *one)
+        for name in predicted:
+            np.testing.assert_allclose(of_two[name], predicted[name], rtol=1e-5, atol=1e-6)
+        *two, _ = trained_for_two(strategy.scope(), lambda loss: loss)
+        assert differs(check_same, *two, *one)
+
+        # What is no loss of the samples has no such value.
+        with strategy.scope():
+            model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
+            model.compile("sgd", tcl.GlobalBatchLoss(lambda y, p: tf.reduce_mean(y - p)))
+        with pytest.raises(ValueError, match="loss: expected one that gives the loss of each"):
+            model.fit(np.ones([4, 2]), np.ones([4, 1]), verbose=0)
         """,
         tmp_path,
     )

@@ -16,7 +16,7 @@ def test_two_workers(tmp_path):
         check_functions(strategy, "auto", *mirrored_table(strategy))
         check_functions(strategy, "auto", *sharded_table(strategy), cases=CASES[:2])
         check_functions(strategy, "auto", *mirrored_table(strategy), cases=CASES[:2], eager=True)
-        check_fit(strategy, [{"alone": True, "ignore_label": 3}, {"sharded": True}])
+        check_fit(strategy, [{"loss": None, "ignore_label": 3}, {"sharded": True}])
 
         # Every worker writes its part; one process reads all of them, and the other way round.
         with strategy.scope():

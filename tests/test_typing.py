@@ -34,6 +34,7 @@ SIGNATURES = {
         | dict(reduction="mean", centers_initializer="zeros", ignore_label=None, impl="auto")
         | dict(update="forward", distance_metric=True, sharded=False),
     ),
+    "GlobalBatchLoss": (dict(loss=REQUIRED), dict(name=None)),
     "compat.v1.center_loss": (dict(features=REQUIRED, labels=REQUIRED, alpha=0.0), {}),
     "nearest_centers": (
         dict(features=REQUIRED, centers=REQUIRED),

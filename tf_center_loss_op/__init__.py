@@ -7,6 +7,7 @@ from tf_center_loss_op.conventions import CONVENTIONS
 from tf_center_loss_op.distribute import MultiWorkerMirroredStrategy, ShardedCenters
 from tf_center_loss_op.functional import center_loss, update_centers
 from tf_center_loss_op.layer import CenterLoss, UpdateCentersAfterStep
+from tf_center_loss_op.losses import GlobalBatchLoss
 from tf_center_loss_op.monitor import CentersMonitor
 from tf_center_loss_op.nearest import distance_to_center, nearest_centers
 from tf_center_loss_op.pictures import draw_embeddings, export_projector
@@ -25,6 +26,7 @@ __all__ = [
     "CONVENTIONS",
     "CenterLoss",
     "CentersMonitor",
+    "GlobalBatchLoss",
     "MultiWorkerMirroredStrategy",
     "RandomCenters",
     "ShardedCenters",

@@ -137,22 +137,30 @@ def loss_for_keras(share: tf.Tensor) -> tf.Tensor:
 
     Keras divides an added loss by the number of replicas, and then adds up their gradients; what it
     shows is the mean over the replicas, weighted by their batches. So all of them have the whole
-    loss, and each has R times the gradient of its share.
+    loss.
     """
-    if replicas() == 1:
-        return share
+    return share if replicas() == 1 else sum_over_replicas(tf.reduce_sum(share))
+
+
+def sum_over_replicas(numbers: tf.Tensor) -> tf.Tensor:
+    """The sum of every replica's numbers, of any shape, where all of them go on to one loss.
+
+    A replica's numbers are in the losses of all R, whose gradients are added up: their gradient is
+    R times the one of this replica's loss.
+    """
     if tf.executing_eagerly() and len(_launchers(tf.distribute.get_strategy())) > 1:
         raise RuntimeError(
-            "run_eagerly: expected False for a CenterLoss layer on several replicas of one "
-            "process, got True; in a training loop, call strategy.run in a tf.function"
+            "run_eagerly: expected False for CenterLoss and GlobalBatchLoss on several replicas of "
+            "one process, got True; in a training loop, call strategy.run in a tf.function"
         )
 
     @tf.custom_gradient
-    def whole(share):
-        shares = _Exchange().numbers(tf.reshape(share, [1]))
-        return tf.reduce_sum(shares), lambda upstream: upstream * replicas()
+    def added(numbers):
+        all_numbers = _Exchange().numbers(tf.reshape(numbers, [-1]))
+        whole = tf.reshape(tf.reduce_sum(all_numbers, axis=0), numbers.shape)
+        return whole, lambda upstream: upstream * replicas()
 
-    return whole(tf.reduce_sum(share))
+    return added(numbers)
 
 
 class ShardedCenters(_arguments.TableLike, Trackable, KerasSaveable):
