@@ -39,6 +39,15 @@ def test_two_workers(tmp_path):
             assert "expected layer.centers.save(folder) on every worker" in str(error)
         else:
             raise AssertionError("a file with a part of the table would have been written")
+        backup = tcl.AtomicBackup("backup")
+        with strategy.scope():
+            backup.set_model(keras.Sequential([keras.Input([2]), keras.layers.Dense(1)]))
+        try:
+            backup.on_train_begin()
+        except ValueError as error:
+            assert "strategy: expected all replicas in one process" in str(error)
+        else:
+            raise AssertionError("both workers would have written to one folder")
         layer = check_fit(strategy, [{"update": "manual"}])
         np.save(f"centers-{worker()}.npy", copies(strategy, layer.centers.value))
     """

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 import tf_center_loss_op as tcl
-from child import TESTS
+from child import TESTS, run_python
+from replicas import BOUND
 
 # With dropout (a random state), Adam (an optimizer's state), a schedule, a metric and shuffling; 32
 # steps. A short rest in each step, so that there is time to be killed in.
@@ -114,6 +115,54 @@ def test_killed_at_random_moments(program, tmp_path):
     run(program + SAVE, broken)
     for expected, resumed in zip(weights(whole), weights(broken), strict=True):
         assert np.array_equal(expected, resumed)
+
+
+# Trains to the end, then anew until it is killed; started again, it resumes that. With what is not
+# the same on both replicas: statistics of their batches, parts of a table, metrics.
+ON_REPLICAS = """
+from replicas import mirrored
+strategy = mirrored(2)
+from replica_checks import *
+
+rng = np.random.default_rng(0)
+x, y = rng.normal(size=(34, D)).astype("f"), rng.integers(0, C, 34)
+data = tf.data.Dataset.from_tensor_slices(((x, y), y)).batch(8)
+
+def end_of_training(*callbacks):
+    keras.utils.set_random_seed(3)
+    with strategy.scope():
+        inputs, labels = keras.Input([D]), keras.Input([], dtype="int32")
+        z = keras.layers.Dropout(0.1)(keras.layers.Dense(D)(inputs))
+        z = keras.layers.BatchNormalization()(z)
+        layers = [tcl.CenterLoss(C, weight=0.1, sharded=sharded) for sharded in (False, True)]
+        for layer in layers:
+            z = layer(z, labels)
+        model = keras.Model([inputs, labels], keras.layers.Dense(C)(z))
+        model.compile("adam", tcl.GlobalBatchLoss(main_loss()), metrics=["accuracy"])
+    logs = model.fit(data, epochs=2, verbose=0, callbacks=[*callbacks]).history
+    variables = [v.value for v in model.variables + model.optimizer.variables]
+    variables += [part for _, part in layers[1].centers.shards]
+    copies = [c for v in variables for c in strategy.experimental_local_results(v)]
+    return {str(k): copy.numpy() for k, copy in enumerate(copies)} | {k: logs[k][-1] for k in logs}
+
+backup = tcl.AtomicBackup("backup", save_freq=2)
+if not os.path.exists("backup"):
+    np.savez("whole.npz", **end_of_training())
+    kill = lambda batch, logs: os.path.exists("backup/4") and os.kill(os.getpid(), 9)
+    end_of_training(backup, keras.callbacks.LambdaCallback(on_train_batch_begin=kill))
+assert sorted(os.listdir("backup")) == ["4"]
+resumed = end_of_training(backup)
+with np.load("whole.npz") as whole:
+    assert whole.files == list(resumed)
+    for name in whole.files:
+        assert np.isfinite(resumed[name]).all() and np.array_equal(whole[name], resumed[name]), name
+"""
+
+
+def test_killed_on_two_replicas(tmp_path):
+    killed = run_python(ON_REPLICAS, tmp_path, check=False, timeout=BOUND)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run_python(ON_REPLICAS, tmp_path, timeout=BOUND)
 
 
 # In one process: a model, interrupted, and a new one that goes on.

@@ -13,6 +13,8 @@ import numpy as np
 import tensorflow as tf
 
 from tf_center_loss_op import _arguments, tables
+from tf_center_loss_op.distribute import ShardedCenters
+from tf_center_loss_op.layer import CenterLoss
 
 _STATE = "state.json"
 
@@ -35,7 +37,9 @@ class AtomicBackup(keras.callbacks.BackupAndRestore):
     A resumed `fit` continues bit for bit as one that was not interrupted, if its data of epoch k
     are the same in both: a dataset that does not shuffle, or shuffles by a seed and the epoch. Not
     in a backup, as in Keras's: the states of other callbacks, and of random numbers drawn outside
-    of the model.
+    of the model. Under a strategy of several replicas in one process that holds for the same number
+    of replicas; what each has of its own (moving statistics, for one) and parts of `ShardedCenters`
+    are in the backup.
 
     Args:
       backup_dir: a folder for the backups of this one training, made where there is none.
@@ -46,8 +50,9 @@ class AtomicBackup(keras.callbacks.BackupAndRestore):
       delete_checkpoint: whether the backups are removed when `fit` has ended by itself.
 
     Raises:
-      ValueError: an argument is wrong; or at the start of `fit`: the model is not built, the
-        backup is of a model with other variables, or it is damaged. Nothing has been loaded.
+      ValueError: an argument is wrong; or at the start of `fit`: the model is not built, its
+        replicas are in several processes, the backup is of a model with other variables, or it is
+        damaged. Nothing has been loaded.
 
     >>> import tf_center_loss_op as tcl
     >>> callback = tcl.AtomicBackup("backup", save_freq=1000)
@@ -69,6 +74,7 @@ class AtomicBackup(keras.callbacks.BackupAndRestore):
         """Loads the last complete backup, if there is one."""
         if not self.model.built:
             raise ValueError("model: expected a built model, call it on a batch before fit()")
+        _require_all_replicas_here(self.model.distribute_strategy)
         self._epoch, self._batch, self._since = 0, 0, 0
         self._resumed = (0, 0)
         damages = []
@@ -127,16 +133,11 @@ class AtomicBackup(keras.callbacks.BackupAndRestore):
         variables = self._variables()
         # `fit` resets them at the start of an epoch.
         metrics = self.model.metrics_variables if batch else []
-        paths = _paths(partial, len(variables) + len(metrics))
-        for variable, path in zip([*variables, *metrics], paths, strict=True):
-            if _is_table(variable):
-                tables.save_centers(variable, path)
-            else:
-                np.save(path, keras.ops.convert_to_numpy(variable))
         state = {"epoch": epoch, "batch": batch}
         state |= {"variables": _describe(variables), "metrics": _describe(metrics)}
+        state |= {"copies": [self._write(partial, k, v) for k, v in enumerate(variables + metrics)]}
         (partial / _STATE).write_text(json.dumps(state))
-        for path in (*paths, partial / _STATE, partial):
+        for path in (*partial.iterdir(), partial):
             _to_disk(path)
         # A name of its own, so that it never has to make way for another.
         partial.rename(self.backup_dir / str(int(older[-1].name) + 1 if older else 1))
@@ -151,19 +152,20 @@ class AtomicBackup(keras.callbacks.BackupAndRestore):
                 f"backup_dir: expected a backup of this model, got one of other variables in "
                 f"{os.fspath(folder)!r}"
             )
-        files = _paths(folder, len(variables) + len(state["metrics"]))
-        for variable, path in zip(variables, files[: len(variables)], strict=True):
-            if _is_table(variable):
-                tables.load_centers(variable, path)
-            else:
-                variable.assign(_array(path, variable))
+        for k, variable in enumerate(variables):
+            self._read(folder, k, variable, state["copies"][k])
         # What fit() starts from; Keras has no public name for it.
         self.model._initial_epoch = state["epoch"]
         if state["batch"]:
             self._resumed = state["epoch"], state["batch"]
-            self._skip(state["batch"], files[len(variables) :])
 
-    def _skip(self, batches, metrics):
+            def read_metrics():
+                for k, variable in enumerate(self.model.metrics_variables, len(variables)):
+                    self._read(folder, k, variable, state["copies"][k])
+
+            self._skip(state["batch"], read_metrics)
+
+    def _skip(self, batches, read_metrics):
         """Lets `fit` take so many batches without training on them, then train as before."""
         model, train, taken = self.model, self.model.train_function, 0
 
@@ -175,8 +177,7 @@ class AtomicBackup(keras.callbacks.BackupAndRestore):
             if not taken:
                 # Metrics make their variables when they first see data.
                 model._symbolic_build(data_batch=step[0])
-                for variable, path in zip(model.metrics_variables, metrics, strict=True):
-                    variable.assign(_array(path, variable))
+                read_metrics()
             taken += len(step)
             if taken >= batches:
                 model.train_function = train
@@ -184,14 +185,54 @@ class AtomicBackup(keras.callbacks.BackupAndRestore):
 
         model.train_function = skip
 
+    def _write(self, folder, k, variable):
+        """Writes a variable; how many copies of it have a file of their own.
+
+        Replicas have copies that differ of what each of them writes for itself: the sums of a
+        metric, statistics of its batches.
+        """
+        if _is_table(variable):
+            # Replicas write the same to theirs.
+            tables.save_centers(variable, _path(folder, k))
+            return 0
+        whole, copies = keras.ops.convert_to_numpy(variable), self._copies(variable)
+        arrays = [copy.numpy() for copy in copies] if len(copies) > 1 else []
+        np.save(_path(folder, k), whole)
+        if all(array.tobytes() == whole.tobytes() for array in arrays):
+            return 0
+        for replica, array in enumerate(arrays):
+            np.save(_path(folder, k, replica), array)
+        return len(arrays)
+
+    def _read(self, folder, k, variable, own):
+        """As `_write` wrote it; on another number of replicas the same for all of them."""
+        if _is_table(variable):
+            tables.load_centers(variable, _path(folder, k))
+            return
+        variable.assign(_array(_path(folder, k), variable))
+        copies = self._copies(variable)
+        if len(copies) == own:
+            for replica, copy in enumerate(copies):
+                copy.assign(_array(_path(folder, k, replica), variable))
+
+    def _copies(self, variable):
+        """The copy of each replica, or the one that there is."""
+        strategy = self.model.distribute_strategy
+        return strategy.experimental_local_results(_arguments.unwrap(variable))
+
     def _variables(self):
         """Every variable but the metrics': weights, random states, the optimizer's."""
+        layers = self.model._flatten_layers(include_self=False)
+        tables = [layer.centers for layer in layers if isinstance(layer, CenterLoss)]
+        # Which Keras does not know.
+        tables = [table for table in tables if isinstance(table, ShardedCenters)]
+        parts = [part for table in tables for _, part in table.shards]
         optimizer = self.model.optimizer
         if optimizer is None:
-            return self.model.variables
+            return [*self.model.variables, *parts]
         if not optimizer.built:
             optimizer.build(self.model.trainable_variables)
-        return [*self.model.variables, *optimizer.variables]
+        return [*self.model.variables, *parts, *optimizer.variables]
 
     def _backups(self):
         """The folder of each complete backup, oldest first."""
@@ -200,23 +241,35 @@ class AtomicBackup(keras.callbacks.BackupAndRestore):
         return sorted(folders, key=lambda folder: int(folder.name))
 
 
+def _require_all_replicas_here(strategy):
+    count = strategy.num_replicas_in_sync
+    here = len(strategy.extended.worker_devices) if count > 1 else 1
+    if here < count:
+        raise ValueError(
+            f"strategy: expected all replicas in one process, got {type(strategy).__name__} with "
+            f"{here} of {count} in this one: use tf.train.CheckpointManager and "
+            "ShardedCenters.save in a training loop"
+        )
+
+
 def _describe(variables):
-    return [[str(variable.dtype), list(variable.shape)] for variable in variables]
+    return [[tf.as_dtype(variable.dtype).name, list(variable.shape)] for variable in variables]
 
 
-def _paths(folder, count):
-    return [folder / f"{k}.npy" for k in range(count)]
+def _path(folder, k, replica=None):
+    return folder / (f"{k}.npy" if replica is None else f"{k}-{replica}.npy")
 
 
 def _checked(folder):
     """The state of a backup whose files are whole."""
     state = json.loads((folder / _STATE).read_text())
     expected = [*state["variables"], *state["metrics"]]
-    for path, (_, shape) in zip(_paths(folder, len(expected)), expected, strict=True):
-        # Maps the file, and so looks at its size, but reads none of it. No map of no bytes.
-        whole = np.load(path, mmap_mode="r" if np.prod(shape) else None)
-        if list(whole.shape) != shape:
-            raise ValueError(f"{path.name}: expected shape {tuple(shape)}, got {whole.shape}")
+    for k, ((_, shape), own) in enumerate(zip(expected, state["copies"], strict=True)):
+        for path in (_path(folder, k), *(_path(folder, k, replica) for replica in range(own))):
+            # Maps the file, and so looks at its size, but reads none of it. No map of no bytes.
+            whole = np.load(path, mmap_mode="r" if np.prod(shape) else None)
+            if list(whole.shape) != shape:
+                raise ValueError(f"{path.name}: expected shape {tuple(shape)}, got {whole.shape}")
     return state
 
 
