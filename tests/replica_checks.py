@@ -154,18 +154,24 @@ def trained(
 
 
 def trained_for_two(scope, wrap):
-    """The same for two outputs, with a mask, weights of the samples and of the losses."""
+    """The same for two outputs, with a mask, weights of the samples and of the losses.
+
+    And with a layer in which the replicas wait for each other, where Keras mixes up their losses.
+    """
     keras.utils.set_random_seed(1)
     with scope:
-        inputs = keras.Input([D])
-        outputs = {"a": keras.layers.Dense(C)(inputs), "b": keras.layers.Dense(1)(inputs)}
-        model = keras.Model(inputs, outputs)
+        inputs, labels = keras.Input([D]), keras.Input([], dtype="int32")
+        x = tcl.CenterLoss(C, weight=0.5, name="before")(keras.layers.Dense(D)(inputs), labels)
+        x = keras.layers.BatchNormalization(synchronized=True)(x)
+        x = tcl.CenterLoss(C, weight=0.5, name="after")(x, labels)
+        outputs = {"a": keras.layers.Dense(C)(x), "b": keras.layers.Dense(1)(x)}
+        model = keras.Model([inputs, labels], outputs)
         masked = main_loss(ignore_class=3, reduction="mean_with_sample_weight")
         model.compile("sgd", {"a": wrap(masked), "b": wrap("mse")}, loss_weights={"a": 1, "b": 0.3})
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(17, D)).astype("f"), rng.integers(0, 7, 17)
+    x, y = rng.normal(size=(17, D)).astype("f"), rng.integers(0, 7, 17).astype("int32")
     weights = rng.uniform(0.1, 3, 17).astype("f")
-    data = (x, {"a": y, "b": x[:, :1]}, {"a": weights, "b": weights})
+    data = ((x, y), {"a": y, "b": x[:, :1]}, {"a": weights, "b": weights})
     data = tf.data.Dataset.from_tensor_slices(data).batch(16)
     logs = model.fit(data, epochs=2, verbose=0).history
     return model, logs, model.predict(data, verbose=0)

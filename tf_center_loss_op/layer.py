@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+
 import keras
 import tensorflow as tf
 from keras.optimizers.schedules import LearningRateSchedule
@@ -192,6 +194,20 @@ class CenterLoss(keras.layers.Layer):
             ignore_label=self.ignore_label,
             impl=self.impl,
         )
+
+    @property
+    def _losses(self):
+        """What `add_loss` has added on this replica.
+
+        Keras has one list for all. Where another layer suspends a replica in the forward pass
+        (``BatchNormalization(synchronized=True)``), the next would clear it, or find in it what is
+        not its own.
+        """
+        return self._losses_of[distribute.replica()]
+
+    @_losses.setter
+    def _losses(self, losses):
+        self.__dict__["_losses_of"] = collections.defaultdict(list, {distribute.replica(): losses})
 
     def compute_output_spec(self, features, labels=None, sample_weight=None, training=None):
         """The features' own shape and type."""
