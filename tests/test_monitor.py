@@ -383,6 +383,7 @@ def test_wrong_when_the_training_begins(data):
         (functional, dict(dataset=[]), "dataset: expected at least one batch, got none"),
         (functional, dict(dataset=[([inputs, labels + 2],)]), r"labels\[\d+\] = 5 is outside"),
         (Subclassed, dict(dataset=batches(data)), "embed: expected a function"),
+        (lambda: functional(sharded=True), {}, "layer: expected one whose .* sharded=True"),
         (
             functional,
             dict(dataset=[(inputs, labels[1:])], embed=lambda x: x[:, :D]),

@@ -271,6 +271,7 @@ def test_no_gradient_and_nothing_on_the_tape():
         (dict(features=1.0), ValueError, ["features", "[..., D]", "()"]),
         (dict(centers=np.zeros([C, D], int)), TypeError, ["centers", "float32", "int64"]),
         (dict(centers=np.zeros([C], "f")), ValueError, ["centers", "[C, D]", "(300,)"]),
+        (dict(centers=tcl.ShardedCenters(C, D)), TypeError, ["centers", "ShardedCenters"]),
     ],
     ids=str,
 )

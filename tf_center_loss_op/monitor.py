@@ -117,6 +117,11 @@ class CentersMonitor(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         """Finds the layer and looks at the first batch, so that errors come now."""
         self._layer = self._find_layer()
+        if self._layer.sharded:
+            raise ValueError(
+                f"layer: expected one whose centers are one table, got {self._layer.name!r} with "
+                "sharded=True"
+            )
         self._features = None if self.dataset is None else self._features_of()
         self._writer = self.log_dir and tf.summary.create_file_writer(self.log_dir)
         self._batches = 0

@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_center_loss_op import _arguments, _native
+from tf_center_loss_op.distribute import ShardedCenters
 
 _FLOATS = (tf.float32, tf.float64, tf.float16, tf.bfloat16)
 _SAMPLES = 512  # of features at a time
@@ -174,6 +175,11 @@ class _Table:
 
     def __init__(self, centers):
         self._centers = centers = _arguments.unwrap(centers)
+        if isinstance(centers, ShardedCenters):
+            raise TypeError(
+                "centers: expected one table, got ShardedCenters: load its save() into one of a "
+                "single replica, and give the variable in its shards"
+            )
         if not (
             isinstance(centers, (tf.Variable, np.ndarray, _arguments.StatelessCenters))
             or tf.is_tensor(centers)
