@@ -1,5 +1,7 @@
 """GlobalBatchLoss without replicas: the loss that it was given, its configuration, its errors."""
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -26,7 +28,12 @@ LOSSES = [
 ]
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=str)
+def described(value):
+    """The same in every process, as the names of tests must be: without addresses."""
+    return re.sub(" at 0x[0-9a-f]+", "", str(value))
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=described)
 def test_on_one_replica_it_is_the_given_loss(loss):
     model = keras.Sequential([keras.Input([3]), keras.layers.Identity()])
 
@@ -38,7 +45,7 @@ def test_on_one_replica_it_is_the_given_loss(loss):
     assert shown(tcl.GlobalBatchLoss(loss)) == shown(loss)
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=str)
+@pytest.mark.parametrize("loss", LOSSES, ids=described)
 def test_it_is_saved_with_a_model(loss, tmp_path):
     model = keras.Sequential([keras.Input([3]), keras.layers.Dense(3, activation="softmax")])
     model.compile("sgd", tcl.GlobalBatchLoss(loss, name="main"))
@@ -76,7 +83,7 @@ class Other(keras.losses.Loss):
         (Other(), TypeError, "loss: .* got Other, which has a __call__ of its own"),
         (tcl.GlobalBatchLoss("mse"), TypeError, "loss: .* got GlobalBatchLoss, which has"),
     ],
-    ids=str,
+    ids=described,
 )
 def test_wrong_losses(loss, error, message):
     with pytest.raises(error, match=message):
