@@ -255,17 +255,9 @@ void ResidualRows(const RowArguments<Feature>& rows, Sum mode, int64_t dim,
 template <typename Feature>
 void Residual(const RowArguments<Feature>& rows, Sum mode, int64_t dim,
               CenterType<Feature>* squares) {
-  static_assert(kMaxRows == 4, "one case for each number of rows");
-  switch (rows.rows) {
-    case 1:
-      return ResidualRows<Feature, 1>(rows, mode, dim, squares);
-    case 2:
-      return ResidualRows<Feature, 2>(rows, mode, dim, squares);
-    case 3:
-      return ResidualRows<Feature, 3>(rows, mode, dim, squares);
-    default:
-      return ResidualRows<Feature, 4>(rows, mode, dim, squares);
-  }
+  static_assert(kMaxRows == 2, "one case for each number of rows");
+  return rows.rows == 1 ? ResidualRows<Feature, 1>(rows, mode, dim, squares)
+                        : ResidualRows<Feature, 2>(rows, mode, dim, squares);
 }
 
 template <typename Center>

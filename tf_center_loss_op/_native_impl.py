@@ -163,10 +163,10 @@ def _center_loss_gradient(op, upstream, *_):
 @tf.RegisterGradient("TclCenterLossBackward")
 def _backward_gradient(op, g):
     """gradient_i = upstream_i * f_i * (x_i - c_{y_i}), with f_i = weight * w_i (/ N)."""
-    residual_bits, features, labels, *rest = op.inputs
-    weight, sample_weight, rest = _weights(op, rest)
+    residual_bits, *rest = op.inputs
     upstreams = len(op.get_attr("Tupstream"))
-    upstream, centers = rest[:upstreams], rest[upstreams:]
+    upstream, (features, labels, *rest) = rest[:upstreams], rest[upstreams:]
+    weight, sample_weight, centers = _weights(op, rest)
 
     # Taken through the op again, not from its bits, so that third derivatives exist.
     residual = _backward(op, [], residual_bits, features, labels, weight, sample_weight, centers)
@@ -190,4 +190,4 @@ def _backward_gradient(op, g):
     d_centers = [_slices(op, handle, labels, rows) for handle in centers]
     d_features = tf.cast(rows, features.dtype)
     nothing = [None] * len(weight + sample_weight)
-    return [None, d_features, None, *nothing, *d_upstream, *d_centers]
+    return [None, *d_upstream, d_features, None, *nothing, *d_centers]

@@ -129,14 +129,14 @@ class OnGpu {
 };
 
 template <typename T>
-class BackwardOnGpuOp : public OpKernel {
+class BackwardOnGpuOp : public BackwardOp {
  public:
   using Center = CenterOf<T>;
-  using OpKernel::OpKernel;
+  using BackwardOp::BackwardOp;
 
   void Compute(OpKernelContext* context) override {
-    BackwardInputs in;
-    OP_REQUIRES_OK(context, in.Find(context));
+    Inputs in;
+    OP_REQUIRES_OK(context, Find(context, &in));
     const Tensor& bits = *in.bits;
     Tensor gradient;
     if (std::is_same<T, Center>::value && in.upstream == nullptr) {
@@ -163,7 +163,7 @@ class BackwardOnGpuOp : public OpKernel {
     context->set_output(0, gradient);
     using Feature = typename FeatureOf<T>::type;
     OP_REQUIRES_OK(context, ToStatus(BackwardOnCuda<Feature>(
-                                         in.factors<Center>(), in.per_sample(),
+                                         in.template factors<Center>(), in.per_sample(),
                                          static_cast<const Center*>(bits.data()),
                                          static_cast<Feature*>(gradient.data()), bits.dim_size(0),
                                          bits.dim_size(1), StreamOf(context)),

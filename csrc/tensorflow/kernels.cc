@@ -123,16 +123,16 @@ class OnCpu {
 };
 
 template <typename T>
-class BackwardOnCpuOp : public OpKernel {
+class BackwardOnCpuOp : public BackwardOp {
  public:
   using Center = CenterOf<T>;
-  using OpKernel::OpKernel;
+  using BackwardOp::BackwardOp;
 
   void Compute(OpKernelContext* context) override {
-    BackwardInputs in;
-    OP_REQUIRES_OK(context, in.Find(context));
+    Inputs in;
+    OP_REQUIRES_OK(context, Find(context, &in));
     const Tensor& bits = *in.bits;
-    const Center* const factors = in.factors<Center>();
+    const Center* const factors = in.template factors<Center>();
     const Center one{1};
     if (std::is_same<T, Center>::value) {
       const int64_t given = factors == nullptr ? 0 : in.upstream->NumElements();

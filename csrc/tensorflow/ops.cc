@@ -61,7 +61,8 @@ absl::Status CheckBatch(InferenceContext* c, int centers, int features, int labe
   return absl::OkStatus();
 }
 
-// alpha [], weight [] and sample_weight [B], as far as the op has them, are the inputs from next on.
+// alpha [], weight [] and sample_weight [B], as far as the op has them, are the inputs from next
+// on.
 absl::Status CheckOptional(InferenceContext* c, int next, DimensionHandle batch) {
   const auto check = [&](const char* attr, const char* name, ShapeHandle expected) {
     std::vector<tensorflow::DataType> types;
@@ -199,18 +200,21 @@ REGISTER_OP("TclZeros")
 // stateful, which could then not be left out.
 REGISTER_OP("TclCenterLossBackward")
     .Input("residual_bits: Tbits")
+    .Input("upstream: Tupstream")
     .Input("features: T")
     .Input("labels: Tlabels")
     .Input("weight: Tweight")
     .Input("sample_weight: Tsample_weight")
-    .Input("upstream: Tupstream")
     .Input("centers: handles")
     .Output("gradient: T")
     .TCL_BATCH_ATTRS.TCL_BITS_ATTR.TCL_REDUCTION_ATTR.TCL_WEIGHT_ATTRS.TCL_OPTIONAL_ATTR("upstream")
     .Attr("handles: list({resource}) >= 0")
     .SetShapeFn([](InferenceContext* c) {
       BatchShape shape;
-      TF_RETURN_IF_ERROR(CheckBatch(c, -1, 1, 2, &shape));
+      std::vector<tensorflow::DataType> upstream;
+      TF_RETURN_IF_ERROR(c->GetAttr("Tupstream", &upstream));
+      const int features = 1 + static_cast<int>(upstream.size());
+      TF_RETURN_IF_ERROR(CheckBatch(c, -1, features, features + 1, &shape));
       c->set_output(0, c->Matrix(shape.batch, shape.dim));
       return absl::OkStatus();
     });

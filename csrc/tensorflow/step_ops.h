@@ -47,6 +47,10 @@ inline absl::Status Mismatch(const char* name, const tensorflow::Tensor& got,
       absl::StrCat(name, ": expected shape ", expected, ", got ", got.shape().DebugString()));
 }
 
+inline bool IsVector(const tensorflow::Tensor& tensor, int64_t size) {
+  return tensor.dims() == 1 && tensor.dim_size(0) == size;
+}
+
 // All ops but the backward one: an op with a rule moves the centers, one with a reduction has a
 // loss. Shapes are checked here again because they may be unknown while tracing.
 template <typename Backend>
@@ -151,7 +155,7 @@ class StepOp : public tensorflow::OpKernel {
                     Arguments* step) const {
     if (features.dims() != 2) return Mismatch("features", features, "[B, D]");
     const int64_t batch = features.dim_size(0), dim = features.dim_size(1);
-    if (labels.shape() != TensorShape({batch})) {
+    if (!IsVector(labels, batch)) {
       return Mismatch("labels", labels, TensorShape({batch}).DebugString());
     }
     if (centers.dtype() != tensorflow::DataTypeToEnum<Center>::v()) {
@@ -183,7 +187,7 @@ class StepOp : public tensorflow::OpKernel {
     }
     if (sample_weight_ >= 0) {
       const Tensor& sample_weight = context->input(sample_weight_);
-      if (sample_weight.shape() != TensorShape({step->batch})) {
+      if (!IsVector(sample_weight, step->batch)) {
         return Mismatch("sample_weight", sample_weight, TensorShape({step->batch}).DebugString());
       }
       step->sample_weight = sample_weight.flat<Center>().data();
@@ -222,30 +226,40 @@ class StepOp : public tensorflow::OpKernel {
   Backend backend_;
 };
 
-// The inputs of a backward op, checked.
-struct BackwardInputs {
-  const tensorflow::Tensor* bits = nullptr;      // [B, D]
-  const tensorflow::Tensor* upstream = nullptr;  // [] or [B], null: one
+// What backward ops have in common: their inputs, checked.
+class BackwardOp : public tensorflow::OpKernel {
+ public:
+  explicit BackwardOp(tensorflow::OpKernelConstruction* context) : OpKernel(context) {
+    tensorflow::DataTypeVector types;
+    OP_REQUIRES_OK(context, context->GetAttr("Tupstream", &types));
+    has_upstream_ = !types.empty();
+  }
 
-  absl::Status Find(tensorflow::OpKernelContext* context) {
-    bits = &context->input(0);
-    if (bits->dims() != 2) return Mismatch("residual_bits", *bits, "[B, D]");
-    tensorflow::OpInputList upstreams;
-    TF_RETURN_IF_ERROR(context->input_list("upstream", &upstreams));
-    if (upstreams.size() == 0) return absl::OkStatus();
-    upstream = &upstreams[0];
-    const int64_t batch = bits->dim_size(0);
-    if (upstream->dims() == 0 || upstream->shape() == tensorflow::TensorShape({batch})) {
+ protected:
+  struct Inputs {
+    const tensorflow::Tensor* bits;      // [B, D]
+    const tensorflow::Tensor* upstream;  // [] or [B], null: one
+
+    template <typename Center>
+    const Center* factors() const {
+      return upstream == nullptr ? nullptr : upstream->flat<Center>().data();
+    }
+    bool per_sample() const { return upstream != nullptr && upstream->dims() == 1; }
+  };
+
+  absl::Status Find(tensorflow::OpKernelContext* context, Inputs* in) const {
+    in->bits = &context->input(0);
+    in->upstream = has_upstream_ ? &context->input(1) : nullptr;
+    if (in->bits->dims() != 2) return Mismatch("residual_bits", *in->bits, "[B, D]");
+    const int64_t batch = in->bits->dim_size(0);
+    if (in->upstream == nullptr || in->upstream->dims() == 0 || IsVector(*in->upstream, batch)) {
       return absl::OkStatus();
     }
-    return Mismatch("upstream", *upstream, absl::StrCat("[] or [", batch, "]"));
+    return Mismatch("upstream", *in->upstream, absl::StrCat("[] or [", batch, "]"));
   }
 
-  template <typename Center>
-  const Center* factors() const {
-    return upstream == nullptr ? nullptr : upstream->flat<Center>().data();
-  }
-  bool per_sample() const { return upstream != nullptr && upstream->dims() == 1; }
+ private:
+  bool has_upstream_;
 };
 
 // The tests run the kernels of a GPU beside those of the CPU, under a label.
