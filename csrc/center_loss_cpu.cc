@@ -9,6 +9,8 @@
 //
 // Bytes moved, all labels distinct: B D (features + center read + center written + residual).
 //
+// Other threads are called for before the labels are grouped: they wake up meanwhile.
+//
 // Deterministic: which sums are formed, and in which order, follows from the labels alone.
 
 #include "csrc/center_loss_cpu.h"
@@ -17,6 +19,7 @@
 #include <atomic>
 #include <memory>
 #include <new>
+#include <thread>
 #include <vector>
 
 #include "csrc/center_loss_math.h"
@@ -33,7 +36,10 @@ constexpr int64_t kItemMembers = 64;
 // for longer than it takes them to wake up.
 constexpr int64_t kMostWaitedFor = 8192;
 
-inline void Pause() {
+// What a thread does in the n-th turn of a loop in which it waits for another one, which may need
+// this one's processor.
+inline void Pause(int turn) {
+  if (turn >= 1000) return std::this_thread::yield();
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #endif
@@ -99,7 +105,7 @@ class Step {
   void Prepare() {
     if (prepared_.load(std::memory_order_acquire)) return;
     if (taken_.exchange(true)) {
-      while (!prepared_.load(std::memory_order_acquire)) Pause();
+      for (int turn = 0; !prepared_.load(std::memory_order_acquire); ++turn) Pause(turn);
       return;
     }
     const StepOptions<Center>& options = step_.options;
