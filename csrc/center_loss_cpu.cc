@@ -24,6 +24,7 @@
 
 #include "csrc/center_loss_math.h"
 #include "csrc/label_groups.h"
+#include "csrc/spin.h"
 
 namespace tcl {
 namespace {
@@ -35,15 +36,6 @@ constexpr int64_t kItemMembers = 64;
 // Above this batch size the labels are grouped before other threads are called for: they would wait
 // for longer than it takes them to wake up.
 constexpr int64_t kMostWaitedFor = 8192;
-
-// What a thread does in the n-th turn of a loop in which it waits for another one, which may need
-// this one's processor.
-inline void Pause(int turn) {
-  if (turn >= 1000) return std::this_thread::yield();
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
-}
 
 // The finishing pass is cut by columns in blocks of whole cache lines.
 constexpr int64_t kColumnBlock = 256;
@@ -92,7 +84,7 @@ class Step {
       RunItems(begin, end);
       ZeroIgnored(begin, end);
     });
-    Prepare();
+    Prepare();  // of an empty batch, too, which may have no range
     if (bad_ >= 0) return bad_;
     FinishSplitGroups();
     ReduceLoss();
@@ -105,7 +97,10 @@ class Step {
   void Prepare() {
     if (prepared_.load(std::memory_order_acquire)) return;
     if (taken_.exchange(true)) {
-      for (int turn = 0; !prepared_.load(std::memory_order_acquire); ++turn) Pause(turn);
+      // The one that prepares may need this one's processor.
+      while (!SpinUntil([this] { return prepared_.load(std::memory_order_acquire); })) {
+        std::this_thread::yield();
+      }
       return;
     }
     const StepOptions<Center>& options = step_.options;

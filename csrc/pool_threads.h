@@ -11,6 +11,7 @@
 #include <mutex>
 
 #include "csrc/center_loss_cpu.h"
+#include "csrc/spin.h"
 
 namespace tcl {
 
@@ -33,19 +34,13 @@ class Chunks {
 
   void Wait() {
     // A chunk in progress ends sooner than a thread that sleeps could be woken.
-    for (int spin = 0; spin < kSpins; ++spin) {
-      if (done_ == chunks_) return;
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
-    }
+    const auto done = [this] { return done_ == chunks_; };
+    if (SpinUntil(done)) return;
     std::unique_lock<std::mutex> lock(mutex_);
-    all_done_.wait(lock, [this] { return done_ == chunks_; });
+    all_done_.wait(lock, done);
   }
 
  private:
-  static constexpr int kSpins = 1000;
-
   const int64_t total_, chunks_;
   const Work& work_;  // outlives every chunk, though not every helper
   std::atomic<int64_t> next_{0}, done_{0};

@@ -1,13 +1,12 @@
 """GlobalBatchLoss without replicas: the loss that it was given, its configuration, its errors."""
 
-import re
-
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import tf_center_loss_op as tcl
+from naming import described
 
 RNG = np.random.default_rng(0)
 TARGET, OUTPUT = RNG.uniform(size=(5, 3)).astype("f"), RNG.uniform(size=(5, 3)).astype("f")
@@ -26,11 +25,6 @@ LOSSES = [
     keras.losses.CategoricalCrossentropy(reduction="mean_with_sample_weight", name="main"),
     keras.losses.CategoricalCrossentropy(label_smoothing=0.1, reduction="sum"),
 ]
-
-
-def described(value):
-    """The same in every process, as the names of tests must be: without addresses."""
-    return re.sub(" at 0x[0-9a-f]+", "", str(value))
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=described)

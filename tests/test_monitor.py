@@ -11,6 +11,7 @@ import tensorflow as tf
 
 import tf_center_loss_op as tcl
 from child import run_python
+from naming import described
 
 C, D, N = 5, 3, 120
 NAMES = ["own_distance", "other_distance", "own_nearest", "seen", "norm", "moved"]
@@ -368,6 +369,7 @@ def test_the_table_is_not_copied(tmp_path):
         (dict(max_samples=0), ValueError, ["max_samples", "int >= 1", "0"]),
         (dict(max_classes=2.5), TypeError, ["max_classes", "int >= 1", "2.5"]),
     ],
+    ids=described,
 )
 def test_wrong_arguments(arguments, error, words):
     with pytest.raises(error) as caught:

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 import tf_center_loss_op as tcl
 from child import run_python
+from naming import described
 from tolerances import EPSILON
 
 C, D, B = 300, 7, 40
@@ -273,7 +274,7 @@ def test_no_gradient_and_nothing_on_the_tape():
         (dict(centers=np.zeros([C], "f")), ValueError, ["centers", "[C, D]", "(300,)"]),
         (dict(centers=tcl.ShardedCenters(C, D)), TypeError, ["centers", "ShardedCenters"]),
     ],
-    ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)),
+    ids=described,
 )
 def test_wrong_arguments(wrong, error, words):
     features, centers = problem()

@@ -192,7 +192,7 @@ class AtomicBackup(keras.callbacks.BackupAndRestore):
         metric, statistics of its batches.
         """
         if _is_table(variable):
-            # Replicas write the same to theirs.
+            # All replicas' copies of it are equal.
             tables.save_centers(variable, _path(folder, k))
             return 0
         whole, copies = keras.ops.convert_to_numpy(variable), self._copies(variable)
@@ -223,10 +223,10 @@ class AtomicBackup(keras.callbacks.BackupAndRestore):
     def _variables(self):
         """Every variable but the metrics': weights, random states, the optimizer's."""
         layers = self.model._flatten_layers(include_self=False)
-        tables = [layer.centers for layer in layers if isinstance(layer, CenterLoss)]
-        # Which Keras does not know.
-        tables = [table for table in tables if isinstance(table, ShardedCenters)]
-        parts = [part for table in tables for _, part in table.shards]
+        centers = [layer.centers for layer in layers if isinstance(layer, CenterLoss)]
+        # Keras does not know the parts of sharded ones.
+        sharded = [table for table in centers if isinstance(table, ShardedCenters)]
+        parts = [part for table in sharded for _, part in table.shards]
         optimizer = self.model.optimizer
         if optimizer is None:
             return [*self.model.variables, *parts]

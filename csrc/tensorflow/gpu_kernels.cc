@@ -138,13 +138,11 @@ class BackwardOnGpuOp : public BackwardOp {
     Inputs in;
     OP_REQUIRES_OK(context, Find(context, &in));
     const Tensor& bits = *in.bits;
-    Tensor gradient;
     if (std::is_same<T, Center>::value && in.upstream == nullptr) {
-      OP_REQUIRES_OK(context,
-                     gradient.BitcastFrom(bits, tensorflow::DataTypeToEnum<T>::v(), bits.shape()));
-      context->set_output(0, gradient);
+      OP_REQUIRES_OK(context, SetGradient<T>(context, bits));
       return;
     }
+    Tensor gradient;
     // In the residual's own memory, where nobody else holds it: with an upstream of one, which only
     // the device knows, nothing then has to be moved.
     std::unique_ptr<Tensor> forwarded;

@@ -137,10 +137,7 @@ class BackwardOnCpuOp : public BackwardOp {
     if (std::is_same<T, Center>::value) {
       const int64_t given = factors == nullptr ? 0 : in.upstream->NumElements();
       if (std::all_of(factors, factors + given, [](Center factor) { return factor == 1; })) {
-        Tensor gradient;
-        OP_REQUIRES_OK(
-            context, gradient.BitcastFrom(bits, tensorflow::DataTypeToEnum<T>::v(), bits.shape()));
-        context->set_output(0, gradient);
+        OP_REQUIRES_OK(context, SetGradient<T>(context, bits));
         return;
       }
     }

@@ -258,6 +258,17 @@ class BackwardOp : public tensorflow::OpKernel {
     return Mismatch("upstream", *in->upstream, absl::StrCat("[] or [", batch, "]"));
   }
 
+  // Puts the residual's own buffer out as the gradient.
+  template <typename T>
+  static absl::Status SetGradient(tensorflow::OpKernelContext* context,
+                                  const tensorflow::Tensor& bits) {
+    tensorflow::Tensor gradient;
+    TF_RETURN_IF_ERROR(
+        gradient.BitcastFrom(bits, tensorflow::DataTypeToEnum<T>::v(), bits.shape()));
+    context->set_output(0, gradient);
+    return absl::OkStatus();
+  }
+
  private:
   bool has_upstream_;
 };
@@ -278,14 +289,14 @@ class BackwardOp : public tensorflow::OpKernel {
                               .TypeConstraint<L>("Tlabels")             \
                               .TypeConstraint<CenterOf<T>>("Tcenters"), \
                           TCL_UNPAREN Kernel);
-#define TCL_REGISTER_LABEL(device, Backend, BackwardOp, T, Label)                         \
+#define TCL_REGISTER_LABEL(device, Backend, BackwardKernel, T, Label)                     \
   TCL_REGISTER_KERNEL("TclCenterLossStep", device, (StepOp<Backend<T, Label>>), T, Label) \
   TCL_REGISTER_KERNEL("TclCenterLoss", device, (StepOp<Backend<T, Label>>), T, Label)     \
   TCL_REGISTER_KERNEL("TclUpdateCenters", device, (StepOp<Backend<T, Label>>), T, Label)  \
-  TCL_REGISTER_KERNEL("TclCenterLossBackward", device, (BackwardOp<T>), T, Label)
-#define TCL_REGISTER(device, Backend, BackwardOp, T)          \
-  TCL_REGISTER_LABEL(device, Backend, BackwardOp, T, int32_t) \
-  TCL_REGISTER_LABEL(device, Backend, BackwardOp, T, int64_t)
+  TCL_REGISTER_KERNEL("TclCenterLossBackward", device, (BackwardKernel<T>), T, Label)
+#define TCL_REGISTER(device, Backend, BackwardKernel, T)          \
+  TCL_REGISTER_LABEL(device, Backend, BackwardKernel, T, int32_t) \
+  TCL_REGISTER_LABEL(device, Backend, BackwardKernel, T, int64_t)
 
 }  // namespace tcl
 
