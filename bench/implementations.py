@@ -103,6 +103,10 @@ def while_loop(step, jit_compile=None):
         @tf.function(autograph=False, jit_compile=jit_compile)
         def loop(first, end):
             def body(i, loss, gradient, labels):
+                # An effect, in every loop: TensorFlow leaves parts out of a loop without any, which
+                # the empty one would be, and what is subtracted would be less than a loop takes.
+                if not jit_compile:
+                    tf.timestamp()
                 features, labels = all_features[i % batches], all_labels[i % batches]
                 loss, gradient = step(features, labels, centers)
                 return i + 1, loss, gradient, labels

@@ -155,83 +155,53 @@ class Step {
     return {groups_.size(), groups_.counted(), groups_.counted(), -1};
   }
 
-  // Samples of one item that are gone through together.
-  struct Chunk {
-    Item item;
-    int64_t begin;  // into groups.order()
-    RowArguments<Feature> rows;
-  };
-
   // Items that begin in [begin, end) of the grouped order.
   void RunItems(int64_t begin, int64_t end) {
     end = std::min(end, groups_.counted());
     if (begin >= end) return;
-    const Item first = ItemFrom(groups_.Find(begin), begin);
-    if (first.begin >= end) return;
+    Item item = ItemFrom(groups_.Find(begin), begin);
+    if (item.begin >= end) return;
     alignas(64) Center small[kColumnBlock];
     Row<Center> large;
     if (moves_ && step_.dim > kColumnBlock) large = NewRow<Center>(step_.dim);
-    Center* const scratch = large != nullptr ? large.get() : small;
-    Chunk chunks[2];
-    Chunk* chunk = &chunks[0];
-    Chunk* next = &chunks[1];
-    SetChunk(first, first.begin, scratch, chunk);
-    int64_t not_finite = 0;
-    for (;;) {
-      const Item& item = chunk->item;
-      const int64_t chunk_end = chunk->begin + chunk->rows.rows;
-      const bool ends_item = chunk_end == item.end;
-      const bool is_last = chunk_end == groups_.counted();
-      if (!is_last) {
-        SetChunk(ends_item ? ItemFrom(item.group, item.end) : item, chunk_end, scratch, next);
-      }
-      chunk->rows.next = is_last ? nullptr : &next->rows;
-      not_finite += RunChunk(*chunk, chunk->begin == item.begin);
-      if (ends_item) {
-        if (moves_) FinishItem(item, not_finite, chunk->rows);
-        not_finite = 0;
-        if (item.end >= end) return;
-      }
-      std::swap(chunk, next);
+    RowArguments<Feature> rows;
+    rows.features = step_.features;
+    rows.sample_weight = step_.sample_weight;
+    rows.scale = sample_scale_;
+    rows.residual = step_.residual;
+    while (item.begin < end) {
+      const Item next = ItemFrom(item.group, item.end);
+      rows.rows = item.end - item.begin;
+      rows.positions = groups_.order() + item.begin;
+      rows.centers = CenterOf(item);
+      rows.sum = item.partial >= 0  ? partial_sums_.get() + item.partial * step_.dim
+                 : large != nullptr ? large.get()
+                                    : small;
+      rows.next_rows = static_cast<int>(std::min<int64_t>(next.end - next.begin, kRowsTogether));
+      rows.next_centers = rows.next_rows > 0 ? CenterOf(next) : nullptr;
+      RunItem(item, rows);
+      item = next;
     }
   }
 
-  void SetChunk(const Item& item, int64_t begin, Center* scratch, Chunk* chunk) const {
-    chunk->item = item;
-    chunk->begin = begin;
-    RowArguments<Feature>& rows = chunk->rows;
-    rows.rows = static_cast<int>(std::min<int64_t>(item.end - begin, kMaxRows));
-    rows.centers = step_.features_are_residuals
-                       ? nullptr
-                       : step_.centers + groups_.label(item.group) * step_.dim;
-    rows.sum = item.partial < 0 ? scratch : partial_sums_.get() + item.partial * step_.dim;
-    for (int r = 0; r < rows.rows; ++r) {
-      const int64_t i = groups_.order()[begin + r];
-      rows.features[r] = Features(i);
-      rows.factor[r] = SampleWeight(i) * sample_scale_;
-      rows.residual[r] = step_.residual == nullptr ? nullptr : step_.residual + i * step_.dim;
-    }
+  const Center* CenterOf(const Item& item) const {
+    if (step_.features_are_residuals) return nullptr;
+    return step_.centers + groups_.label(item.group) * step_.dim;
   }
 
-  // Returns how many of the samples hold a NaN or an infinity.
-  int64_t RunChunk(const Chunk& chunk, bool starts_item) {
-    const Sum mode = !moves_ ? Sum::kNone : starts_item ? Sum::kStart : Sum::kAdd;
-    Center squares[kMaxRows];
-    loops_.residual(chunk.rows, mode, step_.dim, squares);
-    int64_t not_finite = 0;
-    for (int r = 0; r < chunk.rows.rows; ++r) {
-      const int64_t i = groups_.order()[chunk.begin + r];
+  void RunItem(const Item& item, const RowArguments<Feature>& rows) {
+    Center squares[kItemMembers];
+    loops_.residual(rows, moves_ ? Sum::kStart : Sum::kNone, step_.dim, squares);
+    int64_t count = rows.rows;  // of those that are finite
+    for (int64_t r = 0; r < rows.rows; ++r) {
+      const int64_t i = rows.positions[r];
       StoreLoss(i, SampleWeight(i) * (squares[r] / 2));
       if (step_.squared_distance != nullptr) step_.squared_distance[i] = squares[r];
       // Finite squares prove finite features; only otherwise the row itself has to be asked.
-      if (!IsFinite(squares[r])) not_finite += !loops_.all_finite(Features(i), step_.dim);
+      if (!IsFinite(squares[r])) count -= !IsFiniteSample(i);
     }
-    return not_finite;
-  }
-
-  void FinishItem(const Item& item, int64_t not_finite, const RowArguments<Feature>& rows) {
-    const int64_t count = item.end - item.begin - not_finite;
-    if (not_finite > 0) SumFiniteMembers(item, rows.centers, rows.sum);
+    if (!moves_) return;
+    if (count < rows.rows) SumFiniteMembers(rows);
     if (item.partial >= 0) {
       partial_counts_[static_cast<size_t>(item.partial)] = count;
     } else if (count > 0) {
@@ -240,18 +210,20 @@ class Step {
   }
 
   // The sum of the item's residuals again, without the members that hold a NaN or an infinity.
-  void SumFiniteMembers(const Item& item, const Center* center, Center* sum) {
-    std::fill_n(sum, step_.dim, Center{0});
-    for (int64_t k = item.begin; k < item.end; ++k) {
-      RowArguments<Feature> row;
-      row.features[0] = Features(groups_.order()[k]);
-      row.residual[0] = nullptr;
-      row.centers = center;
-      row.sum = sum;
-      if (!loops_.all_finite(row.features[0], step_.dim)) continue;
+  void SumFiniteMembers(const RowArguments<Feature>& rows) {
+    std::fill_n(rows.sum, step_.dim, Center{0});
+    RowArguments<Feature> row = rows;
+    row.rows = 1;
+    row.next_rows = 0;
+    row.residual = nullptr;
+    for (; row.positions < rows.positions + rows.rows; ++row.positions) {
       Center squares;
-      loops_.residual(row, Sum::kAdd, step_.dim, &squares);
+      if (IsFiniteSample(*row.positions)) loops_.residual(row, Sum::kAdd, step_.dim, &squares);
     }
+  }
+
+  bool IsFiniteSample(int64_t i) const {
+    return loops_.all_finite(step_.features + i * step_.dim, step_.dim);
   }
 
   void MoveCenter(int64_t group, int64_t count, const Center* sum, int64_t column,
@@ -316,8 +288,6 @@ class Step {
     }
     *step_.loss = static_cast<Center>(sum);
   }
-
-  const Feature* Features(int64_t i) const { return step_.features + i * step_.dim; }
 
   Center SampleWeight(int64_t i) const {
     return step_.sample_weight == nullptr ? Center{1} : step_.sample_weight[i];

@@ -51,17 +51,17 @@ class Chunks {
 // Several chunks a thread even out what other work the threads have.
 constexpr int64_t kChunksPerThread = 8;
 
-// `pool` has, for `threads` threads, Schedule(task), which runs a task on one of them. The caller
-// is one more that works, in place of the last of them: waking a thread that sleeps takes as long
-// as a small step, and what the caller does meanwhile is not waited for.
-template <typename Pool>
-ParallelFor OnThreadsOf(Pool* pool, int64_t threads) {
-  return [pool, threads](int64_t total, int64_t bytes, const Work& work) {
+// schedule(task) runs a task on another thread, one of `threads` with the caller. The caller works,
+// too: waking a thread that sleeps takes as long as a small step, and what the caller does
+// meanwhile is not waited for.
+template <typename Schedule>
+ParallelFor OnThreads(Schedule schedule, int64_t threads) {
+  return [schedule, threads](int64_t total, int64_t bytes, const Work& work) {
     const int64_t wanted = std::min({threads, total, total * bytes / kMinBytesPerThread + 1});
     if (wanted <= 1) return work(0, total);
     const auto chunks =
         std::make_shared<Chunks>(total, std::min(total, wanted * kChunksPerThread), work);
-    for (int64_t t = 1; t < wanted; ++t) pool->Schedule([chunks] { chunks->Help(); });
+    for (int64_t t = 1; t < wanted; ++t) schedule([chunks] { chunks->Help(); });
     chunks->Help();
     chunks->Wait();
   };

@@ -13,6 +13,9 @@
 namespace tcl {
 namespace {
 
+// Of lambdas, which have no place for `inline`.
+#define TCL_INLINED __attribute__((always_inline))
+
 constexpr int kLanes = 16;
 
 #if defined(__AVX512F__)
@@ -21,6 +24,71 @@ constexpr int kVectorBytes = 64;
 constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
+#endif
+
+// How many of the lanes a row fills: all, or at its end the first `count`.
+struct All {};
+struct First {
+  int count;
+};
+
+// A vector's numbers at the bits of the mask, which are the lowest ones; elsewhere zeros, and
+// nothing is read or written.
+#if defined(__AVX512F__)
+TCL_INLINE __m512 LoadWhere(unsigned mask, const float* p) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p);
+}
+TCL_INLINE __m512d LoadWhere(unsigned mask, const double* p) {
+  return _mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p);
+}
+TCL_INLINE void StoreWhere(unsigned mask, __m512 v, float* p) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), v);
+}
+TCL_INLINE void StoreWhere(unsigned mask, __m512d v, double* p) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), v);
+}
+#elif defined(__AVX2__)
+TCL_INLINE __m256i Where(unsigned mask, const float*) {
+  const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), bits),
+                            bits);
+}
+TCL_INLINE __m256i Where(unsigned mask, const double*) {
+  const __m256i bits = _mm256_setr_epi64x(1, 2, 4, 8);
+  return _mm256_cmpeq_epi64(_mm256_and_si256(_mm256_set1_epi64x(mask), bits), bits);
+}
+TCL_INLINE __m256 LoadWhere(unsigned mask, const float* p) {
+  return _mm256_maskload_ps(p, Where(mask, p));
+}
+TCL_INLINE __m256d LoadWhere(unsigned mask, const double* p) {
+  return _mm256_maskload_pd(p, Where(mask, p));
+}
+TCL_INLINE void StoreWhere(unsigned mask, __m256 v, float* p) {
+  _mm256_maskstore_ps(p, Where(mask, p), v);
+}
+TCL_INLINE void StoreWhere(unsigned mask, __m256d v, double* p) {
+  _mm256_maskstore_pd(p, Where(mask, p), v);
+}
+#else
+template <typename Center>
+TCL_INLINE auto LoadWhere(unsigned mask, const Center* p) {
+  typedef Center Vector __attribute__((vector_size(kVectorBytes), aligned(alignof(Center))));
+  constexpr unsigned kWidth = kVectorBytes / sizeof(Center), kFull = (1u << kWidth) - 1;
+  if ((mask & kFull) == kFull) return *reinterpret_cast<const Vector*>(p);
+  Vector out = {};
+  for (unsigned e = 0; mask >> e & 1; ++e) out[e] = p[e];
+  return out;
+}
+template <typename Vector, typename Center>
+TCL_INLINE void StoreWhere(unsigned mask, const Vector& v, Center* p) {
+  typedef Center Unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(Center))));
+  constexpr unsigned kWidth = kVectorBytes / sizeof(Center), kFull = (1u << kWidth) - 1;
+  if ((mask & kFull) == kFull) {
+    *reinterpret_cast<Unaligned*>(p) = v;
+    return;
+  }
+  for (unsigned e = 0; mask >> e & 1; ++e) p[e] = v[e];
+}
 #endif
 
 // kLanes numbers in as many vector registers as they take.
@@ -38,15 +106,28 @@ struct Lanes {
     for (int k = 0; k < kVectors; ++k) out.v[k] = Vector{};
     return out;
   }
-  static TCL_INLINE Lanes Load(const Center* p) {
+  static TCL_INLINE Lanes Load(const Center* p, All) {
     Lanes out;
     for (int k = 0; k < kVectors; ++k) {
       out.v[k] = *reinterpret_cast<const Unaligned*>(p + k * kWidth);
     }
     return out;
   }
-  TCL_INLINE void Store(Center* p) const {
+  // Zeros behind the first.
+  static TCL_INLINE Lanes Load(const Center* p, First first) {
+    Lanes out;
+    for (int k = 0; k < kVectors; ++k) {
+      out.v[k] = LoadWhere(((1u << first.count) - 1) >> (k * kWidth), p + k * kWidth);
+    }
+    return out;
+  }
+  TCL_INLINE void Store(Center* p, All) const {
     for (int k = 0; k < kVectors; ++k) *reinterpret_cast<Unaligned*>(p + k * kWidth) = v[k];
+  }
+  TCL_INLINE void Store(Center* p, First first) const {
+    for (int k = 0; k < kVectors; ++k) {
+      StoreWhere(((1u << first.count) - 1) >> (k * kWidth), v[k], p + k * kWidth);
+    }
   }
   TCL_INLINE Lanes operator+(const Lanes& other) const {
     Lanes out;
@@ -70,39 +151,52 @@ struct Lanes {
   }
 };
 
-TCL_INLINE Lanes<float> WidenLanes(const float* p) { return Lanes<float>::Load(p); }
-TCL_INLINE Lanes<double> WidenLanes(const double* p) { return Lanes<double>::Load(p); }
-template <typename Feature>
-TCL_INLINE Lanes<float> WidenLanes(const Feature* p) {
-  float wide[kLanes];
-  for (int l = 0; l < kLanes; ++l) wide[l] = Widen(p[l]);
-  return Lanes<float>::Load(wide);
+// Calls body(d, All or First) for every kLanes of [0, dim) and what is left.
+template <typename Body>
+TCL_INLINE void ForLanes(int64_t dim, Body body) {
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) body(d, All{});
+  if (d < dim) body(d, First{static_cast<int>(dim - d)});
 }
 
-TCL_INLINE void RoundLanes(const Lanes<float>& lanes, float* p) { lanes.Store(p); }
-TCL_INLINE void RoundLanes(const Lanes<double>& lanes, double* p) { lanes.Store(p); }
-template <typename Feature>
-TCL_INLINE void RoundLanes(const Lanes<float>& lanes, Feature* p) {
-  float wide[kLanes];
-  lanes.Store(wide);
-  for (int l = 0; l < kLanes; ++l) p[l] = Round<Feature>(wide[l]);
+TCL_INLINE int Count(All) { return kLanes; }
+TCL_INLINE int Count(First first) { return first.count; }
+
+template <typename Feature, typename Part>
+TCL_INLINE Lanes<CenterType<Feature>> WidenLanes(const Feature* p, Part part) {
+  if constexpr (std::is_same_v<Feature, CenterType<Feature>>) {
+    return Lanes<Feature>::Load(p, part);
+  } else {
+    float wide[kLanes] = {};
+    for (int l = 0; l < Count(part); ++l) wide[l] = Widen(p[l]);
+    return Lanes<float>::Load(wide, All{});
+  }
+}
+
+template <typename Feature, typename Part>
+TCL_INLINE void RoundLanes(const Lanes<CenterType<Feature>>& lanes, Feature* p, Part part) {
+  if constexpr (std::is_same_v<Feature, CenterType<Feature>>) {
+    lanes.Store(p, part);
+  } else {
+    float wide[kLanes];
+    lanes.Store(wide, All{});
+    for (int l = 0; l < Count(part); ++l) p[l] = Round<Feature>(wide[l]);
+  }
 }
 
 #if defined(__F16C__)
 // F16C converts as Widen and Round do, eight numbers at a time.
-template <>
-TCL_INLINE Lanes<float> WidenLanes<Half>(const Half* p) {
+TCL_INLINE Lanes<float> WidenLanes(const Half* p, All) {
   float wide[kLanes];
   for (int l = 0; l < kLanes; l += 8) {
     _mm256_storeu_ps(wide + l,
                      _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + l))));
   }
-  return Lanes<float>::Load(wide);
+  return Lanes<float>::Load(wide, All{});
 }
-template <>
-TCL_INLINE void RoundLanes<Half>(const Lanes<float>& lanes, Half* p) {
+TCL_INLINE void RoundLanes(const Lanes<float>& lanes, Half* p, All) {
   float wide[kLanes];
-  lanes.Store(wide);
+  lanes.Store(wide, All{});
   for (int l = 0; l < kLanes; l += 8) {
     _mm_storeu_si128(
         reinterpret_cast<__m128i*>(p + l),
@@ -111,26 +205,21 @@ TCL_INLINE void RoundLanes<Half>(const Lanes<float>& lanes, Half* p) {
 }
 #endif
 
-// Rows end in whole vectors of 16 bytes where they can, on every instruction set.
+// The sum of the lanes: lane[l] + lane[l + n/2] for n = kLanes, kLanes/2, ... 2, the same tree
+// everywhere.
 template <typename Center>
-struct Tail {
-  static constexpr int kWidth = 16 / static_cast<int>(sizeof(Center));
+TCL_INLINE Center Fold(const Lanes<Center>& lanes) {
+  constexpr int kWidth = 16 / static_cast<int>(sizeof(Center));
+  constexpr int kVectors = kLanes / kWidth;
   typedef Center Vector __attribute__((vector_size(16), aligned(alignof(Center))));
-};
-
-// lane[l] + lane[l + n/2] for n = kLanes, kLanes/2, ... 2: the same tree everywhere.
-template <typename Center>
-TCL_INLINE Center Fold(const Center* lane) {
-  using T = Tail<Center>;
-  constexpr int kVectors = kLanes / T::kWidth;
-  typename T::Vector v[kVectors];
-  for (int k = 0; k < kVectors; ++k) {
-    v[k] = *reinterpret_cast<const typename T::Vector*>(lane + k * T::kWidth);
-  }
+  Center lane[kLanes];
+  lanes.Store(lane, All{});
+  Vector v[kVectors];
+  for (int k = 0; k < kVectors; ++k) v[k] = *reinterpret_cast<const Vector*>(lane + k * kWidth);
   for (int half = kVectors / 2; half > 0; half /= 2) {
     for (int k = 0; k < half; ++k) v[k] += v[k + half];
   }
-  if (T::kWidth == 4) return (v[0][0] + v[0][2 % T::kWidth]) + (v[0][1] + v[0][3 % T::kWidth]);
+  if (kWidth == 4) return (v[0][0] + v[0][2 % kWidth]) + (v[0][1] + v[0][3 % kWidth]);
   return v[0][0] + v[0][1];
 }
 
@@ -145,148 +234,137 @@ TCL_INLINE void FetchForWriting(const void* p) {
 #endif
 }
 
-template <typename Feature, bool kResidual>
-TCL_INLINE void Fetch(const RowArguments<Feature>& next, int64_t d) {
-  using Center = CenterType<Feature>;
-  constexpr int kLine = 64 / static_cast<int>(sizeof(Center));
-  for (int k = 0; k < kLanes; k += kLine) __builtin_prefetch(next.centers + d + k);
-  for (int r = 0; r < next.rows; ++r) {
-    __builtin_prefetch(next.features[r] + d);
-    for (int k = 0; kResidual && k < kLanes; k += kLine) FetchForWriting(next.residual[r] + d + k);
-  }
-}
+// The rows at some positions of the batch.
+template <typename Feature, int kRows, bool kResidual>
+struct RowsAt {
+  const Feature* features[kRows];
+  CenterType<Feature>* residual[kRows];
 
-template <typename Feature, int kRows, bool kCenters, bool kResidual, Sum kSum, bool kFetch>
-void ResidualRows(const RowArguments<Feature>& rows, int64_t dim, CenterType<Feature>* squares) {
+  TCL_INLINE RowsAt(const RowArguments<Feature>& rows, const int64_t* positions, int64_t dim) {
+    for (int r = 0; r < kRows; ++r) {
+      features[r] = rows.features + positions[r] * dim;
+      if (kResidual) residual[r] = rows.residual + positions[r] * dim;
+    }
+  }
+};
+
+// The rows that begin with the number `first` of these.
+template <typename Feature, int kRows, bool kCenters, bool kResidual, Sum kSum>
+void ResidualRows(const RowArguments<Feature>& rows, int64_t first, int64_t dim,
+                  CenterType<Feature>* squares) {
   using Center = CenterType<Feature>;
   using L = Lanes<Center>;
-  using T = Tail<Center>;
-  using V = typename T::Vector;
-  const Feature* features[kRows];
-  Center* residual[kRows];
+  constexpr int kLine = 64 / static_cast<int>(sizeof(Center));
+  const int64_t* const positions = rows.positions + first;
+  const RowsAt<Feature, kRows, kResidual> row(rows, positions, dim);
   Center factor[kRows];
   L square_lanes[kRows];
   for (int r = 0; r < kRows; ++r) {
-    features[r] = rows.features[r];
-    residual[r] = rows.residual[r];
-    factor[r] = rows.factor[r];
+    factor[r] = rows.scale;
+    if (rows.sample_weight != nullptr) factor[r] = rows.sample_weight[positions[r]] * rows.scale;
     square_lanes[r] = L::Zero();
   }
   const Center* const centers = rows.centers;
   Center* const sum = rows.sum;
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) {
-    if (kFetch) Fetch<Feature, kResidual>(*rows.next, d);
+
+  // To be fetched meanwhile: the rows that are next, at the very end the last one again.
+  const bool ends = first + kRows == rows.rows;
+  const int left = ends ? rows.next_rows : kRowsTogether;
+  int64_t next_positions[kRowsTogether];
+  for (int r = 0; r < kRowsTogether; ++r) {
+    next_positions[r] = positions[kRows - 1 + (left > r ? r + 1 : left)];
+  }
+  const RowsAt<Feature, kRowsTogether, kResidual> next(rows, next_positions, dim);
+  const Center* const next_centers = ends && left > 0 ? rows.next_centers : centers;
+
+  ForLanes(dim, [&](int64_t d, auto part) TCL_INLINED {
+    if (kCenters) {
+      for (int k = 0; k < kLanes; k += kLine) __builtin_prefetch(next_centers + d + k);
+      for (int r = 0; r < kRowsTogether; ++r) {
+        __builtin_prefetch(next.features[r] + d);
+        for (int k = 0; kResidual && k < kLanes; k += kLine) {
+          FetchForWriting(next.residual[r] + d + k);
+        }
+      }
+    }
     L center = L::Zero(), total = L::Zero();
-    if (kCenters) center = L::Load(centers + d);
-    if (kSum == Sum::kAdd) total = L::Load(sum + d);
+    if (kCenters) center = L::Load(centers + d, part);
+    if (kSum == Sum::kAdd) total = L::Load(sum + d, part);
     for (int r = 0; r < kRows; ++r) {
-      L value = WidenLanes(features[r] + d);
+      L value = WidenLanes(row.features[r] + d, part);
       if (kCenters) value = value - center;
       square_lanes[r] = square_lanes[r] + value * value;
-      if (kResidual) (value * factor[r]).Store(residual[r] + d);
+      if (kResidual) (value * factor[r]).Store(row.residual[r] + d, part);
       if (kSum != Sum::kNone) total = kSum == Sum::kStart && r == 0 ? value : total + value;
     }
-    if (kSum != Sum::kNone) total.Store(sum + d);
-  }
-  Center lane[kRows][kLanes];
-  for (int r = 0; r < kRows; ++r) square_lanes[r].Store(lane[r]);
-  int l = 0;
-  if (std::is_same<Feature, Center>::value) {
-    for (; d + T::kWidth <= dim; d += T::kWidth, l += T::kWidth) {
-      V center = {}, total = {};
-      if (kCenters) center = *reinterpret_cast<const V*>(centers + d);
-      if (kSum == Sum::kAdd) total = *reinterpret_cast<const V*>(sum + d);
-      for (int r = 0; r < kRows; ++r) {
-        V value = *reinterpret_cast<const V*>(features[r] + d);
-        if (kCenters) value -= center;
-        *reinterpret_cast<V*>(lane[r] + l) += value * value;
-        if (kResidual) *reinterpret_cast<V*>(residual[r] + d) = value * factor[r];
-        if (kSum != Sum::kNone) total = kSum == Sum::kStart && r == 0 ? value : total + value;
-      }
-      if (kSum != Sum::kNone) *reinterpret_cast<V*>(sum + d) = total;
-    }
-  }
-  for (; d < dim; ++d, ++l) {
-    for (int r = 0; r < kRows; ++r) {
-      Center value = Widen(features[r][d]);
-      if (kCenters) value -= centers[d];
-      lane[r][l] += value * value;
-      if (kResidual) residual[r][d] = value * factor[r];
-      if (kSum != Sum::kNone) sum[d] = kSum == Sum::kStart && r == 0 ? value : sum[d] + value;
-    }
-  }
-  for (int r = 0; r < kRows; ++r) squares[r] = Fold(lane[r]);
+    if (kSum != Sum::kNone) total.Store(sum + d, part);
+  });
+  for (int r = 0; r < kRows; ++r) squares[first + r] = Fold(square_lanes[r]);
 }
 
-template <typename Feature, int kRows, bool kCenters, bool kResidual, Sum kSum>
+template <typename Feature, bool kCenters, bool kResidual, Sum kSum>
 void ResidualRows(const RowArguments<Feature>& rows, int64_t dim, CenterType<Feature>* squares) {
-  if (kCenters && rows.next != nullptr) {
-    return ResidualRows<Feature, kRows, kCenters, kResidual, kSum, kCenters>(rows, dim, squares);
+  static_assert(kRowsTogether == 2, "an odd one, then pairs");
+  constexpr Sum kRest = kSum == Sum::kStart ? Sum::kAdd : kSum;
+  int64_t first = 1 + (rows.rows - 1) % 2;
+  if (first == 1) {
+    ResidualRows<Feature, 1, kCenters, kResidual, kSum>(rows, 0, dim, squares);
+  } else {
+    ResidualRows<Feature, 2, kCenters, kResidual, kSum>(rows, 0, dim, squares);
   }
-  return ResidualRows<Feature, kRows, kCenters, kResidual, kSum, false>(rows, dim, squares);
+  for (; first < rows.rows; first += 2) {
+    ResidualRows<Feature, 2, kCenters, kResidual, kRest>(rows, first, dim, squares);
+  }
 }
 
-template <typename Feature, int kRows, bool kCenters, bool kResidual>
+template <typename Feature, bool kCenters, bool kResidual>
 void ResidualRows(const RowArguments<Feature>& rows, Sum mode, int64_t dim,
                   CenterType<Feature>* squares) {
   switch (mode) {
     case Sum::kStart:
-      return ResidualRows<Feature, kRows, kCenters, kResidual, Sum::kStart>(rows, dim, squares);
+      return ResidualRows<Feature, kCenters, kResidual, Sum::kStart>(rows, dim, squares);
     case Sum::kAdd:
-      return ResidualRows<Feature, kRows, kCenters, kResidual, Sum::kAdd>(rows, dim, squares);
+      return ResidualRows<Feature, kCenters, kResidual, Sum::kAdd>(rows, dim, squares);
     case Sum::kNone:
-      return ResidualRows<Feature, kRows, kCenters, kResidual, Sum::kNone>(rows, dim, squares);
+      return ResidualRows<Feature, kCenters, kResidual, Sum::kNone>(rows, dim, squares);
   }
-}
-
-template <typename Feature, int kRows>
-void ResidualRows(const RowArguments<Feature>& rows, Sum mode, int64_t dim,
-                  CenterType<Feature>* squares) {
-  if (rows.centers == nullptr) {
-    return ResidualRows<Feature, kRows, false, false>(rows, mode, dim, squares);
-  }
-  if (rows.residual[0] == nullptr) {
-    return ResidualRows<Feature, kRows, true, false>(rows, mode, dim, squares);
-  }
-  return ResidualRows<Feature, kRows, true, true>(rows, mode, dim, squares);
 }
 
 template <typename Feature>
 void Residual(const RowArguments<Feature>& rows, Sum mode, int64_t dim,
               CenterType<Feature>* squares) {
-  static_assert(kMaxRows == 2, "one case for each number of rows");
-  return rows.rows == 1 ? ResidualRows<Feature, 1>(rows, mode, dim, squares)
-                        : ResidualRows<Feature, 2>(rows, mode, dim, squares);
+  if (rows.centers == nullptr) {
+    return ResidualRows<Feature, false, false>(rows, mode, dim, squares);
+  }
+  if (rows.residual == nullptr) {
+    return ResidualRows<Feature, true, false>(rows, mode, dim, squares);
+  }
+  return ResidualRows<Feature, true, true>(rows, mode, dim, squares);
 }
 
 template <typename Center>
 void Move(Center* centers, Center scale, const Center* sum, int64_t dim) {
   using L = Lanes<Center>;
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) {
-    (L::Load(centers + d) + L::Load(sum + d) * scale).Store(centers + d);
-  }
-  for (; d < dim; ++d) centers[d] += sum[d] * scale;
+  ForLanes(dim, [=](int64_t d, auto part) TCL_INLINED {
+    (L::Load(centers + d, part) + L::Load(sum + d, part) * scale).Store(centers + d, part);
+  });
 }
 
 template <typename Center>
 void Add(Center* sum, const Center* other, int64_t dim) {
   using L = Lanes<Center>;
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) {
-    (L::Load(sum + d) + L::Load(other + d)).Store(sum + d);
-  }
-  for (; d < dim; ++d) sum[d] += other[d];
+  ForLanes(dim, [=](int64_t d, auto part) TCL_INLINED {
+    (L::Load(sum + d, part) + L::Load(other + d, part)).Store(sum + d, part);
+  });
 }
 
 template <typename Feature>
 void Scale(const CenterType<Feature>* residual, CenterType<Feature> factor, Feature* out,
            int64_t dim) {
   using L = Lanes<CenterType<Feature>>;
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) RoundLanes(L::Load(residual + d) * factor, out + d);
-  for (; d < dim; ++d) out[d] = Round<Feature>(residual[d] * factor);
+  ForLanes(dim, [=](int64_t d, auto part) TCL_INLINED {
+    RoundLanes(L::Load(residual + d, part) * factor, out + d, part);
+  });
 }
 
 template <typename Feature>

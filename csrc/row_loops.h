@@ -16,34 +16,37 @@ namespace tcl {
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 
-// What is done with the sum of a group's residuals while a row goes by.
+// What is done with the sum of a class's residuals while its rows go by.
 enum class Sum { kNone, kStart, kAdd };
 
-// So many samples of one class are gone through together at most. With more, more rows are in
-// flight than first-level cache and prefetchers keep up with (64 x 200 and 4096 x 512 numbers).
-constexpr int kMaxRows = 2;
-
-// `rows` samples of one class. Its center and the sum are read and written once for all.
+// Samples of one class, by their positions in the batch.
 template <typename Feature>
 struct RowArguments {
   using Center = CenterType<Feature>;
 
-  int rows = 1;
-  const Feature* features[kMaxRows];
-  Center factor[kMaxRows];
-  Center* residual[kMaxRows];       // residual[0] null: unwanted
-  const Center* centers = nullptr;  // null: the features are the residual
-  Center* sum = nullptr;
-  // What comes after, to be fetched meanwhile; null: nothing.
-  const RowArguments* next = nullptr;
+  int64_t rows = 1;
+  const int64_t* positions = nullptr;     // [rows + next_rows]
+  const Feature* features = nullptr;      // [B, D]
+  const Center* sample_weight = nullptr;  // [B], or null: all one
+  Center scale = 1;                       // of the residual, beside the sample's weight
+  Center* residual = nullptr;             // [B, D]; null: unwanted
+  const Center* centers = nullptr;        // [D], the class's; null: the features are the residual
+  Center* sum = nullptr;                  // [D]
+  // What comes after, to be fetched meanwhile: so many more positions, of a class with this center.
+  int next_rows = 0;
+  const Center* next_centers = nullptr;
 };
+
+// So many samples are gone through together. With more, more rows are in flight than first-level
+// cache and prefetchers keep up with (64 x 200 and 4096 x 512 numbers).
+constexpr int kRowsTogether = 2;
 
 template <typename Feature>
 struct RowLoops {
   using Center = CenterType<Feature>;
 
-  // With d = features - centers, of each row: squares = the sum of d^2, residual = factor * d; and
-  // starts or continues sum += d, row by row.
+  // With d = features - centers, of each row r: squares[r] = the sum of d^2, residual = weight * d;
+  // and starts or continues sum += d, row by row.
   void (*residual)(const RowArguments<Feature>& rows, Sum mode, int64_t dim, Center* squares);
 
   // centers += scale * sum.

@@ -104,9 +104,9 @@ class OnGpu {
                     "copying the centers");
   }
 
-  static absl::Status AllocateResidual(OpKernelContext* context, const TensorShape& shape,
-                                       Tensor* residual) {
-    return context->allocate_temp(context->expected_output_dtype(1), shape, residual);
+  static absl::Status Allocate(OpKernelContext* context, int output, const TensorShape& shape,
+                               Tensor* tensor) {
+    return context->allocate_temp(context->expected_output_dtype(output), shape, tensor);
   }
 
   absl::Status Launch(OpKernelContext* context, Arguments& step) {

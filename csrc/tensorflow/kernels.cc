@@ -27,15 +27,20 @@ using tensorflow::TensorShape;
 // Caches and the translation buffer hold the rows of a smaller table anyway.
 constexpr int64_t kMinTableBytes = int64_t{1} << 26;
 
+// As many threads as the device's pool has, but those that run the ops: between two steps they are
+// awake. Those of the pool have fallen asleep and, woken, push one that is awake from its
+// processor.
 ParallelFor ThreadsOf(OpKernelContext* context) {
-  tensorflow::thread::ThreadPool* const pool =
-      context->device()->tensorflow_cpu_worker_threads()->workers;
-  return OnThreadsOf(pool, pool->NumThreads());
+  const auto schedule = [context](std::function<void()> task) {
+    (*context->runner())(std::move(task));
+  };
+  return OnThreads(schedule,
+                   context->device()->tensorflow_cpu_worker_threads()->workers->NumThreads());
 }
 
 // Large arrays on large pages.
-absl::Status Allocate(OpKernelContext* context, tensorflow::DataType dtype,
-                      const TensorShape& shape, Tensor* tensor) {
+absl::Status AllocateArray(OpKernelContext* context, tensorflow::DataType dtype,
+                           const TensorShape& shape, Tensor* tensor) {
   const int64_t bytes = shape.num_elements() * tensorflow::DataTypeSize(dtype);
   if (bytes < kMinBytesForHugePages || !HugePagesWanted()) {
     return context->allocate_temp(dtype, shape, tensor);
@@ -46,10 +51,10 @@ absl::Status Allocate(OpKernelContext* context, tensorflow::DataType dtype,
       absl::StrCat("no memory for ", shape.DebugString(), " ", tensorflow::DataTypeString(dtype)));
 }
 
-// The memory of an op's largest output, kept from one step to the next and used again as soon as
-// nobody else holds it. Given back to the system after each step, its pages would have to be
+// The memory of an output, kept from one step to the next and used again as soon as nobody else
+// holds it. Given back to the system after each step, the pages of a large one would have to be
 // faulted in anew, which takes as long as writing to them. Two of them, because a loop holds the
-// gradient of one step while the next is made.
+// results of one step while the next is made.
 class OutputBuffer {
  public:
   absl::Status Take(OpKernelContext* context, int output, const TensorShape& shape, Tensor* taken) {
@@ -60,7 +65,7 @@ class OutputBuffer {
     if (!reusable(kept_[0])) std::swap(kept_[0], kept_[1]);
     if (!reusable(kept_[0])) {
       TF_RETURN_IF_ERROR(
-          Allocate(context, context->expected_output_dtype(output), shape, &kept_[0]));
+          AllocateArray(context, context->expected_output_dtype(output), shape, &kept_[0]));
     }
     *taken = kept_[0];
     return absl::OkStatus();
@@ -90,14 +95,14 @@ class OnCpu {
   }
 
   static absl::Status Copy(OpKernelContext* context, const Tensor& table, Tensor* copy) {
-    TF_RETURN_IF_ERROR(Allocate(context, table.dtype(), table.shape(), copy));
+    TF_RETURN_IF_ERROR(AllocateArray(context, table.dtype(), table.shape(), copy));
     std::memcpy(copy->data(), table.data(), table.TotalBytes());
     return absl::OkStatus();
   }
 
-  absl::Status AllocateResidual(OpKernelContext* context, const TensorShape& shape,
-                                Tensor* residual) {
-    return residual_buffer_.Take(context, 1, shape, residual);
+  absl::Status Allocate(OpKernelContext* context, int output, const TensorShape& shape,
+                        Tensor* tensor) {
+    return buffers_[output].Take(context, output, shape, tensor);
   }
 
   static absl::Status Launch(OpKernelContext* context, const Arguments& step) {
@@ -119,7 +124,7 @@ class OnCpu {
   }
 
  private:
-  OutputBuffer residual_buffer_;
+  OutputBuffer buffers_[3];  // for each output
 };
 
 template <typename T>

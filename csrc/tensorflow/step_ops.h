@@ -5,7 +5,7 @@
 //
 //   SetWeight(tensor, arguments), SetAlpha(...)  a scalar of the centers' type that is an input
 //   Copy(context, table, copy)                   another buffer with the table's numbers
-//   AllocateResidual(context, shape, tensor)     memory for output 1
+//   Allocate(context, output, shape, tensor)     memory for that output
 //   Launch(context, arguments)                   does the step
 
 #ifndef TF_CENTER_LOSS_OP_CSRC_TENSORFLOW_STEP_OPS_H_
@@ -197,23 +197,21 @@ class StepOp : public tensorflow::OpKernel {
 
   // Residual and distances only where somebody takes them; in eager mode somebody may.
   absl::Status AllocateOutputs(Context* context, Arguments* step) {
-    Tensor* loss;
-    TF_RETURN_IF_ERROR(context->allocate_output(
-        0, step->options.reduction == Reduction::kNone ? TensorShape({step->batch}) : TensorShape(),
-        &loss));
-    step->loss = loss->flat<Center>().data();
+    const auto allocate = [&](int output, const TensorShape& shape, Center** memory) {
+      Tensor tensor;
+      TF_RETURN_IF_ERROR(backend_.Allocate(context, output, shape, &tensor));
+      *memory = static_cast<Center*>(tensor.data());
+      context->set_output(output, tensor);
+      return absl::OkStatus();
+    };
+    const bool per_sample = step->options.reduction == Reduction::kNone;
+    const TensorShape loss_shape = per_sample ? TensorShape({step->batch}) : TensorShape();
+    TF_RETURN_IF_ERROR(allocate(0, loss_shape, &step->loss));
     if (context->output_required(1)) {
-      Tensor residual;
-      TF_RETURN_IF_ERROR(
-          backend_.AllocateResidual(context, TensorShape({step->batch, step->dim}), &residual));
-      context->set_output(1, residual);
-      step->residual = static_cast<Center*>(residual.data());
+      TF_RETURN_IF_ERROR(allocate(1, TensorShape({step->batch, step->dim}), &step->residual));
     }
     if (context->output_required(2)) {
-      Tensor* squared_distance;
-      TF_RETURN_IF_ERROR(
-          context->allocate_output(2, TensorShape({step->batch}), &squared_distance));
-      step->squared_distance = squared_distance->flat<Center>().data();
+      TF_RETURN_IF_ERROR(allocate(2, TensorShape({step->batch}), &step->squared_distance));
     }
     return absl::OkStatus();
   }
@@ -234,6 +232,8 @@ class BackwardOp : public tensorflow::OpKernel {
     OP_REQUIRES_OK(context, context->GetAttr("Tupstream", &types));
     has_upstream_ = !types.empty();
   }
+
+  bool IsExpensive() override { return false; }  // as StepOp
 
  protected:
   struct Inputs {

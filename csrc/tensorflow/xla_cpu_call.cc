@@ -154,7 +154,8 @@ ffi::Error RunStep(const StepKind& kind, bool weighted, ffi::ThreadPool& pool,
         absl::StrCat("alpha: expected a finite number >= 0, got ", step.options.alpha));
   }
 
-  const ParallelFor threads = OnThreadsOf(&pool, pool.num_threads());
+  const ParallelFor threads =
+      OnThreads([&pool](auto task) { pool.Schedule(std::move(task)); }, pool.num_threads());
   if (CenterLossOnCpu(step, threads, BestIsa()) >= 0) {
     const Repaired<Feature, Label> repaired(&step);
     CenterLossOnCpu(step, threads, BestIsa());
