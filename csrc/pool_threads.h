@@ -49,7 +49,7 @@ class Chunks {
 };
 
 // Several chunks a thread even out what other work the threads have.
-constexpr int64_t kChunksPerThread = 8;
+constexpr int64_t kChunksPerThread = 16;
 
 // schedule(task) runs a task on another thread, one of `threads` with the caller. The caller works,
 // too: waking a thread that sleeps takes as long as a small step, and what the caller does
