@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from rich.table import Table
 
+from bench.cases import TEN_THOUSAND
+
 EMPTIES = ("empty loop", "empty launch")  # what does nothing
 EMPTY_OF = {"tf.while_loop": "empty loop", "XLA loop": "empty xla"}  # how -> what is subtracted
 PLAIN_XLA = ("graph xla", "matrix xla", "table xla", "sorting xla")
@@ -117,11 +119,15 @@ def sweep_table(sweep):
     for measurement in sweep:
         extra = measurement["implementations"]["fused loop"]["extra_memory"]
         out.add_row(
-            f"{measurement['classes']:,}",
+            f"{measurement['classes']:,}{_drawn(measurement)}",
             *(f"{1e6 * np.median(net(measurement, key)):.1f}" for key in keys),
             f"{extra / 1e6:.2f}",
         )
     return out
+
+
+def _drawn(measurement):
+    return f", {TEN_THOUSAND} occur" if measurement["labels"] == TEN_THOUSAND else ""
 
 
 class Figure(NamedTuple):
@@ -142,7 +148,7 @@ class Figure(NamedTuple):
 
 def figures(cases, sweep):
     """The figures to reach that these measurements can tell."""
-    return [*_case_figures(cases), *_sweep_figures({m["classes"]: m for m in sweep})]
+    return [*_case_figures(cases), *_sweep_figures({(m["classes"], m["labels"]): m for m in sweep})]
 
 
 def summary(figures):
@@ -200,27 +206,27 @@ def _case_figures(cases):
 
 
 def _sweep_figures(sweep):
-    # Rows of a larger table lie in fewer caches and on more pages, whoever reads them: what the op
-    # itself must not do is grow beyond the loop that only moves them.
+    few = sweep.get((10**4, "uniform"))
     for what, key, many in (
         ("the fused op, net", "fused loop", 10**7),
         ("the fused op under XLA, net", "fused xla", 10**6),
     ):
-        few = 10**4
-        if {few, many} <= sweep.keys():
-            growth = {k: net(sweep[many], k) / net(sweep[few], k) for k in (key, "rows")}
-            yield Figure(
-                f"growth of {what} / of rows moved by hand",
-                f"{many:,} labels / {few:,} labels",
-                ratio(growth[key], growth["rows"]),
-                at_most=1.25,
-            )
-    few, many = 10**4, 10**7
-    if {few, many} <= sweep.keys():
-        extra = [sweep[c]["implementations"]["fused loop"]["extra_memory"] for c in (few, many)]
+        where = f"{many:,} labels / {10**4:,} labels"
+        # Rows of a larger table lie in fewer caches and on more pages, whoever reads them: what the
+        # op itself must not do is grow beyond the loop that only moves them.
+        if few and (whole := sweep.get((many, "uniform"))):
+            growth = {k: net(whole, k) / net(few, k) for k in (key, "rows")}
+            value = ratio(growth[key], growth["rows"])
+            what_grows = f"growth of {what} / of rows moved by hand"
+            yield Figure(what_grows, where, value, at_most=1.25)
+        if few and (part := sweep.get((many, TEN_THOUSAND))):
+            value = ratio(net(part, key), net(few, key))
+            yield Figure(f"growth of {what}, {TEN_THOUSAND} occur", where, value, at_most=1.15)
+    if few and (whole := sweep.get((10**7, "uniform"))):
+        extra = [m["implementations"]["fused loop"]["extra_memory"] for m in (few, whole)]
         yield Figure(
             "growth of the fused op's extra memory, MB",
-            f"{many:,} labels / {few:,} labels",
+            f"{10**7:,} labels / {10**4:,} labels",
             (extra[1] - extra[0]) / 1e6,
             at_most=1,
         )
@@ -268,25 +274,30 @@ def draw_cases(cases, path):
 def draw_sweep(sweep, path):
     """Cost against the number of labels."""
     plt = pyplot()
-    figure, panel = plt.subplots(figsize=(8, 5), layout="constrained")
-    classes = [m["classes"] for m in sweep]
-    for key, implementation in sweep[0]["implementations"].items():
-        if implementation["what"] in EMPTIES:
-            continue
-        low, middle, high = 1e6 * np.quantile([net(m, key) for m in sweep], QUANTILES, axis=1)
-        color = COLORS[implementation["what"]]
-        name = f"{implementation['what']}, {implementation['how']}"
-        style = "o--" if "XLA" in implementation["how"] else "o-"
-        panel.plot(classes, middle, style, color=color, label=name)
-        panel.fill_between(classes, low, high, color=color, alpha=0.2)
-    panel.set(
-        xscale="log",
-        yscale="log",
-        xlabel="labels (rows of the table)",
-        ylabel="µs a step, median, 10 % to 90 %",
-        title=f"B = {sweep[0]['batch']}, D = {sweep[0]['dim']}; loops net of an empty loop",
+    kinds = list(dict.fromkeys(m["labels"] for m in sweep))
+    figure, panels = plt.subplots(
+        1, len(kinds), figsize=(7 * len(kinds), 5), sharey=True, squeeze=False, layout="constrained"
     )
-    panel.grid(which="both", alpha=0.3)
-    panel.legend()
+    for panel, kind in zip(panels.flat, kinds, strict=True):
+        shown = [m for m in sweep if m["labels"] == kind]
+        classes = [m["classes"] for m in shown]
+        for key, implementation in sweep[0]["implementations"].items():
+            if implementation["what"] in EMPTIES:
+                continue
+            low, middle, high = 1e6 * np.quantile([net(m, key) for m in shown], QUANTILES, axis=1)
+            color = COLORS[implementation["what"]]
+            name = f"{implementation['what']}, {implementation['how']}"
+            style = "o--" if "XLA" in implementation["how"] else "o-"
+            panel.plot(classes, middle, style, color=color, label=name)
+            panel.fill_between(classes, low, high, color=color, alpha=0.2)
+        panel.set(
+            xscale="log",
+            yscale="log",
+            xlabel="labels (rows of the table)",
+            ylabel="µs a step, median, 10 % to 90 %",
+            title=f"{kind}; B = {sweep[0]['batch']}, D = {sweep[0]['dim']}; loops net",
+        )
+        panel.grid(which="both", alpha=0.3)
+    panels.flat[0].legend()
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -30,6 +30,7 @@ def prepare(case, table, keys, torch=None, status=lambda text: None):
         torch.load(case)
         check.validate(f"{case.name}, PyTorch", torch, case.batches, truth)
         runners["torch"] = torch
+    workload.clear()  # the next case may have the same table
     return workload, runners
 
 
