@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <type_traits>
 #include <utility>
 
@@ -27,15 +28,22 @@ using tensorflow::TensorShape;
 // Caches and the translation buffer hold the rows of a smaller table anyway.
 constexpr int64_t kMinTableBytes = int64_t{1} << 26;
 
-// As many threads as the device's pool has, but those that run the ops: between two steps they are
-// awake. Those of the pool have fallen asleep and, woken, push one that is awake from its
-// processor.
+tensorflow::thread::ThreadPool* PoolOf(OpKernelContext* context) {
+  return context->device()->tensorflow_cpu_worker_threads()->workers;
+}
+
+// As many threads as the device's pool has, but first of all those that run the ops: between two
+// steps they are awake. Those of the pool have fallen asleep and, woken, push one that is awake from
+// its processor. But there may be one thread for ops only, or all may be busy.
 ParallelFor ThreadsOf(OpKernelContext* context) {
-  const auto schedule = [context](std::function<void()> task) {
-    (*context->runner())(std::move(task));
+  const auto schedule = [context](std::function<void()> task, bool again) {
+    if (again) {
+      PoolOf(context)->Schedule(std::move(task));
+    } else {
+      (*context->runner())(std::move(task));
+    }
   };
-  return OnThreads(schedule,
-                   context->device()->tensorflow_cpu_worker_threads()->workers->NumThreads());
+  return OnThreads(schedule, PoolOf(context)->NumThreads());
 }
 
 // Large arrays on large pages.

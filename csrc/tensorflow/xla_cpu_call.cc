@@ -19,6 +19,7 @@
 #include <algorithm>
 #include <cmath>
 #include <deque>
+#include <functional>
 #include <limits>
 #include <string>
 #include <unordered_set>
@@ -154,8 +155,10 @@ ffi::Error RunStep(const StepKind& kind, bool weighted, ffi::ThreadPool& pool,
         absl::StrCat("alpha: expected a finite number >= 0, got ", step.options.alpha));
   }
 
-  const ParallelFor threads =
-      OnThreads([&pool](auto task) { pool.Schedule(std::move(task)); }, pool.num_threads());
+  const auto schedule = [&pool](std::function<void()> task, bool again) {
+    if (!again) pool.Schedule(std::move(task));
+  };
+  const ParallelFor threads = OnThreads(schedule, pool.num_threads());
   if (CenterLossOnCpu(step, threads, BestIsa()) >= 0) {
     const Repaired<Feature, Label> repaired(&step);
     CenterLossOnCpu(step, threads, BestIsa());
