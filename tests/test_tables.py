@@ -94,6 +94,11 @@ def test_random_centers():
     assert not np.array_equal(same[0], other)
     unseeded = [tcl.RandomCenters()((3, D), "float32").numpy() for _ in range(2)]
     assert not np.array_equal(*unseeded)
+    seeded = []
+    for _ in range(2):
+        keras.utils.set_random_seed(7)
+        seeded.append(tcl.RandomCenters()((3, D), "float32").numpy())
+    assert np.array_equal(*seeded)
 
 
 def test_random_centers_in_a_layer(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -73,7 +74,8 @@ class RandomCenters(keras.initializers.Initializer):
 
     Args:
       stddev: their standard deviation, >= 0.
-      seed: an int, for the same numbers again; None for others each time.
+      seed: an int, for the same numbers again; None for others each time, which begin anew with
+        `keras.utils.set_random_seed`.
 
     >>> import tf_center_loss_op as tcl
     >>> layer = tcl.CenterLoss(1000, centers_initializer=tcl.RandomCenters(0.1, seed=0))
@@ -92,7 +94,8 @@ class RandomCenters(keras.initializers.Initializer):
 
     def blocks(self, shape, dtype) -> Callable:
         """What gives the rows [begin, end) of a table of this shape, for each of its blocks."""
-        seed = np.random.SeedSequence().entropy % 2**31 if self.seed is None else self.seed
+        # Drawn from where Keras draws the seeds of its own.
+        seed = random.getrandbits(31) if self.seed is None else self.seed
 
         def block(begin, end):
             numbers = [end - begin, *shape[1:]]
@@ -273,15 +276,20 @@ def write_h5(group: h5py.Group, key: str, centers: tf.Variable | keras.Variable)
 def read_h5(group: h5py.Group, key: str, centers: tf.Variable | keras.Variable) -> None:
     """Equals ``centers.assign(group[key])``, block by block, after all checks."""
     table, rows = _table(centers), group[key]
+    name = f"{group.file.filename!r}, {group.name}/{key}"
     linked = not isinstance(group.get(key, getlink=True), h5py.HardLink)
     if linked or not isinstance(rows, h5py.Dataset) or rows.external or rows.is_virtual:
-        raise ValueError("centers: expected an array in the file itself, got a group or a link")
+        raise ValueError(
+            f"centers: expected an array in the file itself, got a group or a link in {name}"
+        )
     if rows.id.get_storage_size() == 0:
-        raise ValueError("centers: expected an array in the file, got a file that is cut off")
+        raise ValueError(
+            f"centers: expected an array in the file, got a file that is cut off: {name}"
+        )
     if rows.shape != tuple(table.shape) or rows.dtype != table.dtype.as_numpy_dtype:
         raise ValueError(
             f"centers: expected {table.dtype.name} {tuple(table.shape)} in the file, as the "
-            f"layer's are, got {rows.dtype} {rows.shape}"
+            f"layer's are, got {rows.dtype} {rows.shape} in {name}"
         )
     for begin, end in _blocks(table.shape, table.dtype.size):
         _write(table, begin, end, rows[begin:end])
