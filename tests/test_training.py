@@ -424,6 +424,18 @@ def test_bfloat16_learns(impl, batch):
     assert losses[-1] < losses[0]
 
 
+def test_float64_throughout(impl, batch):
+    keras.config.set_floatx("float64")
+    try:
+        layer = tcl.CenterLoss(C, weight=0.1, impl=impl)
+        model = classifier(layer)
+        losses = model.fit([*batch], batch[1], epochs=10, verbose=0).history["loss"]
+    finally:
+        keras.config.set_floatx("float32")
+    assert losses[-1] < losses[0]
+    assert numbers(layer).dtype == np.float32 and numbers(layer).any()
+
+
 # Export.
 
 

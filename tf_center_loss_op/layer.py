@@ -305,7 +305,9 @@ class CenterLoss(keras.layers.Layer):
             if self.ignore_label is not None:
                 counts &= tf.not_equal(result.labels, self.ignore_label)
             self.distance.update_state(tf.sqrt(tf.where(counts, squared, 0)), counts)
-        return distribute.loss_for_keras(result.loss)
+        loss = distribute.loss_for_keras(result.loss)
+        # Keras adds it to losses of this type.
+        return tf.cast(loss, tf.float64) if keras.config.floatx() == "float64" else loss
 
     def _now(self, factor):
         """The factor's number at this step."""
