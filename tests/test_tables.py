@@ -210,6 +210,14 @@ def test_class_means_of_a_dataset(samples, centers):
     assert not counts[-2:].any()
 
 
+def test_class_means_of_millions():
+    # A float32 sum of two million numbers 0.1 is off by a hundredth.
+    centers = tf.Variable(tf.zeros([1, 2]))
+    batch = (np.full([1000, 2], 0.1, np.float32), np.zeros(1000, np.uint8))
+    tcl.centers_from_dataset([batch] * 2000, centers, progress=False)
+    np.testing.assert_allclose(centers.numpy(), 0.1, rtol=1e-6)
+
+
 def test_class_means_of_embedded_inputs(samples, centers, capsys):
     features, labels = samples
     model = keras.Sequential([keras.Input([D]), keras.layers.Dense(D)])

@@ -307,7 +307,7 @@ def centers_from_dataset(
 
         c_j = mean of the x_i with y_i = j
 
-    Summed in a second table, of which only the rows of classes that occur take up memory, and
+    Kept in a second table, of which only the rows of classes that occur take up memory, and
     written when the pass is complete: an error on the way changes nothing.
 
     Args:
@@ -328,7 +328,7 @@ def centers_from_dataset(
     table = _table(centers)
     classes, dim = table.shape
     counts = np.zeros(classes, np.int64)
-    sums = create_centers(classes, dim, dtype=table.dtype.name, name="sums")
+    means = create_centers(classes, dim, dtype=table.dtype.name, name="means")
     total = tf.data.experimental.cardinality(dataset) if hasattr(dataset, "element_spec") else -1
     bar = keras.utils.Progbar(int(total) if total > 0 else None) if progress else None
     done = 0
@@ -348,9 +348,16 @@ def centers_from_dataset(
         bad = np.flatnonzero(kept & ((labels < 0) | (labels >= classes)))
         if len(bad):
             raise ValueError(f"labels[{bad[0]}] = {labels[bad[0]]} is outside [0, {classes})")
-        rows = features[kept].astype(table.dtype.as_numpy_dtype)
-        sums.scatter_add(tf.IndexedSlices(rows, labels[kept].astype(np.int64)))
-        np.add.at(counts, labels[kept], 1)
+        present, place, now = np.unique(
+            labels[kept].astype(np.int64), return_inverse=True, return_counts=True
+        )
+        counts[present] += now
+        # Means that move on, not sums: in float32 a sum of millions takes up nothing small.
+        sums = np.zeros([len(present), dim])
+        np.add.at(sums, place, features[kept].astype(np.float64))
+        before = tf.gather(means, present).numpy().astype(np.float64)
+        after = before + (sums - now[:, np.newaxis] * before) / counts[present, np.newaxis]
+        means.scatter_update(tf.IndexedSlices(tf.cast(after, table.dtype), present))
         if bar:
             bar.update(done, finalize=False)
     if bar:
@@ -360,8 +367,7 @@ def centers_from_dataset(
     rows = max(1, BLOCK_BYTES // (dim * table.dtype.size))
     for begin in range(0, len(seen), rows):
         block = seen[begin : begin + rows]
-        means = tf.gather(sums, block) / tf.cast(counts[block, np.newaxis], table.dtype)
-        table.scatter_update(tf.IndexedSlices(means, block))
+        table.scatter_update(tf.IndexedSlices(tf.gather(means, block), block))
     return counts
 
 
