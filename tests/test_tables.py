@@ -94,6 +94,11 @@ def test_random_centers():
     assert not np.array_equal(same[0], other)
     unseeded = [tcl.RandomCenters()((3, D), "float32").numpy() for _ in range(2)]
     assert not np.array_equal(*unseeded)
+    seeded = []
+    for _ in range(2):
+        keras.utils.set_random_seed(7)
+        seeded.append(tcl.RandomCenters()((3, D), "float32").numpy())
+    assert np.array_equal(*seeded)
 
 
 def test_random_centers_in_a_layer(tmp_path):
@@ -203,6 +208,14 @@ def test_class_means_of_a_dataset(samples, centers):
         expected = members.mean(axis=0) if len(members) else before[j]
         np.testing.assert_allclose(centers.numpy()[j], expected, rtol=1e-5, atol=1e-6)
     assert not counts[-2:].any()
+
+
+def test_class_means_of_millions():
+    # A float32 sum of two million numbers 0.1 is off by a hundredth.
+    centers = tf.Variable(tf.zeros([1, 2]))
+    batch = (np.full([1000, 2], 0.1, np.float32), np.zeros(1000, np.uint8))
+    tcl.centers_from_dataset([batch] * 2000, centers, progress=False)
+    np.testing.assert_allclose(centers.numpy(), 0.1, rtol=1e-6)
 
 
 def test_class_means_of_embedded_inputs(samples, centers, capsys):

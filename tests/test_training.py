@@ -89,6 +89,23 @@ def test_wrong_factors(name, value):
         tcl.CenterLoss(C, **{name: value})
 
 
+@pytest.mark.parametrize("name", ["weight", "alpha"])
+def test_factors_that_are_set_later(name, batch):
+    layer = tcl.CenterLoss(C)
+    layer(*batch, training=True)
+    for value in (0.5, tf.Variable(0.5), keras.Variable(0.5, trainable=False)):
+        setattr(layer, name, value)
+        layer(*batch, training=True)
+        assert layer.get_config()[name] == 0.5
+        assert [variable.name for variable in layer.weights] == ["centers"]
+    kept = getattr(layer, name)
+    schedule = keras.optimizers.schedules.PolynomialDecay(0.0, 10, 10.0)
+    for wrong in (-1.0, float("nan"), "0.5", tf.Variable([1.0]), schedule):
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: expected"):
+            setattr(layer, name, wrong)
+        assert getattr(layer, name) is kept
+
+
 # The metric.
 
 
@@ -192,6 +209,49 @@ def test_gradient_checkpointing_moves_the_centers_once(impl, batch):
     layer.update_centers()
     truth = oracle.center_loss(embedded.numpy(), batch[1], np.zeros([C, D]))
     assert_close(numbers(layer), truth.centers, "float32", "centers")
+
+
+RECOMPUTING = {
+    "loss": lambda x, y, layer: tcl.center_loss(x, y, layer.centers),
+    "update_centers": lambda x, y, layer: [x, tcl.update_centers(x, y, layer.centers)][0],
+    "layer": lambda x, y, layer: layer(x, y, training=True),
+}
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "function"])
+@pytest.mark.parametrize("update", ["forward", "manual"])
+@pytest.mark.parametrize("what", RECOMPUTING)
+def test_a_step_that_would_be_recomputed_is_an_error(impl, batch, what, update, traced):
+    layer = tcl.CenterLoss(C, impl=impl, update=update)
+    layer.build((None, D))
+    block = tf.recompute_grad(lambda x: RECOMPUTING[what](x, batch[1], layer))
+
+    def step(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            out = block(x)
+        return tape.gradient(out, x)
+
+    with pytest.raises(RuntimeError, match="outside of tf.recompute_grad"):
+        (tf.function(step) if traced else step)(tf.constant(batch[0]))
+    assert not numbers(layer).any()
+
+
+@pytest.mark.parametrize(
+    "update, bases", [("forward", ()), ("manual", (tcl.UpdateCentersAfterStep,))]
+)
+def test_a_scope_that_recomputes_leaves_the_layer_alone(impl, batch, update, bases):
+    # In eager mode: in functions Keras cannot recompute a layer that takes `training`.
+    results = []
+    for mode in ("list_of_layers", None):
+        keras.utils.set_random_seed(1)
+        with keras.RematScope(mode, layer_names=["embedding", "centers"]):
+            layer = tcl.CenterLoss(C, impl=impl, update=update, name="centers")
+            model = classifier(layer, bases, run_eagerly=True)
+        model.fit([*batch], batch[1], batch_size=4, shuffle=False, verbose=0)
+        results.append(model.get_weights())
+    for recomputed, plain in zip(*results, strict=True):
+        np.testing.assert_allclose(recomputed, plain, rtol=1e-6)
 
 
 # fit.
@@ -362,6 +422,18 @@ def test_bfloat16_learns(impl, batch):
         keras.config.set_dtype_policy("float32")
     losses = model.fit([*batch], batch[1], epochs=10, verbose=0).history["loss"]
     assert losses[-1] < losses[0]
+
+
+def test_float64_throughout(impl, batch):
+    keras.config.set_floatx("float64")
+    try:
+        layer = tcl.CenterLoss(C, weight=0.1, impl=impl)
+        model = classifier(layer)
+        losses = model.fit([*batch], batch[1], epochs=10, verbose=0).history["loss"]
+    finally:
+        keras.config.set_floatx("float32")
+    assert losses[-1] < losses[0]
+    assert numbers(layer).dtype == np.float32 and numbers(layer).any()
 
 
 # Export.

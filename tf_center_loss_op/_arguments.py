@@ -12,6 +12,7 @@ import numbers
 import keras
 import tensorflow as tf
 from keras.src.backend.common.stateless_scope import in_stateless_scope
+from tensorflow.python import pywrap_tfe
 from tensorflow.python.distribute.sharded_variable import ShardedVariable
 
 RULES = ("paper", "mean", "sum", "batch_mean", "paper_batch_mean", "tutorial")
@@ -103,6 +104,17 @@ def positive(name, value):
     if value < 1:
         raise ValueError(f"{name}: expected an int >= 1, got {value}")
     return int(value)
+
+
+def require_no_recomputation():
+    """Raises where what is computed now will be computed again for its gradient."""
+    # No tape records then, not even one that is open: tf.recompute_grad alone does that.
+    if pywrap_tfe.TFE_Py_TapeSetIsStopped():
+        raise RuntimeError(
+            "update_centers: expected a step of the centers outside of tf.recompute_grad "
+            "(keras.remat, keras.RematScope), got one inside, which the gradient would repeat; "
+            "compute the loss with update_centers=False there and call update_centers outside"
+        )
 
 
 class TableLike:

@@ -92,7 +92,8 @@ def center_loss(
       TypeError, ValueError: an argument is of the wrong type, shape or value; before anything runs.
       tf.errors.InvalidArgumentError: a label is out of range, or a tensor ``alpha`` is negative
         or not finite. Nothing has been written.
-      RuntimeError: ``impl="native"`` without a usable native library.
+      RuntimeError: ``impl="native"`` without a usable native library; a step of the centers inside
+        ``tf.recompute_grad``.
 
     Determinism: the same inputs give the same bits, whatever the number of threads.
 
@@ -138,6 +139,8 @@ def loss_and_squared_distance(features, labels, centers, *, weight, impl, name=N
     distribute.require_supported_strategy()
     with tf.name_scope(name or "center_loss"):
         a = _arguments.check(features, labels, centers, weight=weight, **options)
+        if a.update_centers:
+            _arguments.require_no_recomputation()
         run = implementation(impl, a.centers)
         loss, squared_distance = run.center_loss(a)
         if a.reduction == "none" and a.loss_shape is not None:
@@ -197,6 +200,7 @@ def update_centers(
         a = _arguments.check(
             features, labels, centers, alpha=alpha, rule=rule, ignore_label=ignore_label
         )
+        _arguments.require_no_recomputation()
         run = implementation(impl, a.centers)
         step = run.update_centers(a)
         in_program_order = (

@@ -7,6 +7,7 @@ import collections
 import keras
 import tensorflow as tf
 from keras.optimizers.schedules import LearningRateSchedule
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from tf_center_loss_op import _arguments, _native, distribute, tables
 from tf_center_loss_op.functional import loss_and_squared_distance, update_centers
@@ -111,8 +112,8 @@ class CenterLoss(keras.layers.Layer):
         if not isinstance(sharded, bool):
             raise TypeError(f"sharded: expected True or False, got {sharded!r}")
         self.num_classes = num_classes
-        self.weight = _factor("weight", weight)
-        self.alpha = _factor("alpha", alpha)
+        self.weight = weight
+        self.alpha = alpha
         self.rule = rule
         self.reduction = reduction
         self.centers_initializer = keras.initializers.get(centers_initializer)
@@ -124,6 +125,17 @@ class CenterLoss(keras.layers.Layer):
         self.steps = None
         self.supports_jit = _native.build_info()["xla"]
         self._pending = _Pending()
+
+    def __setattr__(self, name, value):
+        """Checks weight and alpha whenever they are set."""
+        if name in ("weight", "alpha"):
+            value = _factor(name, value)
+            if isinstance(value, LearningRateSchedule) and self.built and self.steps is None:
+                raise ValueError(
+                    f"{name}: expected a number or variable in a layer that was built without a "
+                    f"schedule and does not count its steps, got {type(value).__name__}"
+                )
+        super().__setattr__(name, value)
 
     def build(self, features_shape, labels_shape=None, sample_weight_shape=None):
         """Creates the centers."""
@@ -161,6 +173,10 @@ class CenterLoss(keras.layers.Layer):
                 "labels: expected layer(features, labels) or layer([features, labels]), got None; "
                 "to predict without labels, make a model that ends at the features"
             )
+        if in_symbolic_scope():
+            # Keras builds a subclassed model that it loads by calling it on shapes, all of floats.
+            labels = tf.convert_to_tensor(labels)
+            labels = tf.cast(labels, tf.int32) if labels.dtype.is_floating else labels
         self.add_loss(self._loss(features, labels, sample_weight, bool(training)))
         return features
 
@@ -208,6 +224,10 @@ class CenterLoss(keras.layers.Layer):
     @_losses.setter
     def _losses(self, losses):
         self.__dict__["_losses_of"] = collections.defaultdict(list, {distribute.replica(): losses})
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        """As it is, in a `keras.RematScope` too: there is nothing to save by running it twice."""
+        return layer_call
 
     def compute_output_spec(self, features, labels=None, sample_weight=None, training=None):
         """The features' own shape and type."""
@@ -275,6 +295,7 @@ class CenterLoss(keras.layers.Layer):
             impl=self.impl,
         )
         if training and self.update == "manual":
+            _arguments.require_no_recomputation()
             self._pending.add(tf.stop_gradient(result.features), result.labels)
         if training and self.steps is not None:
             distribute.own_copy(self.steps).assign_add(1)
@@ -284,7 +305,9 @@ class CenterLoss(keras.layers.Layer):
             if self.ignore_label is not None:
                 counts &= tf.not_equal(result.labels, self.ignore_label)
             self.distance.update_state(tf.sqrt(tf.where(counts, squared, 0)), counts)
-        return distribute.loss_for_keras(result.loss)
+        loss = distribute.loss_for_keras(result.loss)
+        # Keras adds it to losses of this type.
+        return tf.cast(loss, tf.float64) if keras.config.floatx() == "float64" else loss
 
     def _now(self, factor):
         """The factor's number at this step."""

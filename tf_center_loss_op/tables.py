@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -73,7 +74,8 @@ class RandomCenters(keras.initializers.Initializer):
 
     Args:
       stddev: their standard deviation, >= 0.
-      seed: an int, for the same numbers again; None for others each time.
+      seed: an int, for the same numbers again; None for others each time, which begin anew with
+        `keras.utils.set_random_seed`.
 
     >>> import tf_center_loss_op as tcl
     >>> layer = tcl.CenterLoss(1000, centers_initializer=tcl.RandomCenters(0.1, seed=0))
@@ -92,7 +94,8 @@ class RandomCenters(keras.initializers.Initializer):
 
     def blocks(self, shape, dtype) -> Callable:
         """What gives the rows [begin, end) of a table of this shape, for each of its blocks."""
-        seed = np.random.SeedSequence().entropy % 2**31 if self.seed is None else self.seed
+        # Drawn from where Keras draws the seeds of its own.
+        seed = random.getrandbits(31) if self.seed is None else self.seed
 
         def block(begin, end):
             numbers = [end - begin, *shape[1:]]
@@ -273,15 +276,20 @@ def write_h5(group: h5py.Group, key: str, centers: tf.Variable | keras.Variable)
 def read_h5(group: h5py.Group, key: str, centers: tf.Variable | keras.Variable) -> None:
     """Equals ``centers.assign(group[key])``, block by block, after all checks."""
     table, rows = _table(centers), group[key]
+    name = f"{group.file.filename!r}, {group.name}/{key}"
     linked = not isinstance(group.get(key, getlink=True), h5py.HardLink)
     if linked or not isinstance(rows, h5py.Dataset) or rows.external or rows.is_virtual:
-        raise ValueError("centers: expected an array in the file itself, got a group or a link")
+        raise ValueError(
+            f"centers: expected an array in the file itself, got a group or a link in {name}"
+        )
     if rows.id.get_storage_size() == 0:
-        raise ValueError("centers: expected an array in the file, got a file that is cut off")
+        raise ValueError(
+            f"centers: expected an array in the file, got a file that is cut off: {name}"
+        )
     if rows.shape != tuple(table.shape) or rows.dtype != table.dtype.as_numpy_dtype:
         raise ValueError(
             f"centers: expected {table.dtype.name} {tuple(table.shape)} in the file, as the "
-            f"layer's are, got {rows.dtype} {rows.shape}"
+            f"layer's are, got {rows.dtype} {rows.shape} in {name}"
         )
     for begin, end in _blocks(table.shape, table.dtype.size):
         _write(table, begin, end, rows[begin:end])
@@ -299,7 +307,7 @@ def centers_from_dataset(
 
         c_j = mean of the x_i with y_i = j
 
-    Summed in a second table, of which only the rows of classes that occur take up memory, and
+    Kept in a second table, of which only the rows of classes that occur take up memory, and
     written when the pass is complete: an error on the way changes nothing.
 
     Args:
@@ -320,7 +328,7 @@ def centers_from_dataset(
     table = _table(centers)
     classes, dim = table.shape
     counts = np.zeros(classes, np.int64)
-    sums = create_centers(classes, dim, dtype=table.dtype.name, name="sums")
+    means = create_centers(classes, dim, dtype=table.dtype.name, name="means")
     total = tf.data.experimental.cardinality(dataset) if hasattr(dataset, "element_spec") else -1
     bar = keras.utils.Progbar(int(total) if total > 0 else None) if progress else None
     done = 0
@@ -340,9 +348,16 @@ def centers_from_dataset(
         bad = np.flatnonzero(kept & ((labels < 0) | (labels >= classes)))
         if len(bad):
             raise ValueError(f"labels[{bad[0]}] = {labels[bad[0]]} is outside [0, {classes})")
-        rows = features[kept].astype(table.dtype.as_numpy_dtype)
-        sums.scatter_add(tf.IndexedSlices(rows, labels[kept].astype(np.int64)))
-        np.add.at(counts, labels[kept], 1)
+        present, place, now = np.unique(
+            labels[kept].astype(np.int64), return_inverse=True, return_counts=True
+        )
+        counts[present] += now
+        # Means that move on, not sums: in float32 a sum of millions takes up nothing small.
+        sums = np.zeros([len(present), dim])
+        np.add.at(sums, place, features[kept].astype(np.float64))
+        before = tf.gather(means, present).numpy().astype(np.float64)
+        after = before + (sums - now[:, np.newaxis] * before) / counts[present, np.newaxis]
+        means.scatter_update(tf.IndexedSlices(tf.cast(after, table.dtype), present))
         if bar:
             bar.update(done, finalize=False)
     if bar:
@@ -352,8 +367,7 @@ def centers_from_dataset(
     rows = max(1, BLOCK_BYTES // (dim * table.dtype.size))
     for begin in range(0, len(seen), rows):
         block = seen[begin : begin + rows]
-        means = tf.gather(sums, block) / tf.cast(counts[block, np.newaxis], table.dtype)
-        table.scatter_update(tf.IndexedSlices(means, block))
+        table.scatter_update(tf.IndexedSlices(tf.gather(means, block), block))
     return counts
 
 
