@@ -230,11 +230,21 @@ def test_class_means_of_embedded_inputs(samples, centers, capsys):
     assert "2/2" in capsys.readouterr().out
 
 
+def test_saving_into_no_folder_names_the_file(centers, tmp_path):
+    with pytest.raises(FileNotFoundError, match="path: expected .*none/centers.npy"):
+        tcl.save_centers(centers, tmp_path / "none" / "centers.npy")
+
+
 @pytest.mark.parametrize(
     "batch, words",
     [
         ((np.ones([2, 4]), [0, 1]), r"features: expected shape \[B, 5\], got \(2, 4\)"),
         ((np.ones([2, 5]), [0.0, 1.0]), r"labels: expected integers"),
+        (
+            (np.ones([2, 5]), [0, 1], [1.0, 1.0]),
+            r"dataset: expected batches \(inputs, labels\), got 3",
+        ),
+        (np.ones([2, 5]), r"dataset: expected batches \(inputs, labels\), got ndarray"),
         ((np.ones([2, 5]), [0, C]), r"labels\[1\] = 37 is outside \[0, 37\)"),
     ],
 )

@@ -182,6 +182,8 @@ def save_centers(centers: tf.Variable | keras.Variable, path: str | os.PathLike)
       OSError: the file cannot be written.
     """
     table, path = _table(centers), Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path: expected a file in a folder that exists, got {str(path)!r}")
     descriptor, scratch = tempfile.mkstemp(".tmp", path.name, path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -332,7 +334,15 @@ def centers_from_dataset(
     total = tf.data.experimental.cardinality(dataset) if hasattr(dataset, "element_spec") else -1
     bar = keras.utils.Progbar(int(total) if total > 0 else None) if progress else None
     done = 0
-    for done, (inputs, labels) in enumerate(dataset, 1):
+    for done, batch in enumerate(dataset, 1):
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            got = (
+                f"{len(batch)} of them"
+                if isinstance(batch, (tuple, list))
+                else type(batch).__name__
+            )
+            raise ValueError(f"dataset: expected batches (inputs, labels), got {got}")
+        inputs, labels = batch
         features = np.asarray(inputs if embed is None else embed(inputs))
         labels = np.asarray(labels)
         if features.ndim != 2 or features.shape[1] != dim:
