@@ -30,3 +30,14 @@ def run_python(source, cwd, *, paths=(), check=True, timeout=300, **environment)
         return done
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+def memory(field):
+    """A size of this process by its name in /proc, such as VmHWM (the peak), in bytes.
+
+    The peak that `resource.getrusage` gives begins with that of the process which started this one.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    raise ValueError(f"field: {field!r} is none of /proc/self/status")

@@ -272,6 +272,7 @@ def test_no_second_copy_of_a_large_table(tmp_path):
             import numpy as np
             import tensorflow as tf
             import tf_center_loss_op as tcl
+            from child import memory
 
             def make(classes):
                 image, label = keras.Input([256]), keras.Input([], dtype="int32")
@@ -279,16 +280,11 @@ def test_no_second_copy_of_a_large_table(tmp_path):
                 model.compile("sgd")
                 return model
 
-            def status(field):  # bytes
-                for line in open("/proc/self/status"):
-                    if line.startswith(field):
-                        return 1024 * int(line.split()[1])
-
             def grown(what, *args, **options):
                 open("/proc/self/clear_refs", "w").write("5")
-                before = status("VmRSS")
+                before = memory("VmRSS")
                 what(*args, **options)
-                return status("VmHWM") - before
+                return memory("VmHWM") - before
 
             def trained(classes):
                 model = make(classes)

@@ -264,38 +264,34 @@ def test_no_second_copy_of_a_large_table(impl, tmp_path):
         import numpy as np
         import tensorflow as tf
         import tf_center_loss_op as tcl
+        from child import memory
 
         def reset():
             open("/proc/self/clear_refs", "w").write("5")
 
-        def status(field):  # bytes; of files only what was mapped is not counted
-            for line in open("/proc/self/status"):
-                if line.startswith(field):
-                    return 1024 * int(line.split()[1])
-
         C, D = 2**20, 256
-        start = status("VmHWM")
+        start = memory("VmHWM")
         centers = tcl.create_centers(C, D, initializer=tcl.RandomCenters(seed=0))
         tcl.update_centers(tf.ones([2, D]), [0, C - 1], centers, impl={impl!r})
-        seen = dict(made=status("VmHWM") - start)
-        for what in "save_centers", "load_centers":
+        seen = dict(made=memory("VmHWM") - start)
+        for what in "save_centers", "load_centers":  # but for what is mapped of the file
             reset()
-            before = status("RssAnon")
+            before = memory("RssAnon")
             getattr(tcl, what)(centers, "centers.npy")
-            seen[what] = status("VmHWM") - status("RssFile") - before
+            seen[what] = memory("VmHWM") - memory("RssFile") - before
         reset()
-        before = status("VmHWM")
+        before = memory("VmHWM")
         tcl.centers_of([5, 7], centers)
-        seen["centers_of"] = status("VmHWM") - before
+        seen["centers_of"] = memory("VmHWM") - before
         checkpoint = tf.train.Checkpoint(centers=centers)
         checkpoint.write("checkpoint")
         tcl.update_centers(tf.ones([2, D]), [0, C - 1], centers, impl={impl!r})
         kept = tcl.centers_of([5, 7], centers)
         reset()
-        before = status("VmHWM")
+        before = memory("VmHWM")
         tcl.clear_centers(centers)
         checkpoint.read("checkpoint")
-        seen["clear_centers, read"] = status("VmHWM") - before
+        seen["clear_centers, read"] = memory("VmHWM") - before
         assert np.array_equal(tcl.centers_of([5, 7], centers), kept)
         print(json.dumps(seen))
         """,
@@ -314,21 +310,16 @@ def test_no_second_copy_of_a_large_table(impl, tmp_path):
 def test_zeros_take_up_memory_only_where_they_are_written(tmp_path):
     out = run_python(
         """
-        import json, time
         import tensorflow as tf
         import tf_center_loss_op as tcl
-
-        def resident():
-            for line in open("/proc/self/status"):
-                if line.startswith("RssAnon"):
-                    return 1024 * int(line.split()[1])
+        from child import memory
 
         layer = tcl.CenterLoss(2**22)  # 4 GiB
         tcl.update_centers(tf.ones([1, 256]), [1], tcl.create_centers(10, 256))
-        before = resident()
+        before = memory("RssAnon")
         layer.build((None, 256))
         layer(tf.ones([1, 256]), tf.constant([2**22 - 1]), training=True)
-        print(json.dumps(resident() - before))
+        print(memory("RssAnon") - before)
         """,
         tmp_path,
     )

@@ -82,7 +82,8 @@ def hlo(function, *arguments):
     """The program, the same however many functions TensorFlow has traced before."""
     compiled = tf.function(function, jit_compile=True)
     text = compiled.experimental_get_compiler_ir(*arguments)(stage="hlo_no_metadata")
-    return text.replace(re.match(r"HloModule (\w+)", text)[1], "program")
+    text = text.replace(re.match(r"HloModule (\w+)", text)[1], "program")
+    return re.sub(r"(while_body|while_cond)_\d+", r"\1", text)
 
 
 def lowered(program, batch, rule, reduction, alpha, **given):

@@ -33,8 +33,8 @@ tensorflow::thread::ThreadPool* PoolOf(OpKernelContext* context) {
 }
 
 // As many threads as the device's pool has, but first of all those that run the ops: between two
-// steps they are awake. Those of the pool have fallen asleep and, woken, push one that is awake from
-// its processor. But there may be one thread for ops only, or all may be busy.
+// steps they are awake. Those of the pool have fallen asleep and, woken, push one that is awake
+// from its processor. But there may be one thread for ops only, or all may be busy.
 ParallelFor ThreadsOf(OpKernelContext* context) {
   const auto schedule = [context](std::function<void()> task, bool again) {
     if (again) {
