@@ -267,15 +267,16 @@ void ResidualRows(const RowArguments<Feature>& rows, int64_t first, int64_t dim,
   const Center* const centers = rows.centers;
   Center* const sum = rows.sum;
 
-  // To be fetched meanwhile: the rows that are next, at the very end the last one again.
+  // To be fetched meanwhile: the rows that are next, at the end later ones, if any.
   const bool ends = first + kRows == rows.rows;
-  const int left = ends ? rows.next_rows : kRowsTogether;
+  const int left = ends ? rows.later_rows : kRowsTogether;
+  const int64_t* const after = ends ? rows.later_positions : positions + kRows;
   int64_t next_positions[kRowsTogether];
   for (int r = 0; r < kRowsTogether; ++r) {
-    next_positions[r] = positions[kRows - 1 + (left > r ? r + 1 : left)];
+    next_positions[r] = left > 0 ? after[left > r ? r : left - 1] : positions[kRows - 1];
   }
   const RowsAt<Feature, kRowsTogether, kResidual> next(rows, next_positions, dim);
-  const Center* const next_centers = ends && left > 0 ? rows.next_centers : centers;
+  const Center* const next_centers = ends && left > 0 ? rows.later_centers : centers;
 
   ForLanes(dim, [&](int64_t d, auto part) TCL_INLINED {
     if (kCenters) {

@@ -25,16 +25,17 @@ struct RowArguments {
   using Center = CenterType<Feature>;
 
   int64_t rows = 1;
-  const int64_t* positions = nullptr;     // [rows + next_rows]
+  const int64_t* positions = nullptr;     // [rows]
   const Feature* features = nullptr;      // [B, D]
   const Center* sample_weight = nullptr;  // [B], or null: all one
   Center scale = 1;                       // of the residual, beside the sample's weight
   Center* residual = nullptr;             // [B, D]; null: unwanted
   const Center* centers = nullptr;        // [D], the class's; null: the features are the residual
   Center* sum = nullptr;                  // [D]
-  // What comes after, to be fetched meanwhile: so many more positions, of a class with this center.
-  int next_rows = 0;
-  const Center* next_centers = nullptr;
+  // Samples of a class that comes later, to be fetched while the last of these are gone through.
+  int later_rows = 0;
+  const int64_t* later_positions = nullptr;  // [later_rows]
+  const Center* later_centers = nullptr;     // [D]
 };
 
 // So many samples are gone through together. With more, more rows are in flight than first-level
