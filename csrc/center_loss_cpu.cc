@@ -39,8 +39,8 @@ constexpr int64_t kMostWaitedFor = 8192;
 
 // While an item is gone through, one is fetched that comes as many bytes of centers later: with
 // short rows the very next one would not come in time, with long ones more would not stay in the
-// first-level cache. (Measured for D = 32 to 1024.)
-constexpr int64_t kBytesAhead = 3072;
+// first-level cache. (Measured for D = 16 to 1024.)
+constexpr int64_t kBytesAhead = 2048;
 constexpr int64_t kMostItemsAhead = 8;
 
 // The finishing pass is cut by columns in blocks of whole cache lines.
@@ -176,8 +176,6 @@ class Step {
     if (begin >= end) return;
     Item item = ItemFrom(groups_.Find(begin), begin);
     if (item.begin >= end) return;
-    Item later = item;
-    for (int64_t k = 0; k < items_ahead_; ++k) later = ItemFrom(later.group, later.end);
     alignas(64) Center small[kColumnBlock];
     Row<Center> large;
     if (moves_ && step_.dim > kColumnBlock) large = NewRow<Center>(step_.dim);
@@ -186,6 +184,12 @@ class Step {
     rows.sample_weight = step_.sample_weight;
     rows.scale = sample_scale_;
     rows.residual = step_.residual;
+    Item later = item;
+    for (int64_t k = 0; k < items_ahead_; ++k) {
+      SetLater(later, end, &rows);
+      loops_.fetch(rows, step_.dim);
+      later = ItemFrom(later.group, later.end);
+    }
     while (item.begin < end) {
       rows.rows = item.end - item.begin;
       rows.positions = groups_.order() + item.begin;
@@ -193,13 +197,20 @@ class Step {
       rows.sum = item.partial >= 0  ? partial_sums_.get() + item.partial * step_.dim
                  : large != nullptr ? large.get()
                                     : small;
-      rows.later_rows = static_cast<int>(std::min<int64_t>(later.end - later.begin, kRowsTogether));
-      rows.later_positions = groups_.order() + later.begin;
-      rows.later_centers = rows.later_rows > 0 ? CenterOf(later) : nullptr;
+      SetLater(later, end, &rows);
       RunItem(item, rows);
       item = ItemFrom(item.group, item.end);
       later = ItemFrom(later.group, later.end);
     }
+  }
+
+  // What of the item is fetched; beyond the end nothing, where another thread may be at work.
+  void SetLater(const Item& item, int64_t end, RowArguments<Feature>* rows) const {
+    rows->later_rows = 0;
+    if (item.begin >= end) return;
+    rows->later_rows = static_cast<int>(std::min<int64_t>(item.end - item.begin, kRowsTogether));
+    rows->later_positions = groups_.order() + item.begin;
+    rows->later_centers = CenterOf(item);
   }
 
   const Center* CenterOf(const Item& item) const {

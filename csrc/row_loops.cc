@@ -248,13 +248,26 @@ struct RowsAt {
   }
 };
 
+// A class's centers and some rows of it, in part, for a loop that comes later.
+template <typename Feature, bool kResidual>
+TCL_INLINE void FetchLanes(const CenterType<Feature>* centers,
+                           const RowsAt<Feature, kRowsTogether, kResidual>& rows, int64_t d) {
+  constexpr int kLine = 64 / static_cast<int>(sizeof(CenterType<Feature>));
+  for (int k = 0; k < kLanes; k += kLine) __builtin_prefetch(centers + d + k);
+  for (int r = 0; r < kRowsTogether; ++r) {
+    __builtin_prefetch(rows.features[r] + d);
+    for (int k = 0; kResidual && k < kLanes; k += kLine) {
+      FetchForWriting(rows.residual[r] + d + k);
+    }
+  }
+}
+
 // The rows that begin with the number `first` of these.
 template <typename Feature, int kRows, bool kCenters, bool kResidual, Sum kSum>
 void ResidualRows(const RowArguments<Feature>& rows, int64_t first, int64_t dim,
                   CenterType<Feature>* squares) {
   using Center = CenterType<Feature>;
   using L = Lanes<Center>;
-  constexpr int kLine = 64 / static_cast<int>(sizeof(Center));
   const int64_t* const positions = rows.positions + first;
   const RowsAt<Feature, kRows, kResidual> row(rows, positions, dim);
   Center factor[kRows];
@@ -279,15 +292,7 @@ void ResidualRows(const RowArguments<Feature>& rows, int64_t first, int64_t dim,
   const Center* const next_centers = ends && left > 0 ? rows.later_centers : centers;
 
   ForLanes(dim, [&](int64_t d, auto part) TCL_INLINED {
-    if (kCenters) {
-      for (int k = 0; k < kLanes; k += kLine) __builtin_prefetch(next_centers + d + k);
-      for (int r = 0; r < kRowsTogether; ++r) {
-        __builtin_prefetch(next.features[r] + d);
-        for (int k = 0; kResidual && k < kLanes; k += kLine) {
-          FetchForWriting(next.residual[r] + d + k);
-        }
-      }
-    }
+    if (kCenters) FetchLanes<Feature, kResidual>(next_centers, next, d);
     L center = L::Zero(), total = L::Zero();
     if (kCenters) center = L::Load(centers + d, part);
     if (kSum == Sum::kAdd) total = L::Load(sum + d, part);
@@ -343,6 +348,23 @@ void Residual(const RowArguments<Feature>& rows, Sum mode, int64_t dim,
   return ResidualRows<Feature, true, true>(rows, mode, dim, squares);
 }
 
+template <typename Feature>
+void Fetch(const RowArguments<Feature>& rows, int64_t dim) {
+  if (rows.later_rows == 0 || rows.later_centers == nullptr) return;
+  int64_t positions[kRowsTogether];
+  for (int r = 0; r < kRowsTogether; ++r) {
+    positions[r] = rows.later_positions[rows.later_rows > r ? r : rows.later_rows - 1];
+  }
+  const auto fetch = [&](auto at) TCL_INLINED {
+    ForLanes(dim, [&](int64_t d, auto) TCL_INLINED { FetchLanes(rows.later_centers, at, d); });
+  };
+  if (rows.residual == nullptr) {
+    fetch(RowsAt<Feature, kRowsTogether, false>(rows, positions, dim));
+  } else {
+    fetch(RowsAt<Feature, kRowsTogether, true>(rows, positions, dim));
+  }
+}
+
 template <typename Center>
 void Move(Center* centers, Center scale, const Center* sum, int64_t dim) {
   using L = Lanes<Center>;
@@ -383,8 +405,9 @@ namespace TCL_ISA {
 template <typename Feature>
 const RowLoops<Feature>& Loops() {
   using Center = CenterType<Feature>;
-  static constexpr RowLoops<Feature> loops = {Residual<Feature>, Move<Center>, Add<Center>,
-                                              Scale<Feature>, AllFinite<Feature>};
+  static constexpr RowLoops<Feature> loops = {Residual<Feature>, Fetch<Feature>,
+                                              Move<Center>,      Add<Center>,
+                                              Scale<Feature>,    AllFinite<Feature>};
   return loops;
 }
 

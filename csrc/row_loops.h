@@ -50,6 +50,9 @@ struct RowLoops {
   // and starts or continues sum += d, row by row.
   void (*residual)(const RowArguments<Feature>& rows, Sum mode, int64_t dim, Center* squares);
 
+  // Fetches what is later.
+  void (*fetch)(const RowArguments<Feature>& rows, int64_t dim);
+
   // centers += scale * sum.
   void (*move)(Center* centers, Center scale, const Center* sum, int64_t dim);
 
