@@ -6,11 +6,16 @@ what the summary quotes. Rounds that others disturbed are run again, up to a lim
 """
 
 import math
+import time
 
 import numpy as np
 
 # Long enough to make the clock and the start of a block small beside it.
 BLOCK_SECONDS = 0.03
+
+# Until the threads of the runner before have gone to sleep: OpenMP's spin for 10 ms after their
+# last step, on a core that the next one needs.
+REST_SECONDS = 0.02
 
 # Cores that other processes kept busy during a round.
 QUIET = 0.1
@@ -35,7 +40,8 @@ def seconds_per_step(runners, rounds, disturbance=None, status=lambda text: None
         turn = {}
         for k in rng.permutation(len(keys)):
             key = keys[k]
-            # Untimed: threads of the runner before may still spin, caches hold its rows.
+            time.sleep(REST_SECONDS)
+            # Untimed: its own threads wake up, and caches hold the rows of the one before.
             runners[key].run(math.ceil(counts[key] / 10))
             turn[key] = runners[key].run(counts[key]) / counts[key]
         turns.append(turn)
