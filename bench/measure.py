@@ -22,11 +22,13 @@ QUIET = 0.1
 MOST_ROUNDS = 3  # times the rounds asked for
 
 
-def seconds_per_step(runners, rounds, disturbance=None, status=lambda text: None):
+def seconds_per_step(
+    runners, rounds, disturbance=None, status=lambda text: None, rest=REST_SECONDS
+):
     """{key: [rounds] seconds a step} and [rounds] cores of others, in the `rounds` quietest rounds.
 
     Runners have `run(count) -> seconds`. `disturbance()` says how many cores were busy for others
-    since it was called last; None: nobody knows.
+    since it was called last; None: nobody knows. Turns begin after `rest` seconds.
     """
     rng = np.random.default_rng(0)
     counts = {key: _steps_per_block(runner) for key, runner in runners.items()}
@@ -40,7 +42,7 @@ def seconds_per_step(runners, rounds, disturbance=None, status=lambda text: None
         turn = {}
         for k in rng.permutation(len(keys)):
             key = keys[k]
-            time.sleep(REST_SECONDS)
+            time.sleep(rest)
             # Untimed: its own threads wake up, and caches hold the rows of the one before.
             runners[key].run(math.ceil(counts[key] / 10))
             turn[key] = runners[key].run(counts[key]) / counts[key]

@@ -143,7 +143,7 @@ def measurement(case, tables, device, seconds, rounds):
             shown, runners = shown | more, runners | made
         except Exception as reason:
             left_out["TensorFlow"] = _words(reason)
-    times, cores = measure.seconds_per_step(runners, rounds, machine.Others())
+    times, cores = measure.seconds_per_step(runners, rounds, machine.Others(), rest=0)
     around = {
         "load": round(os.getloadavg()[0], 2),
         "cores_of_others": round(float(cores.mean()), 2),
