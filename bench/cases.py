@@ -10,6 +10,7 @@ import numpy as np
 
 ALPHA = 0.5
 ZIPF_EXPONENT = 1.1
+SCATTERED = "ten thousand labels"
 NEIGHBORS = "ten thousand neighboring labels"
 
 
@@ -91,6 +92,7 @@ def _neighbors(number):
 LABELS = {
     "uniform": lambda rng, classes, shape: rng.integers(0, classes, shape),
     "power-law": _power_law,
+    SCATTERED: _few(10_000),
     NEIGHBORS: _neighbors(10_000),
     "ten labels": _few(10),
     "one label": _few(1),
@@ -112,10 +114,14 @@ CASES = [
 def label_sweep(numbers):
     """The same batch against tables of so many labels. D = 64, so that 10 million are 2.6 GB.
 
-    Labels are drawn from the whole table, whose rows lie in ever fewer caches and on ever more
-    pages; and again from ten thousand neighboring ones, as many rows as the table of ten thousand
-    has and as close together, so that nothing but the size of the table differs.
+    Labels are drawn from the whole table, whose rows lie in ever fewer caches; from ten thousand of
+    them, as many rows as the table of ten thousand has, but on ever more pages; and from ten
+    thousand neighboring ones, so that nothing but the size of the table differs.
     """
     whole = [Case(1024, 64, classes, rotation=2**25) for classes in numbers]
     part = [case for case in whole if case.classes > 10_000]
-    return whole + [dataclasses.replace(case, labels=NEIGHBORS) for case in part]
+    return whole + [
+        dataclasses.replace(case, labels=labels)
+        for labels in (SCATTERED, NEIGHBORS)
+        for case in part
+    ]

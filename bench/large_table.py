@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import tf_center_loss_op as tcl
+from bench.memory import status
 
 BATCH = 1024
 
@@ -31,7 +32,7 @@ def peak_of(stage):
     Path("/proc/self/clear_refs").write_text("5")
     start = time.perf_counter()
     stage()
-    return time.perf_counter() - start, _status("VmHWM"), _status("VmRSS")
+    return time.perf_counter() - start, status("VmHWM"), status("VmRSS")
 
 
 def first_life(classes, dim, steps, folder):
@@ -178,13 +179,6 @@ def main():
                 for stage, seconds, peak, after in process.apply(life, (*sizes, folder)):
                     out.add_row(stage, f"{seconds:.2f}", f"{peak / 1e9:.2f}", f"{after / 1e9:.2f}")
     Console(width=100).print(out)
-
-
-def _status(field):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return 1024 * int(line.split()[1])
-    raise KeyError(field)
 
 
 if __name__ == "__main__":

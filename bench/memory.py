@@ -27,11 +27,11 @@ def extra_memory(build, forget, steps=3):
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the high-water mark is what is resident now
     runner.run(steps)
-    peak = _status("VmHWM")
+    peak = status("VmHWM")
     del runner
     gc.collect()
     forget()
-    return max(0, peak - _status("VmRSS"))
+    return max(0, peak - status("VmRSS"))
 
 
 def of_cases(cases, keys, torch_python=None):
@@ -73,7 +73,8 @@ def main():
     print(json.dumps(answer))
 
 
-def _status(field):
+def status(field):
+    """A size of this process by its name in /proc, such as VmHWM (the peak), in bytes."""
     with open("/proc/self/status") as file:
         line = next(line for line in file if line.startswith(field))
     return int(line.split()[1]) * 1024

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from rich.table import Table
 
-from bench.cases import NEIGHBORS
+from bench.cases import NEIGHBORS, SCATTERED
 
 EMPTIES = ("empty loop", "empty launch")  # what does nothing
 EMPTY_OF = {"tf.while_loop": "empty loop", "XLA loop": "empty xla"}  # how -> what is subtracted
@@ -128,7 +128,7 @@ def sweep_table(sweep):
 
 
 def _drawn(measurement):
-    return f", {NEIGHBORS} occur" if measurement["labels"] == NEIGHBORS else ""
+    return "" if measurement["labels"] == "uniform" else f", {measurement['labels']} occur"
 
 
 class Figure(NamedTuple):
@@ -220,9 +220,10 @@ def _sweep_figures(sweep):
             value = ratio(growth[key], growth["rows"])
             what_grows = f"growth of {what} / of rows moved by hand"
             yield Figure(what_grows, where, value, at_most=1.25)
-        if few and (part := sweep.get((many, NEIGHBORS))):
-            value = ratio(net(part, key), net(few, key))
-            yield Figure(f"growth of {what}, {NEIGHBORS} occur", where, value, at_most=1.15)
+        for labels in SCATTERED, NEIGHBORS:
+            if few and (part := sweep.get((many, labels))):
+                value = ratio(net(part, key), net(few, key))
+                yield Figure(f"growth of {what}, {labels} occur", where, value, at_most=1.15)
     if few and (whole := sweep.get((10**7, "uniform"))):
         extra = [m["implementations"]["fused loop"]["extra_memory"] for m in (few, whole)]
         yield Figure(

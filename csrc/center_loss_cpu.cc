@@ -158,14 +158,10 @@ class Step {
   }
 
   // The first item of the group that begins at `position` or later, else the next group's first;
-  // an empty one at the end, and after it.
+  // an empty one at the end.
   Item ItemFrom(int64_t group, int64_t position) const {
-    if (group < groups_.size()) {
-      const int64_t k = (position - groups_.begin(group) + kItemMembers - 1) / kItemMembers;
-      if (groups_.begin(group) + k * kItemMembers < groups_.begin(group + 1)) {
-        return ItemOf(group, k);
-      }
-    }
+    const int64_t k = (position - groups_.begin(group) + kItemMembers - 1) / kItemMembers;
+    if (groups_.begin(group) + k * kItemMembers < groups_.begin(group + 1)) return ItemOf(group, k);
     if (group + 1 < groups_.size()) return ItemOf(group + 1, 0);
     return {groups_.size(), groups_.counted(), groups_.counted(), -1};
   }
@@ -186,9 +182,8 @@ class Step {
     rows.residual = step_.residual;
     Item later = item;
     for (int64_t k = 0; k < items_ahead_; ++k) {
-      SetLater(later, end, &rows);
+      NameLater(&later, end, &rows);
       loops_.fetch(rows, step_.dim);
-      later = ItemFrom(later.group, later.end);
     }
     while (item.begin < end) {
       rows.rows = item.end - item.begin;
@@ -197,20 +192,20 @@ class Step {
       rows.sum = item.partial >= 0  ? partial_sums_.get() + item.partial * step_.dim
                  : large != nullptr ? large.get()
                                     : small;
-      SetLater(later, end, &rows);
+      NameLater(&later, end, &rows);
       RunItem(item, rows);
       item = ItemFrom(item.group, item.end);
-      later = ItemFrom(later.group, later.end);
     }
   }
 
-  // What of the item is fetched; beyond the end nothing, where another thread may be at work.
-  void SetLater(const Item& item, int64_t end, RowArguments<Feature>* rows) const {
-    rows->later_rows = 0;
-    if (item.begin >= end) return;
-    rows->later_rows = static_cast<int>(std::min<int64_t>(item.end - item.begin, kRowsTogether));
-    rows->later_positions = groups_.order() + item.begin;
-    rows->later_centers = CenterOf(item);
+  // Names the item as the one to fetch and goes on to the next. At the end of the range, beyond
+  // which another thread may be at work, the last one stays named.
+  void NameLater(Item* item, int64_t end, RowArguments<Feature>* rows) const {
+    if (item->begin >= end) return;
+    rows->later_rows = static_cast<int>(std::min<int64_t>(item->end - item->begin, kRowsTogether));
+    rows->later_positions = groups_.order() + item->begin;
+    rows->later_centers = CenterOf(*item);
+    *item = ItemFrom(item->group, item->end);
   }
 
   const Center* CenterOf(const Item& item) const {
@@ -243,7 +238,6 @@ class Step {
     std::fill_n(rows.sum, step_.dim, Center{0});
     RowArguments<Feature> row = rows;
     row.rows = 1;
-    row.later_rows = 0;
     row.residual = nullptr;
     for (; row.positions < rows.positions + rows.rows; ++row.positions) {
       Center squares;

@@ -234,16 +234,18 @@ TCL_INLINE void FetchForWriting(const void* p) {
 #endif
 }
 
-// The rows at some positions of the batch.
+// The rows at some positions of the batch; of fewer than kRows the last one again.
 template <typename Feature, int kRows, bool kResidual>
 struct RowsAt {
   const Feature* features[kRows];
   CenterType<Feature>* residual[kRows];
 
-  TCL_INLINE RowsAt(const RowArguments<Feature>& rows, const int64_t* positions, int64_t dim) {
+  TCL_INLINE RowsAt(const RowArguments<Feature>& rows, const int64_t* positions, int count,
+                    int64_t dim) {
     for (int r = 0; r < kRows; ++r) {
-      features[r] = rows.features + positions[r] * dim;
-      if (kResidual) residual[r] = rows.residual + positions[r] * dim;
+      const int64_t position = positions[r < count ? r : count - 1];
+      features[r] = rows.features + position * dim;
+      if (kResidual) residual[r] = rows.residual + position * dim;
     }
   }
 };
@@ -269,7 +271,7 @@ void ResidualRows(const RowArguments<Feature>& rows, int64_t first, int64_t dim,
   using Center = CenterType<Feature>;
   using L = Lanes<Center>;
   const int64_t* const positions = rows.positions + first;
-  const RowsAt<Feature, kRows, kResidual> row(rows, positions, dim);
+  const RowsAt<Feature, kRows, kResidual> row(rows, positions, kRows, dim);
   Center factor[kRows];
   L square_lanes[kRows];
   for (int r = 0; r < kRows; ++r) {
@@ -280,16 +282,12 @@ void ResidualRows(const RowArguments<Feature>& rows, int64_t first, int64_t dim,
   const Center* const centers = rows.centers;
   Center* const sum = rows.sum;
 
-  // To be fetched meanwhile: the rows that are next, at the end later ones, if any.
+  // To be fetched meanwhile: the rows that are next, at the end later ones.
   const bool ends = first + kRows == rows.rows;
-  const int left = ends ? rows.later_rows : kRowsTogether;
-  const int64_t* const after = ends ? rows.later_positions : positions + kRows;
-  int64_t next_positions[kRowsTogether];
-  for (int r = 0; r < kRowsTogether; ++r) {
-    next_positions[r] = left > 0 ? after[left > r ? r : left - 1] : positions[kRows - 1];
-  }
-  const RowsAt<Feature, kRowsTogether, kResidual> next(rows, next_positions, dim);
-  const Center* const next_centers = ends && left > 0 ? rows.later_centers : centers;
+  const RowsAt<Feature, kRowsTogether, kResidual> next(
+      rows, ends ? rows.later_positions : positions + kRows, ends ? rows.later_rows : kRowsTogether,
+      dim);
+  const Center* const next_centers = ends ? rows.later_centers : centers;
 
   ForLanes(dim, [&](int64_t d, auto part) TCL_INLINED {
     if (kCenters) FetchLanes<Feature, kResidual>(next_centers, next, d);
@@ -350,18 +348,14 @@ void Residual(const RowArguments<Feature>& rows, Sum mode, int64_t dim,
 
 template <typename Feature>
 void Fetch(const RowArguments<Feature>& rows, int64_t dim) {
-  if (rows.later_rows == 0 || rows.later_centers == nullptr) return;
-  int64_t positions[kRowsTogether];
-  for (int r = 0; r < kRowsTogether; ++r) {
-    positions[r] = rows.later_positions[rows.later_rows > r ? r : rows.later_rows - 1];
-  }
+  if (rows.later_centers == nullptr) return;
   const auto fetch = [&](auto at) TCL_INLINED {
     ForLanes(dim, [&](int64_t d, auto) TCL_INLINED { FetchLanes(rows.later_centers, at, d); });
   };
   if (rows.residual == nullptr) {
-    fetch(RowsAt<Feature, kRowsTogether, false>(rows, positions, dim));
+    fetch(RowsAt<Feature, kRowsTogether, false>(rows, rows.later_positions, rows.later_rows, dim));
   } else {
-    fetch(RowsAt<Feature, kRowsTogether, true>(rows, positions, dim));
+    fetch(RowsAt<Feature, kRowsTogether, true>(rows, rows.later_positions, rows.later_rows, dim));
   }
 }
 

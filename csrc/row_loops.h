@@ -33,7 +33,7 @@ struct RowArguments {
   const Center* centers = nullptr;        // [D], the class's; null: the features are the residual
   Center* sum = nullptr;                  // [D]
   // Samples of a class that comes later, to be fetched while the last of these are gone through.
-  int later_rows = 0;
+  int later_rows = 0;                        // 1 to kRowsTogether
   const int64_t* later_positions = nullptr;  // [later_rows]
   const Center* later_centers = nullptr;     // [D]
 };
