@@ -13,8 +13,8 @@ import numpy as np
 # Long enough to make the clock and the start of a block small beside it.
 BLOCK_SECONDS = 0.03
 
-# Until the threads of the runner before have gone to sleep: OpenMP's spin for 10 ms after their
-# last step, on a core that the next one needs.
+# Until the threads of the runner before have gone to sleep: OpenMP's spin for milliseconds after
+# their last step, on a core that the next one needs.
 REST_SECONDS = 0.02
 
 # Cores that other processes kept busy during a round.
