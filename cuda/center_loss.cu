@@ -42,9 +42,9 @@ __device__ void Finish(const Parameters<Feature>& p, Rows<Feature, Width>& rows,
   int* const before = reinterpret_cast<int*>(shared);
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();
+    TCL_FENCE();
     *before = atomicAdd(&p.header->done, 1);
-    __threadfence();
+    TCL_FENCE();
   }
   __syncthreads();
   const bool last = *before == static_cast<int>(gridDim.x) - 1;
@@ -69,23 +69,22 @@ __global__ void __launch_bounds__(kScanThreads, kScanResident)
   Rows<Feature, Width> rows(p);
   const int warps = static_cast<int>(gridDim.x) * kScanThreads / kWarp;
   const int warp = static_cast<int>(blockIdx.x) * kScanThreads / kWarp + WarpOfBlock();
-  rows.Prefetch(warp);
+  rows.PrefetchFeatures(warp);
   ScanIndex<Feature> index(p, shared);
+  if (warp < p.batch) rows.PrefetchCenter(index.LabelAt(warp));
   rows.SetCounted(index.Counted());
   for (int i = warp; i < p.batch; i += warps) {
-    const int64_t label = p.Label(i);
+    const int64_t label = index.LabelAt(i);
     if (p.Ignored(label)) {
       rows.Without(i, 0);
     } else if (!p.InTable(label)) {
       rows.Without(i, rows.NotANumber());
-    } else if (!rows.moves()) {
-      rows.Alone(i, label);
     } else {
-      index.SetClass(i);
-      if (index.count() == 1) {
+      if (rows.moves()) index.SetClass(i);
+      if (!rows.moves() || index.count() == 1) {
         rows.Alone(i, label);
-      } else if (index.rank() % kMembers == 0) {
-        rows.Lead(i, label, index);
+      } else if (Pieces(index.count(), p.parts).Has(index.rank())) {
+        rows.DoPiece(index);
       }
     }
   }
@@ -103,12 +102,14 @@ __global__ void __launch_bounds__(kHashThreads, kHashResident)
   // A warp takes a few neighbours at a time, one in each lane, to look them up together.
   const int warps = blocks * kHashThreads / kWarp;
   const int warp = static_cast<int>(blockIdx.x) * kHashThreads / kWarp + WarpOfBlock();
-  const int most = min(kWarp, max(1, p.batch / warps));
-  rows.Prefetch(warp * most);
+  const int rounds = (p.batch - 1) / (warps * kWarp) + 1;
+  const int most = (p.batch - 1) / (warps * rounds) + 1;
+  rows.PrefetchFeatures(warp * most);
+  if (warp * most < p.batch) rows.PrefetchCenter(p.Label(warp * most));
   index.Enter();
   index.Clear(p, 1 - parity);
-  Arrive(&p.header->counted_blocks);
-  WaitFor(&p.header->counted_blocks, blocks);
+  ArriveBlock(&p.header->counted_blocks);
+  WaitAsBlock(&p.header->counted_blocks, blocks);
   rows.SetCounted(__ldcg(&p.header->counted));
 
   if (rows.moves() && !kAtomic) index.RankTiles(reinterpret_cast<int*>(shared));
@@ -117,17 +118,21 @@ __global__ void __launch_bounds__(kHashThreads, kHashResident)
     for (int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); i < p.batch;
          i += blocks * kHashThreads) {
       if (index.GroupAt(i) == i && index.CountOf(i) > 1) {
-        p.sums_by_leader[i] = PoolRow{atomicAdd(&p.header->pool_rows, 1), 0};
+        const int row = atomicAdd(&p.header->pool_rows, 1);
+        p.first_pool_row[i] = row;
+        p.finite_count[row] = 0;
       }
     }
   }
-  Arrive(&p.header->ranked_blocks);
+  ArriveBlock(&p.header->ranked_blocks);
 
+  bool several = false;  // whether this warp has samples of classes with several
   for (int start = warp * most; start < p.batch; start += warps * most) {
     const int i = start + Lane();
     const bool holds = Lane() < most && i < p.batch;
     const int group = holds ? index.GroupAt(i) : -1;
     const bool alone = holds && (group < 0 || !rows.moves() || index.CountOf(group) == 1);
+    several |= __any_sync(kAllLanes, holds && !alone);
     for (unsigned left = __ballot_sync(kAllLanes, alone); left != 0; left &= left - 1) {
       const int j = start + __ffs(static_cast<int>(left)) - 1;
       const int64_t label = p.Label(j);
@@ -140,14 +145,14 @@ __global__ void __launch_bounds__(kHashThreads, kHashResident)
       }
     }
   }
-  if (rows.moves()) {
-    WaitFor(&p.header->ranked_blocks, blocks);
+  if (several) {
+    WaitAsWarp(&p.header->ranked_blocks, blocks);
     for (int start = warp * most; start < p.batch; start += warps * most) {
       const int i = start + Lane();
       const int group = Lane() < most && i < p.batch ? index.GroupAt(i) : -1;
       const int count = group < 0 ? 1 : index.CountOf(group);
-      const bool leads = count > 1 && (kAtomic || index.Leads(i, group));
-      for (unsigned left = __ballot_sync(kAllLanes, leads); left != 0; left &= left - 1) {
+      const bool has_piece = count > 1 && (kAtomic || index.HasPiece(i, group, count));
+      for (unsigned left = __ballot_sync(kAllLanes, has_piece); left != 0; left &= left - 1) {
         const int lane = __ffs(static_cast<int>(left)) - 1;
         const int j = start + lane;
         if constexpr (kAtomic) {
@@ -155,7 +160,7 @@ __global__ void __launch_bounds__(kHashThreads, kHashResident)
                              __shfl_sync(kAllLanes, count, lane));
         } else {
           index.SetClass(j);
-          rows.Lead(j, p.Label(j), index);
+          rows.DoPiece(index);
         }
       }
     }
@@ -218,6 +223,7 @@ cudaError_t Launch(Kernel kernel, int64_t blocks, int threads, int64_t shared, b
 
 int64_t Largest(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t Smallest(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t Quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }  // rounded up
 
 template <typename Feature, int Width>
 cudaError_t LaunchStep(const Parameters<Feature>& p, void* stream) {
@@ -229,14 +235,15 @@ cudaError_t LaunchStep(const Parameters<Feature>& p, void* stream) {
     constexpr int kRows = kScanThreads / kWarp;
     const int64_t shared = Largest(ScanIndex<Feature>::SharedBytes(p.batch, kScanThreads),
                                    kScanThreads * static_cast<int64_t>(sizeof(double)));
-    const int64_t blocks = Smallest((p.batch + kRows - 1) / kRows, int64_t{8} * multiprocessors);
+    const int64_t blocks = Smallest(Quotient(p.batch, kRows), int64_t{8} * multiprocessors);
     return Launch(ScanStep<Feature, Width>, Largest(blocks, 1), kScanThreads, shared, false, stream,
                   p);
   }
-  const int64_t shared = (kHashThreads + 1) * static_cast<int64_t>(sizeof(double));
+  const int64_t shared = Largest(HashIndex<Feature>::SharedBytes(kHashThreads),
+                                 kHashThreads * static_cast<int64_t>(sizeof(double)));
   constexpr int kRows = kHashThreads / kWarp;
   const int64_t blocks =
-      Smallest((p.batch + kRows - 1) / kRows, int64_t{kHashResident} * multiprocessors);
+      Smallest(Quotient(p.batch, kRows), int64_t{kHashResident} * multiprocessors);
   const auto kernel =
       p.cuda.atomic ? HashStep<Feature, Width, true> : HashStep<Feature, Width, false>;
   return Launch(kernel, Largest(blocks, 1), kHashThreads, shared, true, stream, p);
@@ -283,20 +290,28 @@ int CenterLossOnCuda(const StepArguments<Feature, Label>& step,
     p.groups[k] = static_cast<Group*>(at(layout.groups[k]));
   }
   p.slots = static_cast<int>(Layout::SlotsFor(step.batch));
-  p.arrivals = static_cast<int*>(at(layout.arrivals));
-  p.sums_by_leader = static_cast<PoolRow*>(at(layout.sums_by_leader));
+  p.first_pool_row = static_cast<int*>(at(layout.first_pool_row));
   p.group_of = static_cast<int*>(at(layout.group_of));
   p.rank_in_tile = static_cast<int*>(at(layout.rank_in_tile));
   p.tile_count = static_cast<int*>(at(layout.tile_count));
   p.tile_start = static_cast<int*>(at(layout.tile_start));
   p.tile_order = static_cast<int*>(at(layout.tile_order));
   p.sample_loss = static_cast<Center*>(at(layout.sample_loss));
+  p.pool_rows = layout.pool_rows;
+  p.arrivals = static_cast<int*>(at(layout.arrivals));
+  p.finite_count = static_cast<int*>(at(layout.finite_count));
+  p.part_finite = static_cast<unsigned*>(at(layout.part_finite));
+  p.part_squares = static_cast<Center*>(at(layout.part_squares));
   p.pool = static_cast<Center*>(at(layout.pool));
 
   // Whole vectors where every row starts on one.
   constexpr int kWidth = 16 / sizeof(Center);
   const bool aligned = step.dim % kWidth == 0 && Aligned(step.features) && Aligned(step.centers) &&
                        Aligned(step.residual);
+  const int64_t unit = kWarp * (aligned ? kWidth : 1);  // a vector in each lane
+  const int64_t units = Largest(Quotient(step.dim, unit), 1);
+  p.part_columns = Quotient(units, Smallest(units, kParts)) * unit;
+  p.parts = static_cast<int>(Largest(Quotient(step.dim, p.part_columns), 1));
   return aligned ? LaunchStep<Feature, kWidth>(p, stream) : LaunchStep<Feature, 1>(p, stream);
 }
 
@@ -311,7 +326,7 @@ int BackwardOnCuda(const CenterType<Feature>* upstream, bool per_sample,
   }
   cudaLaunchConfig_t config = {};
   config.gridDim =
-      dim3(static_cast<unsigned>(Smallest((batch + 7) / 8, int64_t{8} * multiprocessors)));
+      dim3(static_cast<unsigned>(Smallest(Quotient(batch, 8), int64_t{8} * multiprocessors)));
   config.blockDim = dim3(256);
   config.stream = static_cast<cudaStream_t>(stream);
   return cudaLaunchKernelEx(&config, Backward<Feature>, upstream, per_sample, residual, gradient,

@@ -16,6 +16,12 @@
 #define TCL_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
 
+// Between what this thread has written and an atomic that tells of it, and between an atomic that
+// was told and what this thread reads. __threadfence() orders more than that, and takes longer.
+#if !defined(TCL_FENCE)
+#define TCL_FENCE() asm volatile("fence.acq_rel.gpu;" ::: "memory")
+#endif
+
 namespace tcl {
 namespace {
 
@@ -57,7 +63,7 @@ __device__ __forceinline__ void StoreWord(T* address, T value) {
   if constexpr (cache == Cache::kStreamed) {
     __stcs(address, value);
   } else {
-    *address = value;
+    __stwb(address, value);
   }
 }
 
@@ -169,6 +175,16 @@ __device__ __forceinline__ T WarpSum(T value) {
   return value;
 }
 
+// The same of several values, side by side: a shuffle takes its time, and hardly any other's.
+template <typename T, int Count>
+__device__ __forceinline__ void WarpSums(T (&values)[Count]) {
+#pragma unroll
+  for (int other = kWarp / 2; other > 0; other /= 2) {
+#pragma unroll
+    for (int k = 0; k < Count; ++k) values[k] += __shfl_xor_sync(kAllLanes, values[k], other);
+  }
+}
+
 // For the lane, the sum over the lanes before it.
 __device__ __forceinline__ int WarpSumBefore(int value) {
   const int lane = Lane();
@@ -181,22 +197,56 @@ __device__ __forceinline__ int WarpSumBefore(int value) {
   return sum - value;
 }
 
-// Blocks of one launch that meet. Arrive: what the block has written is visible to whoever has
+// A counter that others add to.
+__device__ __forceinline__ int LoadCounter(const int* counter) {
+#if defined(__CUDA_ARCH__)
+  int value;
+  asm volatile("ld.relaxed.gpu.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+#else
+  return __ldcg(counter);
+#endif
+}
+
+// Blocks of one launch that meet. ArriveBlock: what the block has written is visible to whoever has
 // waited for it. Only for launches whose blocks are all resident (cooperative launches).
-__device__ __forceinline__ void Arrive(int* counter) {
+__device__ __forceinline__ void ArriveBlock(int* counter) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();
+    TCL_FENCE();
     atomicAdd(counter, 1);
   }
 }
 
-__device__ __forceinline__ void WaitFor(const int* counter, int arrivals) {
+__device__ __forceinline__ void WaitAsBlock(const int* counter, int arrivals) {
   if (threadIdx.x == 0) {
-    while (__ldcg(counter) < arrivals) __nanosleep(32);
-    __threadfence();
+    while (LoadCounter(counter) < arrivals) __nanosleep(32);
+    TCL_FENCE();
   }
   __syncthreads();
+}
+
+__device__ __forceinline__ void WaitAsWarp(const int* counter, int arrivals) {
+  if (Lane() == 0) {
+    while (LoadCounter(counter) < arrivals) __nanosleep(32);
+    TCL_FENCE();
+  }
+  __syncwarp();
+}
+
+// Whether this warp is the last of so many at the counter, which is then zero again. What the
+// others wrote before they came is visible to it.
+__device__ __forceinline__ bool LastWarpToArrive(int* counter, int arrivals) {
+  __syncwarp();  // what the other lanes wrote comes before the fence of the first
+  bool last = false;
+  if (Lane() == 0) {
+    TCL_FENCE();
+    last = atomicAdd(counter, 1) == arrivals - 1;
+    if (last) *counter = 0;
+    TCL_FENCE();
+  }
+  __syncwarp();  // and what they will read comes after it: a shuffle orders no memory
+  return __any_sync(kAllLanes, last);
 }
 
 }  // namespace

@@ -18,11 +18,30 @@
 namespace tcl {
 namespace {
 
-// Up to kWarp of a class's samples, one in each lane: of the ranks first, first + stride, ...
+// Up to kWarp of a class's samples, of consecutive ranks, one in each lane.
 struct Members {
   int count;     // lanes that hold one
   int position;  // in the batch
 };
+
+// The pieces that the work on a class of `count` samples is cut into: chunks of kMembers samples,
+// and where there are several of them, parts of each by columns. Piece k, part k % parts of chunk
+// k / parts, is done by the warp of the sample of rank k * stride: the pieces spread over the batch.
+struct Pieces {
+  int chunks;
+  int parts;
+  int stride;
+
+  __device__ Pieces(int count, int parts_of_a_chunk)
+      : chunks((count + kMembers - 1) / kMembers),
+        parts(chunks == 1 ? 1 : parts_of_a_chunk),
+        stride(count / (chunks * parts)) {}
+
+  __device__ bool Has(int rank) const {
+    return rank % stride == 0 && rank / stride < chunks * parts;
+  }
+};
+static_assert(kParts * 2 <= kMembers, "two chunks have kMembers + 1 samples or more, one a piece");
 
 // Ranks by scanning the labels, which lie in shared memory.
 template <typename Feature>
@@ -41,6 +60,8 @@ class ScanIndex {
     return batch * static_cast<int64_t>(sizeof(int64_t)) +
            threads * static_cast<int64_t>(sizeof(int));
   }
+
+  __device__ int64_t LabelAt(int i) const { return labels_[i]; }
 
   __device__ int Counted() const {
     if (!p_.options.has_ignore_label) return p_.batch;
@@ -61,26 +82,33 @@ class ScanIndex {
     }
   }
 
+  __device__ int64_t label() const { return label_; }
   __device__ int count() const { return count_; }
   __device__ int rank() const { return rank_; }
 
-  __device__ Members Find(int first, int stride, int most) {
+  // The samples of the ranks first, first + 1, ...
+  __device__ Members Find(int first, int count) {
     int before = 0;
-    const int last = first + stride * (most - 1);
-    for (int start = 0; start < p_.batch && before <= last; start += kWarp) {
+    for (int start = 0; start < p_.batch && before < first + count; start += kWarp) {
       const int j = start + Lane();
       const bool same = j < p_.batch && labels_[j] == label_;
       const unsigned all = __ballot_sync(kAllLanes, same);
       const int rank = before + __popc(all & ((1u << Lane()) - 1));
-      if (same && rank >= first && rank <= last && (rank - first) % stride == 0) {
-        found_[(rank - first) / stride] = j;
-      }
+      if (same && rank >= first && rank < first + count) found_[rank - first] = j;
       before += __popc(all);
     }
     __syncwarp();
-    const Members members = {most, Lane() < most ? found_[Lane()] : 0};
+    const Members members = {count, Lane() < count ? found_[Lane()] : 0};
     __syncwarp();
     return members;
+  }
+
+  // Of the rows of a class of several chunks: from where its samples would lie if the batch was
+  // sorted, so that no two classes share one.
+  __device__ int FirstPoolRow() const {
+    int smaller = 0;
+    for (int j = Lane(); j < p_.batch; j += kWarp) smaller += labels_[j] < label_;
+    return WarpSum(smaller) / kSamplesPerPoolRow;
   }
 
  private:
@@ -125,7 +153,7 @@ class HashIndex {
   }
 
   // For each tile of this block's share: the order of its samples of classes with several, and
-  // their ranks among the tile's.
+  // their ranks among the tile's; rows of the pool for classes of several chunks.
   __device__ void RankTiles(int* shared) {
     for (int tile = static_cast<int>(blockIdx.x); tile < kTiles;
          tile += static_cast<int>(gridDim.x)) {
@@ -137,22 +165,30 @@ class HashIndex {
   __device__ int GroupAt(int i) const { return __ldcg(&p_.group_of[i]); }
   __device__ int CountOf(int group) const { return __ldcg(&groups_[group].count); }
 
-  // Whether sample i, of a group of several, leads a chunk. Each lane asks for a sample of its own.
-  __device__ bool Leads(int i, int group) const {
+  // Whether sample i, of a group of `count`, has a piece. Each lane asks for a sample of its own.
+  __device__ bool HasPiece(int i, int group, int count) const {
     const unsigned tiles = __ldcg(&groups_[group].tiles);
-    const int own = i / p_.TileSize();
+    const unsigned before = tiles & ((1u << (i / p_.TileSize())) - 1);
     int rank = __ldcg(&p_.rank_in_tile[i]);
-    for (int tile = 0; tile < own; ++tile) {
-      if (tiles >> tile & 1) rank += __ldcg(&p_.tile_count[int64_t{group} * kTiles + tile]);
+    const auto* const counts =
+        reinterpret_cast<const uint4*>(p_.tile_count + int64_t{group} * kTiles);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; tile += 4) {
+      const uint4 four = __ldcg(&counts[tile / 4]);
+      const unsigned count_of[] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) rank += before >> (tile + e) & 1 ? count_of[e] : 0;
     }
-    return rank % kMembers == 0;
+    return Pieces(count, p_.parts).Has(rank);
   }
 
+  // The class of sample i from here on, its count and the rank of i.
   __device__ void SetClass(int i) {
-    const int group = GroupAt(i);
-    count_ = CountOf(group);
-    const unsigned tiles = __ldcg(&groups_[group].tiles);
-    const int64_t at = int64_t{group} * kTiles + Lane();
+    label_ = p_.Label(i);
+    group_ = GroupAt(i);
+    count_ = CountOf(group_);
+    const unsigned tiles = __ldcg(&groups_[group_].tiles);
+    const int64_t at = int64_t{group_} * kTiles + Lane();
     const bool here = tiles >> Lane() & 1;
     tile_count_ = here ? __ldcg(&p_.tile_count[at]) : 0;
     tile_start_ = here ? __ldcg(&p_.tile_start[at]) : 0;
@@ -160,22 +196,26 @@ class HashIndex {
     rank_ = __shfl_sync(kAllLanes, tile_rank_, i / p_.TileSize()) + __ldcg(&p_.rank_in_tile[i]);
   }
 
+  __device__ int64_t label() const { return label_; }
   __device__ int count() const { return count_; }
   __device__ int rank() const { return rank_; }
 
-  __device__ Members Find(int first, int stride, int most) const {
-    const int rank = Lane() < most ? first + stride * Lane() : -1;
-    int at = 0;
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const int start = __shfl_sync(kAllLanes, tile_start_, tile);
-      const int begin = __shfl_sync(kAllLanes, tile_rank_, tile);
-      const int count = __shfl_sync(kAllLanes, tile_count_, tile);
-      if (rank >= begin && rank < begin + count) {
-        at = tile * p_.TileSize() + start + rank - begin;
-      }
+  // The samples of the ranks first, first + 1, ...
+  __device__ Members Find(int first, int count) const {
+    const int rank = first + Lane();
+    int tile = 0;  // the last that starts with this rank or a smaller one
+#pragma unroll
+    for (int step = kTiles / 2; step > 0; step /= 2) {
+      if (__shfl_sync(kAllLanes, tile_rank_, tile + step) <= rank) tile += step;
     }
-    return {most, Lane() < most ? __ldcg(&p_.tile_order[at]) : 0};
+    const int start = __shfl_sync(kAllLanes, tile_start_, tile);
+    const int begin = __shfl_sync(kAllLanes, tile_rank_, tile);
+    const int at = tile * p_.TileSize() + start + rank - begin;
+    return {count, Lane() < count ? __ldcg(&p_.tile_order[at]) : 0};
   }
+
+  // Of the rows of a class of several chunks.
+  __device__ int FirstPoolRow() const { return __ldcg(&p_.first_pool_row[group_]); }
 
   // Clears this block's share of the table that the next launch uses.
   __device__ static void Clear(const Parameters<Feature>& p, int parity) {
@@ -187,7 +227,6 @@ class HashIndex {
     for (int k = thread; k < groups; k += threads) p.groups[parity][k] = Group{0, 0};
   }
 
- private:
   // Finds the group of the label, or makes i its name.
   __device__ int GroupOf(int64_t label, int i) {
     // The high bits of label * 2^64 / golden ratio: labels that share a stride spread, too.
@@ -202,14 +241,21 @@ class HashIndex {
     }
   }
 
-  // By pieces of a sample a thread, one after the other; shared: [threads + 1].
+  static int64_t SharedBytes(int threads) {
+    return (threads + threads / kWarp + 1) * static_cast<int64_t>(sizeof(int));
+  }
+
+ private:
+  // By pieces of a sample a thread, one after the other.
   __device__ void RankTile(int tile, int* shared) {
     const int size = p_.TileSize();
     const int begin = tile * size;
     const int end = min(begin + size, p_.batch);
     const int threads = static_cast<int>(blockDim.x);
     const int thread = static_cast<int>(threadIdx.x);
-    int* const cursor = shared + threads;
+    int* const groups = shared;  // of a piece's samples that are not alone, in order
+    int* const groups_of_warp = groups + threads;
+    int* const cursor = groups_of_warp + threads / kWarp;
     if (thread == 0) *cursor = 0;
     const auto cell = [tile](int group) { return int64_t{group} * kTiles + tile; };
 
@@ -217,21 +263,29 @@ class HashIndex {
       const int i = start + thread;
       int group = i < end ? GroupAt(i) : -1;
       if (group >= 0 && CountOf(group) == 1) group = -1;
-      shared[thread] = group;
-      __syncthreads();  // the labels are there, and the counts of the piece before
+      const unsigned several = __ballot_sync(kAllLanes, group >= 0);
+      if (Lane() == 0) groups_of_warp[WarpOfBlock()] = __popc(several);
+      __syncthreads();  // how many each warp has is there, and the counts of the piece before
+      int place = __popc(several & ((1u << Lane()) - 1)), places = 0;
+      for (int warp = 0; warp < threads / kWarp; ++warp) {
+        if (warp < WarpOfBlock()) place += groups_of_warp[warp];
+        places += groups_of_warp[warp];
+      }
+      if (group >= 0) groups[place] = group;
+      __syncthreads();  // the groups are there
       int counted = 0;  // the new count, at the last of the group in this piece
       if (group >= 0) {
         int rank = 0, count = 0;
-        for (int other = 0; other < threads; ++other) {
-          count += shared[other] == group;
-          rank += shared[other] == group && other < thread;
+        for (int other = 0; other < places; ++other) {
+          count += groups[other] == group;
+          rank += groups[other] == group && other < place;
         }
         const unsigned seen = __ldcg(&groups_[group].tiles) >> tile & 1;
         const int before = seen ? __ldcg(&p_.tile_count[cell(group)]) : 0;
         p_.rank_in_tile[i] = before + rank;
         if (rank == count - 1) counted = before + count;
       }
-      __syncthreads();  // everyone has read the labels and the count before
+      __syncthreads();  // everyone has read the groups and the count before
       if (counted > 0) {
         p_.tile_count[cell(group)] = counted;
         atomicOr(&groups_[group].tiles, 1u << tile);
@@ -247,6 +301,10 @@ class HashIndex {
     for (int i = begin + thread; i < end; i += threads) {
       const int group = GroupAt(i);
       if (group < 0 || CountOf(group) == 1) continue;
+      if (group == i && CountOf(group) > kMembers) {
+        const int chunks = Pieces(CountOf(group), 1).chunks;
+        p_.first_pool_row[group] = atomicAdd(&p_.header->pool_rows, chunks);
+      }
       p_.tile_order[begin + __ldcg(&p_.tile_start[cell(group)]) + p_.rank_in_tile[i]] = i;
     }
   }
@@ -254,6 +312,8 @@ class HashIndex {
   const Parameters<Feature>& p_;
   int* table_;     // [slots] position of the sample that entered a label, plus one; 0: free
   Group* groups_;  // [B]
+  int64_t label_ = 0;
+  int group_ = 0;
   int count_ = 0;
   int rank_ = 0;
   // Of the tile that is this lane's number: its samples of the class, their first rank and place.

@@ -21,6 +21,8 @@ class Rows {
   static constexpr int kLane = kPerLane<Center, Width>;
   static constexpr int kPass = kColumns<Center, Width>;
   using Piece = Center[kLane];  // this lane's share of kPass columns
+  static constexpr int kUnit = kWarp * Width;   // columns that a warp has one vector of
+  static constexpr int kGroup = kLane / Width;  // vectors of a Piece
 
   __device__ explicit Rows(const Parameters<Feature>& p) : p_(p) {
     alpha_ = p.cuda.alpha == nullptr ? p.options.alpha : *p.cuda.alpha;
@@ -35,11 +37,11 @@ class Rows {
     sample_scale_ = ReductionScale(p_.options.reduction, Weight(), counted);
   }
 
-  // Fetches what sample i needs, ahead of the look-up of its class.
-  __device__ void Prefetch(int i) {
-    if (i >= p_.batch) return;
-    PrefetchRow(p_.Features(i), p_.dim);
-    const int64_t label = p_.Label(i);
+  // Fetch what a sample needs, ahead of the look-up of its class.
+  __device__ void PrefetchFeatures(int i) const {
+    if (i < p_.batch) PrefetchRow(p_.Features(i), p_.dim);
+  }
+  __device__ void PrefetchCenter(int64_t label) const {
     if (p_.InTable(label)) PrefetchRow(p_.CenterRow(label), p_.dim);
   }
 
@@ -61,31 +63,31 @@ class Rows {
     Chunk(label, {1, i}, moves_ ? Sums::kMove : Sums::kNone, nullptr);
   }
 
-  // The chunk that sample i leads, i being the sample of index.SetClass().
+  // The piece of the sample of index.SetClass(), see Pieces.
   template <typename Index>
-  __device__ void Lead(int i, int64_t label, Index& index) {
-    const int left = index.count() - index.rank();
-    const Members members = index.Find(index.rank(), 1, min(left, kMembers));
-    if (index.count() <= kMembers) {
-      Chunk(label, members, Sums::kMove, nullptr);
+  __device__ void DoPiece(Index& index) {
+    const Pieces pieces(index.count(), p_.parts);
+    const int piece = index.rank() / pieces.stride;
+    const int chunk = piece / pieces.parts;
+    const int first = chunk * kMembers;
+    const Members members = index.Find(first, min(index.count() - first, kMembers));
+    if (pieces.chunks == 1) {
+      Chunk(index.label(), members, Sums::kMove, nullptr);
       return;
     }
-    int row = 0;
-    if (Lane() == 0) row = atomicAdd(&p_.header->pool_rows, 1);
-    row = __shfl_sync(kAllLanes, row, 0);
-    const int count = Chunk(label, members, Sums::kStore, p_.PoolAt(row));
-    if (Lane() == 0) p_.sums_by_leader[i] = PoolRow{row, count};
-    Climb(label, index);
+    const int pool_row = index.FirstPoolRow();
+    if (!Part(index.label(), members, piece % pieces.parts, pool_row + chunk)) return;
+    Climb(index.label(), pieces.chunks, chunk, pool_row);
   }
 
   // One sample of a class of several, without an order: adds its residual to the row of the class.
   __device__ void AddAtomically(int i, int64_t label, int group, int members) {
-    const int row = __ldcg(&p_.sums_by_leader[group].row);
+    const int row = __ldcg(&p_.first_pool_row[group]);
     Center* const sum = p_.PoolAt(row);
     const int count = Chunk(label, {1, i}, Sums::kAdd, sum);
-    if (Lane() == 0 && count > 0) atomicAdd(&p_.sums_by_leader[group].count, count);
-    if (!LastToArrive(&p_.arrivals[group], members)) return;
-    const int finite = __ldcg(&p_.sums_by_leader[group].count);
+    if (Lane() == 0 && count > 0) atomicAdd(&p_.finite_count[row], count);
+    if (!LastWarpToArrive(&p_.arrivals[row], members)) return;
+    const int finite = __ldcg(&p_.finite_count[row]);
     for (int64_t column = 0; column < p_.dim; column += kPass) {
       Piece total, zeros;
       LoadRow<Width, Cache::kShared>(sum, column, p_.dim, total);
@@ -96,12 +98,30 @@ class Rows {
     }
   }
 
-  // The sum of the losses in batch order, by one block; shared: [threads] doubles.
+  // The sum of the losses in a fixed order, by one block; shared: [threads] doubles. A vector has
+  // the room of a whole one, whatever lies beyond the batch.
   __device__ void ReduceLoss(double* shared) {
+    constexpr int kWidth = 16 / sizeof(Center);
+    constexpr int kLoads = 8;
     const int threads = static_cast<int>(blockDim.x);
     const int thread = static_cast<int>(threadIdx.x);
     double sum = 0;
-    for (int i = thread; i < p_.batch; i += threads) sum += __ldcg(&p_.sample_loss[i]);
+    for (int start = thread * kWidth; start < p_.batch; start += kLoads * threads * kWidth) {
+      Center losses[kLoads][kWidth] = {};
+#pragma unroll
+      for (int k = 0; k < kLoads; ++k) {
+        const int i = start + k * threads * kWidth;
+        if (i < p_.batch) LoadVector<kWidth, Cache::kShared>(&p_.sample_loss[i], losses[k]);
+      }
+#pragma unroll
+      for (int k = 0; k < kLoads; ++k) {
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) {
+          const int i = start + k * threads * kWidth + e;
+          if (i < p_.batch) sum += losses[k][e];
+        }
+      }
+    }
     shared[thread] = sum;
     for (int half = threads / 2; half > 0; half /= 2) {
       __syncthreads();
@@ -130,13 +150,11 @@ class Rows {
   }
 
   // What becomes of the sum of a chunk's residuals.
-  enum class Sums { kNone, kMove, kStore, kAdd };
+  enum class Sums { kNone, kMove, kAdd };
 
   // Does the members, which lie in the lanes. Returns how many of them are finite.
   __device__ int Chunk(int64_t label, Members members, Sums sums, Center* sum_row) {
-    const bool holds = Lane() < members.count;
-    Center sample_weight = 1;
-    if (p_.sample_weight != nullptr && holds) sample_weight = p_.sample_weight[members.position];
+    const Center sample_weight = SampleWeight(members);
     Center squares = 0;  // ||d||^2 of this lane's member
     // A row longer than kPass has to be gone through before any of it may be added up.
     const bool whole_rows = p_.dim <= kPass;
@@ -153,34 +171,135 @@ class Rows {
       }
       for (int m = 0; m < members.count; ++m) {
         if (m + 1 < members.count) LoadMember(members, m + 1, column, next);
-        if (whole_rows && !__all_sync(kAllLanes, AllFinite(row))) finite &= ~(1u << m);
-        const bool adds = finite >> m & 1;
-        Center square = 0;
-#pragma unroll
-        for (int e = 0; e < kLane; ++e) {
-          row[e] -= center[e];
-          square += row[e] * row[e];
-          sum[e] += adds ? row[e] : Center{0};
-        }
-        square = WarpSum(square);
+        if (whole_rows && !__all_sync(kAllLanes, AllFinite<kLane>(row))) finite &= ~(1u << m);
+        const Center square = WarpSum(Subtract<kLane>(center, finite >> m & 1, row, sum));
         if (Lane() == m) squares += square;
         if (p_.residual != nullptr) {
           const Center scale = __shfl_sync(kAllLanes, sample_weight, m) * sample_scale_;
-          const int i = __shfl_sync(kAllLanes, members.position, m);
 #pragma unroll
           for (int e = 0; e < kLane; ++e) row[e] *= scale;
-          StoreRow<Width, Cache::kStreamed>(p_.residual + i * p_.dim, column, p_.dim, row);
+          StoreRow<Width, Cache::kStreamed>(ResidualOf(members, m), column, p_.dim, row);
         }
 #pragma unroll
         for (int e = 0; e < kLane; ++e) row[e] = next[e];
       }
       const int count = FiniteCount(finite, members);
       if (sums == Sums::kMove) MoveCenter(label, column, count, sum, center);
-      if (sums == Sums::kStore) StoreRow<Width, Cache::kNormal>(sum_row, column, p_.dim, sum);
       if (sums == Sums::kAdd && count > 0) AddRow(sum_row, column, sum);
     }
-    if (holds) StoreLoss(members.position, sample_weight * (squares / 2), squares);
+    StoreLosses(members, sample_weight, squares);
     return FiniteCount(finite, members);
+  }
+
+  // Part `part` of a chunk, whose sum has a row of the pool. Whether this warp is the last of the
+  // chunk's; it has then stored the losses and finite_count. One vector of a row leaves registers
+  // for several members at a time, which are gone through without a branch, side by side.
+  __device__ bool Part(int64_t label, Members members, int part, int pool_row) {
+    const Center sample_weight = SampleWeight(members);
+    Center squares = 0;
+    unsigned finite = kAllLanes;
+    const int64_t begin = part * p_.part_columns;
+    const int64_t end = min(begin + p_.part_columns, p_.dim);
+    for (int64_t column = begin; column < end; column += kUnit) {
+      // A lane beyond the end of the row goes along, at a column that is there.
+      const bool in_row = ColumnOf<Width>(column, 0) < p_.dim;
+      const int64_t at = in_row ? ColumnOf<Width>(column, 0) : 0;
+      Center center[Width] = {}, sum[Width] = {};
+      Piece rows;
+      LoadMembers(members, 0, at, rows);
+      if (!p_.features_are_residuals) {
+        LoadVector<Width, Cache::kNormal>(p_.CenterRow(label) + at, center);
+      }
+      for (int first = 0; first < members.count; first += kGroup) {
+        Center square[kGroup];
+#pragma unroll
+        for (int v = 0; v < kGroup; ++v) {
+          Center* const row = rows + v * Width;
+          const bool all_finite = __all_sync(kAllLanes, AllFinite<Width>(row) || !in_row);
+          if (!all_finite) finite &= ~(1u << (first + v));
+          square[v] = Subtract<Width>(center, first + v < members.count, row, sum);
+          if (!in_row) square[v] = 0;
+        }
+        WarpSums(square);
+#pragma unroll
+        for (int v = 0; v < kGroup; ++v) {
+          if (Lane() == first + v) squares += square[v];
+        }
+        if (p_.residual != nullptr) {
+#pragma unroll
+          for (int v = 0; v < kGroup; ++v) {
+            const int m = first + v;
+            const Center scale = __shfl_sync(kAllLanes, sample_weight, m) * sample_scale_;
+            Center* const row = rows + v * Width;
+#pragma unroll
+            for (int e = 0; e < Width; ++e) row[e] *= scale;
+            Center* const residual = ResidualOf(members, m);
+            if (m < members.count && in_row) {
+              StoreVector<Width, Cache::kStreamed>(residual + at, row);
+            }
+          }
+        }
+        if (first + kGroup < members.count) LoadMembers(members, first + kGroup, at, rows);
+      }
+      if (in_row) StoreVector<Width, Cache::kNormal>(p_.PoolAt(pool_row) + at, sum);
+    }
+    if (p_.parts > 1) {
+      Center* const part_squares = p_.part_squares + members.position;
+      unsigned* const part_finite = p_.part_finite + pool_row * kParts;
+      if (Lane() < members.count) part_squares[int64_t{part} * p_.batch] = squares;
+      if (Lane() == 0) part_finite[part] = finite;
+      if (!LastWarpToArrive(&p_.arrivals[pool_row], p_.parts)) return false;
+      squares = 0;
+      for (int other = 0; other < p_.parts; ++other) {
+        if (Lane() < members.count) squares += __ldcg(&part_squares[int64_t{other} * p_.batch]);
+        finite &= __ldcg(&part_finite[other]);
+      }
+    }
+    StoreLosses(members, sample_weight, squares);
+    const int count = FiniteCount(finite, members);
+    if (count < members.count) StoreSum(label, members, finite, p_.PoolAt(pool_row));
+    if (Lane() == 0) p_.finite_count[pool_row] = count;
+    return true;
+  }
+
+  // The sum of the residuals of the finite members: what is not finite in one part must not be in
+  // the sum of another either.
+  __device__ void StoreSum(int64_t label, Members members, unsigned finite, Center* sum_row) {
+    for (int64_t column = 0; column < p_.dim; column += kPass) {
+      Piece center, sum, row;
+#pragma unroll
+      for (int e = 0; e < kLane; ++e) center[e] = sum[e] = 0;
+      if (!p_.features_are_residuals) {
+        LoadRow<Width, Cache::kNormal>(p_.CenterRow(label), column, p_.dim, center);
+      }
+      for (int m = 0; m < members.count; ++m) {
+        LoadMember(members, m, column, row);
+        Subtract<kLane>(center, finite >> m & 1, row, sum);
+      }
+      StoreRow<Width, Cache::kNormal>(sum_row, column, p_.dim, sum);
+    }
+  }
+
+  __device__ Center SampleWeight(Members members) const {
+    if (p_.sample_weight == nullptr || Lane() >= members.count) return 1;
+    return p_.sample_weight[members.position];
+  }
+
+  __device__ Center* ResidualOf(Members members, int m) const {
+    return p_.residual + __shfl_sync(kAllLanes, members.position, m) * p_.dim;
+  }
+
+  // The residual in place of the features, and added to the sum. Returns its squares.
+  template <int Count>
+  __device__ static Center Subtract(const Center* center, bool adds, Center* row, Center* sum) {
+    Center square = 0;
+#pragma unroll
+    for (int e = 0; e < Count; ++e) {
+      row[e] -= center[e];
+      square += row[e] * row[e];
+      sum[e] += adds ? row[e] : Center{0};
+    }
+    return square;
   }
 
   __device__ void LoadMember(Members members, int m, int64_t column, Piece& row) {
@@ -188,10 +307,26 @@ class Rows {
     LoadRow<Width, Cache::kStreamed>(p_.Features(i), column, p_.dim, row);
   }
 
-  __device__ static bool AllFinite(const Piece& row) {
+  // This lane's vector at column `at` of kGroup members, from `first` on; beyond the last, of that
+  // one again. No load has a condition: it would be waited for before the next.
+  __device__ void LoadMembers(Members members, int first, int64_t at, Piece& rows) {
+    int position[kGroup];
+#pragma unroll
+    for (int v = 0; v < kGroup; ++v) {
+      const int m = min(first + v, members.count - 1);
+      position[v] = __shfl_sync(kAllLanes, members.position, m);
+    }
+#pragma unroll
+    for (int v = 0; v < kGroup; ++v) {
+      LoadVector<Width, Cache::kStreamed>(p_.Features(position[v]) + at, rows + v * Width);
+    }
+  }
+
+  template <int Count>
+  __device__ static bool AllFinite(const Center* row) {
     bool finite = true;
 #pragma unroll
-    for (int e = 0; e < kLane; ++e) finite = finite && IsFinite(row[e]);
+    for (int e = 0; e < Count; ++e) finite = finite && IsFinite(row[e]);
     return finite;
   }
 
@@ -203,7 +338,7 @@ class Rows {
       for (int64_t column = 0; column < p_.dim; column += kPass) {
         Piece row;
         LoadRow<Width, Cache::kNormal>(p_.Features(i), column, p_.dim, row);
-        row_is_finite = row_is_finite && AllFinite(row);
+        row_is_finite = row_is_finite && AllFinite<kLane>(row);
       }
       if (__all_sync(kAllLanes, row_is_finite)) finite |= 1u << m;
     }
@@ -241,66 +376,52 @@ class Rows {
     }
   }
 
-  // Whether this warp is the last of so many at the counter, which is then zero again. What the
-  // others wrote before they came is visible to it.
-  __device__ bool LastToArrive(int* counter, int arrivals) {
-    __syncwarp();  // what the other lanes wrote comes before the fence of the first
-    bool last = false;
-    if (Lane() == 0) {
-      __threadfence();
-      last = atomicAdd(counter, 1) == arrivals - 1;
-      if (last) *counter = 0;
-      __threadfence();
-    }
-    __syncwarp();  // and what they will read comes after it: a shuffle orders no memory
-    return __any_sync(kAllLanes, last);
-  }
-
-  // Up the tree from the chunk of index.rank(), as far as this warp is the last to arrive. A node
-  // is known by its first chunk, and that by the position of its leader.
-  template <typename Index>
-  __device__ void Climb(int64_t label, Index& index) {
-    const int chunks = (index.count() + kMembers - 1) / kMembers;
-    int chunk = index.rank() / kMembers;
-    int* arrivals = p_.arrivals;
-    for (int64_t width = 1;; width *= kMembers, arrivals += p_.batch) {
+  // Up the tree from a chunk, as far as this warp is the last to arrive. The pool's row of a node is
+  // that of its first chunk.
+  __device__ void Climb(int64_t label, int chunks, int chunk, int pool_row) {
+    int* arrivals = p_.arrivals + p_.pool_rows;
+    for (int64_t width = 1;; width *= kMembers, arrivals += p_.pool_rows) {
       const int64_t node_width = width * kMembers;
       const int first = static_cast<int>(chunk / node_width * node_width);
       const int children =
           static_cast<int>(min((chunks - first + width - 1) / width, int64_t{kMembers}));
       const bool root = node_width >= chunks;
-      const Members leaders =
-          index.Find(first * kMembers, static_cast<int>(width) * kMembers, children);
-      const int name = __shfl_sync(kAllLanes, leaders.position, 0);
-      if (!LastToArrive(&arrivals[name], children)) return;
+      const int row = pool_row + first;
+      if (!LastWarpToArrive(&arrivals[row], children)) return;
 
-      PoolRow child = {0, 0};
-      if (Lane() < children) {
-        child.row = __ldcg(&p_.sums_by_leader[leaders.position].row);
-        child.count = __ldcg(&p_.sums_by_leader[leaders.position].count);
-      }
-      const int count = WarpSum(child.count);
+      const int stride = static_cast<int>(width);
+      const int count =
+          WarpSum(Lane() < children ? __ldcg(&p_.finite_count[row + Lane() * stride]) : 0);
       for (int64_t column = 0; column < p_.dim; column += kPass) {
-        Piece sum, next;
+        Piece sum, child, next;
 #pragma unroll
-        for (int e = 0; e < kLane; ++e) sum[e] = 0;
-        for (int k = 0; k < children; ++k) {
-          const int row = __shfl_sync(kAllLanes, child.row, k);
-          LoadRow<Width, Cache::kShared>(p_.PoolAt(row), column, p_.dim, next);
+        for (int e = 0; e < kLane; ++e) sum[e] = next[e] = 0;
+        LoadRow<Width, Cache::kShared>(p_.PoolAt(row), column, p_.dim, child);
+        for (int k = 1; k <= children; ++k) {
+          if (k < children) {
+            LoadRow<Width, Cache::kShared>(p_.PoolAt(row + k * stride), column, p_.dim, next);
+          }
 #pragma unroll
-          for (int e = 0; e < kLane; ++e) sum[e] += next[e];
+          for (int e = 0; e < kLane; ++e) {
+            sum[e] += child[e];
+            child[e] = next[e];
+          }
         }
         if (root) {
           MoveCenter(label, column, count, sum);
         } else {
-          StoreRow<Width, Cache::kNormal>(p_.PoolAt(__shfl_sync(kAllLanes, child.row, 0)), column,
-                                          p_.dim, sum);
+          StoreRow<Width, Cache::kNormal>(p_.PoolAt(row), column, p_.dim, sum);
         }
       }
       if (root) return;
-      if (Lane() == 0) p_.sums_by_leader[name].count = count;
+      if (Lane() == 0) p_.finite_count[row] = count;
       chunk = first;
     }
+  }
+
+  __device__ void StoreLosses(Members members, Center sample_weight, Center squares) {
+    if (Lane() >= members.count) return;
+    StoreLoss(members.position, sample_weight * (squares / 2), squares);
   }
 
   __device__ void StoreLoss(int i, Center loss, Center squares) {

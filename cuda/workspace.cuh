@@ -16,8 +16,15 @@ namespace {
 // one after the other: of many more, the launch would wait for a few warps in the end.
 constexpr int kMembers = 16;
 
+// Parts that a chunk of a class of several chunks is cut into by columns, at most. Each keeps the
+// squares of its members: of 4 parts 16 bytes for each sample.
+constexpr int kParts = 4;
+
 // As many as a warp has lanes: a lane for each tile.
 constexpr int kTiles = kWarp;
+
+// Samples for each row of the pool.
+constexpr int kSamplesPerPoolRow = kMembers / 2;
 
 // Table slots for each sample: at most a quarter full, so that few probes go astray.
 constexpr int64_t kSlotsPerSample = 4;
@@ -28,7 +35,7 @@ struct Header {
   int done;            // blocks that have finished
   int counted_blocks;  // blocks that have counted their labels
   int ranked_blocks;   // blocks that have ranked their tiles
-  int pool_rows;       // rows of the pool that are taken
+  int pool_rows;       // rows of the pool that are taken, in a hashed launch
   int counted;         // N
   int parity;          // which of the two tables this launch uses; it clears the other
   int slots[2];        // slots of each table that its last launch used
@@ -41,39 +48,35 @@ struct Group {
   unsigned tiles;  // which tiles hold samples of it
 };
 
-// A row of the pool: the sum of a chunk, or of a node of the tree.
-struct PoolRow {
-  int row;    // where
-  int count;  // of how many finite samples
-};
-
 struct Layout {
-  int levels = 1;         // of the tree
+  int levels = 1;         // of the tree, above the chunks
   int64_t slots = 0;      // of each table
   int64_t pool_rows = 0;  // of sums
   int64_t bytes = 0;
 
-  int64_t header, table[2], groups[2], arrivals, sums_by_leader, group_of, rank_in_tile, tile_count,
-      tile_start, tile_order, sample_loss, pool;
+  int64_t header, table[2], groups[2], first_pool_row, group_of, rank_in_tile, tile_count,
+      tile_start, tile_order, sample_loss, arrivals, finite_count, part_finite, part_squares, pool;
 
   explicit Layout(const CudaWorkspace& workspace) {
     const int64_t batch = workspace.batch;
     slots = SlotsFor(batch);
     for (int64_t covered = kMembers; covered < batch; covered *= kMembers) ++levels;
-    // A class of n > kMembers samples has ceil(n / kMembers) <= 2 n / (kMembers + 1) chunks.
-    pool_rows = workspace.atomic ? batch / 2 + 1 : batch / 8 + 1;
-    static_assert(kMembers >= 15, "2 / (kMembers + 1) <= 1 / 8");
+    // A class of n > kMembers samples has ceil(n / kMembers) <= floor(n / kSamplesPerPoolRow) chunks.
+    pool_rows = workspace.atomic ? batch / 2 + 1 : batch / kSamplesPerPoolRow + 1;
     header = Take(sizeof(Header));
     for (int k = 0; k < 2; ++k) table[k] = Take(slots * static_cast<int64_t>(sizeof(int)));
     for (int k = 0; k < 2; ++k) groups[k] = Take(batch * static_cast<int64_t>(sizeof(Group)));
-    arrivals = Take(levels * batch * static_cast<int64_t>(sizeof(int)));
-    sums_by_leader = Take(batch * static_cast<int64_t>(sizeof(PoolRow)));
+    first_pool_row = Take(batch * static_cast<int64_t>(sizeof(int)));
     group_of = Take(batch * static_cast<int64_t>(sizeof(int)));
     rank_in_tile = Take(batch * static_cast<int64_t>(sizeof(int)));
     tile_count = Take(batch * kTiles * static_cast<int64_t>(sizeof(int)));
     tile_start = Take(batch * kTiles * static_cast<int64_t>(sizeof(int)));
     tile_order = Take(batch * static_cast<int64_t>(sizeof(int)));
     sample_loss = Take(batch * workspace.center_size);
+    arrivals = Take((1 + levels) * pool_rows * static_cast<int64_t>(sizeof(int)));
+    finite_count = Take(pool_rows * static_cast<int64_t>(sizeof(int)));
+    part_finite = Take(kParts * pool_rows * static_cast<int64_t>(sizeof(unsigned)));
+    part_squares = Take(kParts * batch * workspace.center_size);
     pool = Take(pool_rows * workspace.dim * workspace.center_size);
   }
 
@@ -114,16 +117,25 @@ struct Parameters {
   Header* header;
   int* table[2];
   Group* groups[2];
-  int slots;      // of the table, for this batch
-  int* arrivals;  // [levels, B] chunks and nodes that have arrived, under their first leader
-  PoolRow* sums_by_leader;  // [B]
-  int* group_of;            // [B]
-  int* rank_in_tile;        // [B]
-  int* tile_count;          // [B, kTiles] samples of a group in a tile
-  int* tile_start;          // [B, kTiles] where they start in the tile's part of tile_order
-  int* tile_order;          // [B] each tile's samples, those of one group together, in order
-  Center* sample_loss;      // [B]
-  Center* pool;             // [pool_rows, D]
+  int slots;            // of the table, for this batch
+  int* first_pool_row;  // [B] of a group
+  int* group_of;        // [B]
+  int* rank_in_tile;    // [B]
+  int* tile_count;      // [B, kTiles] samples of a group in a tile
+  int* tile_start;      // [B, kTiles] where they start in the tile's part of tile_order
+  int* tile_order;      // [B] each tile's samples, those of one group together, in order
+  Center* sample_loss;  // [B]
+
+  // A row of the pool is the sum of a chunk, and then of a node of the tree whose first it is.
+  int64_t pool_rows;
+  int* arrivals;          // [1 + levels, pool_rows] parts, then chunks or nodes, that have arrived
+  int* finite_count;      // [pool_rows] samples in the sum
+  unsigned* part_finite;  // [pool_rows, kParts] which members are finite in the part's columns
+  Center* part_squares;   // [kParts, B] ||d||^2 of the part's columns
+  Center* pool;           // [pool_rows, D]
+
+  int parts;             // that a chunk is cut into
+  int64_t part_columns;  // of each but the last
 
   __device__ int64_t Label(int i) const {
     return long_labels ? static_cast<const int64_t*>(labels)[i]

@@ -155,7 +155,8 @@ class Workspace:
         self.size = library.tcl_emulator_workspace_bytes(ctypes.byref(self.struct))
         self.memory = np.zeros(self.size // 8 + 2, np.uint64)
         address = self.memory.ctypes.data
-        self.struct.memory = address + -address % 16
+        self.offset = -address % 16
+        self.struct.memory = address + self.offset
 
 
 class Emulator:
@@ -179,6 +180,10 @@ class Emulator:
     def workspace(self, batch, dim, dtype=np.float32, atomic=False):
         """A workspace for float32 or float64 centers and batches up to this size."""
         return Workspace(self._library, batch, dim, dtype, atomic)
+
+    def memory_of(self, workspace):
+        """Its bytes, as a launch has left them."""
+        return workspace.memory.view(np.uint8)[workspace.offset :][: workspace.size]
 
     def center_loss_step(
         self,

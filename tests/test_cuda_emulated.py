@@ -24,7 +24,7 @@ def test_every_pair_of_choices(row):
     [(CLASS_SIZES, 0), (CLASS_SIZES, 1500), ([*CLASS_SIZES, THREE_LEVELS], 3)],
     ids=["scanned", "hashed", "three-levels"],
 )
-@pytest.mark.parametrize("dim", [5, 8])
+@pytest.mark.parametrize("dim", [5, 8, 132])
 def test_sizes_of_classes(sizes, distinct, dim, atomic):
     problem = batch_of(sizes, dim, distinct=distinct)
     check(emulated.Emulator(seed=dim), problem, rule="mean", atomic=atomic)
@@ -37,8 +37,9 @@ def test_sizes_of_classes(sizes, distinct, dim, atomic):
         batch_of(CLASS_SIZES, 513, distinct=20),
         batch_of([*CLASS_SIZES, 900], 6, distinct=700),
         batch_of([SCANNED + 1], 4),
+        batch_of([*CLASS_SIZES, 900], 132, distinct=700),
     ],
-    ids=["scanned", "two-passes", "hashed", "one-label"],
+    ids=["scanned", "two-passes", "hashed", "one-label", "parts"],
 )
 def test_bits_do_not_depend_on_the_schedule(problem):
     schedules = [(0, 1), (1, 2), (2, 3), (3, 5), (5, 1), (7, 2), (7, 2)]
@@ -76,7 +77,7 @@ def test_labels_that_fall_into_one_slot():
 
 @pytest.mark.parametrize("atomic", [False, True])
 @pytest.mark.parametrize("distinct", [20, 1500], ids=["scanned", "hashed"])
-@pytest.mark.parametrize("dim", [7, 513])
+@pytest.mark.parametrize("dim", [7, 132, 513])
 def test_rows_that_are_not_finite(dim, distinct, atomic):
     # In every second class, alone or not: the first and the last row; then all rows.
     problem = batch_of(CLASS_SIZES, dim, distinct=distinct)
@@ -86,7 +87,7 @@ def test_rows_that_are_not_finite(dim, distinct, atomic):
             rows = np.flatnonzero(problem.labels == label)
             if not every:
                 rows = rows[[0, -1]]
-            features[rows, k % dim] = [np.nan, np.inf, -np.inf][k % 3]
+            features[rows, (-k if k % 2 else k) % dim] = [np.nan, np.inf, -np.inf][k % 3]
         check(emulated.Emulator(seed=2), problem._replace(features=features), atomic=atomic)
 
 
@@ -157,38 +158,38 @@ def test_a_workspace_serves_launch_after_launch(atomic):
     for k, batch in enumerate(BATCHES):
         shape = problems.Shape((batch,), dim, 500, "power-law", "")
         problem = problems.make(shape, weights=True, ignore="class", seed=k)
-        check(emulated.Emulator(seed=k), problem, workspace=workspace, atomic=atomic)
-        must_be_zero = workspace_parts(workspace)
-        for part, numbers in must_be_zero.items():
+        device = emulated.Emulator(seed=k)
+        check(device, problem, workspace=workspace, atomic=atomic)
+        for part, numbers in must_be_zero(device.memory_of(workspace), largest, dim, atomic):
             assert not numbers.any(), f"after {BATCHES[: k + 1]}: {part}"
+    assert device.memory_of(workspace).any()
 
 
-def workspace_parts(workspace):
+def must_be_zero(memory, batch, dim, atomic):
     """What has to be zero between launches; the places are those of Layout in workspace.cuh."""
-    of = workspace.struct
     slots = 1
-    while slots < 4 * of.batch:
+    while slots < 4 * batch:
         slots *= 2
     levels = 1
-    while 16**levels < of.batch:
+    while 16**levels < batch:
         levels += 1
-    sums = of.batch // 2 + 1 if of.atomic else of.batch // 8 + 1
+    sums = batch // 2 + 1 if atomic else batch // 8 + 1
     sizes = dict(header=40, table0=4 * slots, table1=4 * slots)
-    sizes |= dict(groups0=8 * of.batch, groups1=8 * of.batch, arrivals=4 * levels * of.batch)
-    sizes |= dict(sums_by_leader=8 * of.batch, group_of=4 * of.batch, rank_in_tile=4 * of.batch)
-    sizes |= dict(tile_count=128 * of.batch, tile_start=128 * of.batch, tile_order=4 * of.batch)
-    sizes |= dict(sample_loss=4 * of.batch, pool=4 * sums * of.dim)
-    parts, at = {}, of.memory - workspace.memory.ctypes.data
+    sizes |= dict(groups0=8 * batch, groups1=8 * batch, first_pool_row=4 * batch)
+    sizes |= dict(group_of=4 * batch, rank_in_tile=4 * batch, tile_count=128 * batch)
+    sizes |= dict(tile_start=128 * batch, tile_order=4 * batch, sample_loss=4 * batch)
+    sizes |= dict(arrivals=4 * (1 + levels) * sums, finite_count=4 * sums, part_finite=16 * sums)
+    sizes |= dict(part_squares=16 * batch, pool=4 * sums * dim)
+    parts, at = {}, 0
     for part, size in sizes.items():
-        parts[part] = workspace.memory.view(np.uint8)[at : at + size]
+        parts[part] = memory[at : at + size]
         at += (size + 255) // 256 * 256
-    assert at - (of.memory - workspace.memory.ctypes.data) == workspace.size, "another layout"
+    assert at == len(memory), "another layout"
     header = parts["header"].view(np.int32)  # counters, parity, slots [2], groups [2]
+    yield "counters", header[:5]
     parity = header[5]
-    zero = {name: parts[name] for name in (f"table{parity}", f"groups{parity}", "arrivals")}
-    if of.atomic:
-        zero["pool"] = parts["pool"]
-    return zero | {"counters": header[:5]}
+    for part in (f"table{parity}", f"groups{parity}", "arrivals", *(["pool"] if atomic else [])):
+        yield part, parts[part]
 
 
 def test_more_numbers_than_32_bits_count(tmp_path):

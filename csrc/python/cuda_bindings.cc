@@ -121,6 +121,21 @@ void RequireArray(const CudaArray& array, const char* name, const std::string& d
 // A number, or an array of one number on the device.
 using Factor = std::variant<double, py::object>;
 
+// Bytes of device memory, for whoever reads __cuda_array_interface__.
+struct CudaBytes {
+  void* memory;
+  int64_t size;
+
+  py::dict Interface() const {
+    py::dict interface;
+    interface["shape"] = py::make_tuple(size);
+    interface["typestr"] = "|u1";
+    interface["data"] = py::make_tuple(reinterpret_cast<uintptr_t>(memory), false);
+    interface["version"] = 3;
+    return interface;
+  }
+};
+
 // The steps of batches up to a size, one after the other on one stream.
 class CudaStep {
  public:
@@ -143,7 +158,7 @@ class CudaStep {
   CudaStep(const CudaStep&) = delete;
   CudaStep& operator=(const CudaStep&) = delete;
 
-  int64_t WorkspaceBytes() const { return CudaWorkspaceBytes(workspace_); }
+  CudaBytes Workspace() const { return {workspace_.memory, CudaWorkspaceBytes(workspace_)}; }
 
   void Run(const py::object& features, const py::object& labels, const py::object& centers,
            const py::object& loss, const py::object& residual, const py::object& squared_distance,
@@ -273,6 +288,8 @@ void Backward(const py::object& upstream, const py::object& residual, const py::
 }  // namespace
 
 void DefineCuda(py::module_& module) {
+  py::class_<CudaBytes>(module, "CudaBytes", "Bytes in the memory of a GPU.")
+      .def_property_readonly("__cuda_array_interface__", &CudaBytes::Interface);
   py::class_<CudaStep>(module, "CudaStep", R"(Steps on arrays in the memory of the current GPU.
 
 Arrays are of any library with DLPack or __cuda_array_interface__. For batches of up to
@@ -280,7 +297,9 @@ Arrays are of any library with DLPack or __cuda_array_interface__. For batches o
 atomics: the bits of the moved centers differ from run to run.)")
       .def(py::init<int64_t, int64_t, const std::string&, bool>(), py::arg("batch"), py::arg("dim"),
            py::arg("dtype") = "float32", py::kw_only(), py::arg("atomic") = false)
-      .def_property_readonly("workspace_bytes", &CudaStep::WorkspaceBytes)
+      .def_property_readonly("workspace", &CudaStep::Workspace, py::keep_alive<0, 1>(),
+                             "The memory that the launches keep their bookkeeping in, as bytes on "
+                             "the device.")
       .def("__call__", &CudaStep::Run, py::arg("features"), py::arg("labels"), py::arg("centers"),
            py::arg("loss") = py::none(), py::arg("residual") = py::none(),
            py::arg("squared_distance") = py::none(), py::kw_only(), py::arg("alpha") = 0.5,

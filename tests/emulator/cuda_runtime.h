@@ -25,7 +25,7 @@
 #define __nanosleep(nanoseconds) ::emulator::Spin()
 #define __syncthreads() ::emulator::SyncThreads(__FILE__, __LINE__)
 #define __syncwarp() ::emulator::SyncWarp(__FILE__, __LINE__)
-#define __threadfence() ::emulator::Fence(__FILE__, __LINE__)
+#define TCL_FENCE() ::emulator::Fence(__FILE__, __LINE__)
 #define TCL_DYNAMIC_SHARED(name) unsigned char* const name = ::emulator::SharedMemory()
 
 struct dim3 {
@@ -96,6 +96,10 @@ T __ldcs(const T* address) {
 }
 template <typename T>
 void __stcs(T* address, T value) {
+  *address = value;
+}
+template <typename T>
+void __stwb(T* address, T value) {
   *address = value;
 }
 

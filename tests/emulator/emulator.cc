@@ -5,7 +5,7 @@
 // after every conflicting one of another thread, whatever the schedule made of it. By vector
 // clocks:
 //   __syncthreads, __syncwarp  order the threads that meet there
-//   __threadfence              hands what came before it to whom reads this thread's later atomics,
+//   TCL_FENCE                  hands what came before it to whom reads this thread's later atomics,
 //                              once that one has passed a fence, too
 //   shuffles, votes            order nothing
 // Atomics and loads past the first-level cache are single accesses, which do not conflict with one
@@ -285,7 +285,7 @@ void StartBlock(unsigned index) {
   for (unsigned t = 0; t < run->block; ++t) {
     // One schedule in four has warps that hardly ever run, another one such threads.
     if (settings.seed % 4 == 1 && t % kWarp == 0) slow = run->random() % 4 == 0;
-    if (settings.seed % 4 == 3) slow = run->random() % 8 == 0;
+    if (settings.seed % 4 == 3) slow = run->random() % 64 == 0;
     auto fiber = std::make_unique<Fiber>();
     fiber->thread = dim3(t, 0, 0);
     fiber->block = dim3(index, 0, 0);
@@ -317,7 +317,7 @@ size_t Pick() {
   size_t picked;
   do {
     picked = run->random() % ready;
-  } while (run->ready[picked]->slow && run->random() % 16 != 0);
+  } while (run->ready[picked]->slow && run->random() % 256 != 0);
   return picked;
 }
 

@@ -54,6 +54,12 @@ class Device:
         """The steps of one stream, for batches up to this size."""
         return self.kernels.CudaStep(batch, dim, np.dtype(dtype).name, atomic=atomic)
 
+    def memory_of(self, workspace):
+        """A copy of its bytes, as a launch has left them."""
+        import torch
+
+        return to_host(torch.as_tensor(workspace.workspace, device=self.place))
+
     def tensor(self, array):
         """The array there, as far behind a multiple of 16 bytes as it lies here."""
         import torch

@@ -20,7 +20,7 @@ class CudaStep:
     def __init__(self, batch, dim, dtype="float32", *, atomic=False):
         self._emulator, self._atomic = Emulator(), atomic
         self._workspace = self._emulator.workspace(batch, dim, dtype, atomic)
-        self.workspace_bytes = self._workspace.memory.nbytes
+        self.workspace = self._emulator.memory_of(self._workspace)
 
     def __call__(
         self,

@@ -24,4 +24,3 @@ globals().update(
 @pytest.fixture(autouse=True)
 def in_the_emulators_place(monkeypatch, device):
     monkeypatch.setattr(emulated, "Emulator", lambda **schedule: device)
-    monkeypatch.setattr(test_cuda_emulated, "workspace_parts", lambda workspace: {})
