@@ -1,12 +1,12 @@
 // The center loss step on a GPU, in one launch.
 //
-// Work. A *chunk* is up to kMembers samples of one class, of consecutive ranks in batch order; the
-// sample whose rank is a multiple of kMembers leads it, and its warp does it: center and features
-// are read once, the residuals written, the sum of the residuals kept in registers. A class of one
-// chunk (nearly all, with many labels) moves its center at once: nobody else reads or writes that
-// row, so no residual can see it moved. The chunks of a larger class leave their sums in a pool;
-// the last of kMembers neighbours to arrive adds theirs up in order, and so on up a tree, whose
-// root moves the center. By then every chunk has read it.
+// Work. A *chunk* is up to kMembers samples of one class, of consecutive ranks in batch order. A
+// warp does it: center and features are read once, the residuals written, the sum of the residuals
+// kept in registers. A class of one chunk (nearly all, with many labels) moves its center at once:
+// nobody else reads or writes that row, so no residual can see it moved. The chunks of a larger
+// class are cut into *parts* by columns, a warp each, and leave their sums in a pool; the last part
+// to arrive finishes the chunk, the last of kMembers neighbouring chunks adds theirs up in order,
+// and so on up a tree, whose root moves the center. By then every part has read it.
 //
 // Counts and ranks (label_ranks.cuh): up to kScanBatch samples, by ScanIndex. For more, by
 // HashIndex: all blocks count the labels; a barrier, behind which the samples whose label is alone
@@ -15,8 +15,8 @@
 //
 // Bytes moved, all labels distinct: B D (features + center read + center written + residual).
 //
-// Deterministic: ranks, chunks and the tree follow from the labels alone, and the loss is summed in
-// batch order by the last block. With `atomic`, each sample of a class of several adds its residual
+// Deterministic: ranks, chunks and the tree follow from the labels alone, and the last block sums
+// the loss in a fixed order. With `atomic`, each sample of a class of several adds its residual
 // to one row of the pool in whatever order, and the last of them moves the center.
 
 #include "cuda/center_loss_cuda.h"
