@@ -41,11 +41,7 @@ __device__ void Finish(const Parameters<Feature>& p, Rows<Feature, Width>& rows,
                        unsigned char* shared, bool hashed) {
   int* const before = reinterpret_cast<int*>(shared);
   __syncthreads();
-  if (threadIdx.x == 0) {
-    TCL_FENCE();
-    *before = atomicAdd(&p.header->done, 1);
-    TCL_FENCE();
-  }
+  if (threadIdx.x == 0) *before = CountArrival(&p.header->done);
   __syncthreads();
   const bool last = *before == static_cast<int>(gridDim.x) - 1;
   __syncthreads();

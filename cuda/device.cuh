@@ -234,16 +234,28 @@ __device__ __forceinline__ void WaitAsWarp(const int* counter, int arrivals) {
   __syncwarp();
 }
 
+// Adds one; returns how many came before. What those wrote is visible to this thread, and what it
+// wrote to those who come later.
+__device__ __forceinline__ int CountArrival(int* counter) {
+#if defined(__CUDA_ARCH__)
+  int before;
+  asm volatile("atom.acq_rel.gpu.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+#else
+  TCL_FENCE();
+  const int before = atomicAdd(counter, 1);
+  TCL_FENCE();
+#endif
+  return before;
+}
+
 // Whether this warp is the last of so many at the counter, which is then zero again. What the
 // others wrote before they came is visible to it.
 __device__ __forceinline__ bool LastWarpToArrive(int* counter, int arrivals) {
-  __syncwarp();  // what the other lanes wrote comes before the fence of the first
+  __syncwarp();  // what the other lanes wrote comes before the arrival of the first
   bool last = false;
   if (Lane() == 0) {
-    TCL_FENCE();
-    last = atomicAdd(counter, 1) == arrivals - 1;
+    last = CountArrival(counter) == arrivals - 1;
     if (last) *counter = 0;
-    TCL_FENCE();
   }
   __syncwarp();  // and what they will read comes after it: a shuffle orders no memory
   return __any_sync(kAllLanes, last);

@@ -142,8 +142,8 @@ MUTATIONS = {
     "counts are not waited for": ("WaitAsBlock(&p.header->counted_blocks, blocks);", ""),
     "ranks are not waited for": ("WaitAsWarp(&p.header->ranked_blocks, blocks);", ""),
     "the last but one takes itself for the last": (
-        "last = atomicAdd(counter, 1) == arrivals - 1;",
-        "last = atomicAdd(counter, 1) == arrivals - 2;",
+        "last = CountArrival(counter) == arrivals - 1;",
+        "last = CountArrival(counter) == arrivals - 2;",
     ),
     "everyone takes itself for the last": (
         "if (!LastWarpToArrive(&arrivals[row], children)) return;",

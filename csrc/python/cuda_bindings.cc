@@ -297,7 +297,8 @@ Arrays are of any library with DLPack or __cuda_array_interface__. For batches o
 atomics: the bits of the moved centers differ from run to run.)")
       .def(py::init<int64_t, int64_t, const std::string&, bool>(), py::arg("batch"), py::arg("dim"),
            py::arg("dtype") = "float32", py::kw_only(), py::arg("atomic") = false)
-      .def_property_readonly("workspace", &CudaStep::Workspace, py::keep_alive<0, 1>(),
+      .def_property_readonly("workspace",
+                             py::cpp_function(&CudaStep::Workspace, py::keep_alive<0, 1>()),
                              "The memory that the launches keep their bookkeeping in, as bytes on "
                              "the device.")
       .def("__call__", &CudaStep::Run, py::arg("features"), py::arg("labels"), py::arg("centers"),
