@@ -38,8 +38,8 @@ struct CudaOptions {
 // cudaError_t. All pointers of `step` are device memory. A kernel cannot raise: a label that is
 // neither in [0, C) nor ignored makes its sample's loss and residual NaN and touches nothing else;
 // with an alpha that is negative or not finite no center moves, and the loss and the residual are
-// NaN. The bits of the results depend on the inputs alone, and on whether all rows are aligned to 16
-// bytes, unless `atomic`.
+// NaN. The bits of the results depend on the inputs alone, and on whether all rows are aligned to
+// 16 bytes, unless `atomic`.
 template <typename Feature, typename Label>
 int CenterLossOnCuda(const StepArguments<Feature, Label>& step,
                      const CudaOptions<CenterType<Feature>>& options,

@@ -26,7 +26,8 @@ struct Members {
 
 // The pieces that the work on a class of `count` samples is cut into: chunks of kMembers samples,
 // and where there are several of them, parts of each by columns. Piece k, part k % parts of chunk
-// k / parts, is done by the warp of the sample of rank k * stride: the pieces spread over the batch.
+// k / parts, is done by the warp of the sample of rank k * stride: the pieces spread over the
+// batch.
 struct Pieces {
   int chunks;
   int parts;

@@ -20,7 +20,7 @@ class Rows {
   using Center = CenterType<Feature>;
   static constexpr int kLane = kPerLane<Center, Width>;
   static constexpr int kPass = kColumns<Center, Width>;
-  using Piece = Center[kLane];  // this lane's share of kPass columns
+  using Piece = Center[kLane];                  // this lane's share of kPass columns
   static constexpr int kUnit = kWarp * Width;   // columns that a warp has one vector of
   static constexpr int kGroup = kLane / Width;  // vectors of a Piece
 
@@ -376,8 +376,8 @@ class Rows {
     }
   }
 
-  // Up the tree from a chunk, as far as this warp is the last to arrive. The pool's row of a node is
-  // that of its first chunk.
+  // Up the tree from a chunk, as far as this warp is the last to arrive. The pool's row of a node
+  // is that of its first chunk.
   __device__ void Climb(int64_t label, int chunks, int chunk, int pool_row) {
     int* arrivals = p_.arrivals + p_.pool_rows;
     for (int64_t width = 1;; width *= kMembers, arrivals += p_.pool_rows) {

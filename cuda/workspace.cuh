@@ -61,7 +61,8 @@ struct Layout {
     const int64_t batch = workspace.batch;
     slots = SlotsFor(batch);
     for (int64_t covered = kMembers; covered < batch; covered *= kMembers) ++levels;
-    // A class of n > kMembers samples has ceil(n / kMembers) <= floor(n / kSamplesPerPoolRow) chunks.
+    // A class of n > kMembers samples has ceil(n / kMembers) <= floor(n / kSamplesPerPoolRow)
+    // chunks.
     pool_rows = workspace.atomic ? batch / 2 + 1 : batch / kSamplesPerPoolRow + 1;
     header = Take(sizeof(Header));
     for (int k = 0; k < 2; ++k) table[k] = Take(slots * static_cast<int64_t>(sizeof(int)));

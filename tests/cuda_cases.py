@@ -28,7 +28,7 @@ SHAPES = [
     Shape((33,), 700, 3, "uniform", "two passes of whole vectors"),
     Shape((20,), 1100, 4, "uniform", "three passes"),
     Shape((300,), 8, 2, "equal", "one class in a tree of two levels, scanned"),
-    Shape((150,), 390, 3, "uniform", "chunks in parts by columns, some longer than others, scanned"),
+    Shape((150,), 390, 3, "uniform", "chunks in parts by columns, of two lengths"),
     Shape((SCANNED,), 24, 900, "power-law", "the largest batch that is scanned"),
     Shape((SCANNED + 1,), 24, 900, "power-law", "the smallest batch that is hashed"),
     Shape((SCANNED + 1,), 8, 3000, "distinct", "hashed, every class has one member"),
