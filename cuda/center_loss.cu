@@ -11,7 +11,8 @@
 // Counts and ranks (label_ranks.cuh): up to kScanBatch samples, by ScanIndex. For more, by
 // HashIndex: all blocks count the labels; a barrier, behind which the samples whose label is alone
 // are done, while some blocks rank the others; a second barrier, behind which those are done.
-// Barriers need all blocks resident: the launch is cooperative.
+// Barriers need all blocks resident: the launch is cooperative, and begins when all
+// multiprocessors have room.
 //
 // Bytes moved, all labels distinct: B D (features + center read + center written + residual).
 //
@@ -41,7 +42,7 @@ __device__ void Finish(const Parameters<Feature>& p, Rows<Feature, Width>& rows,
                        unsigned char* shared, bool hashed) {
   int* const before = reinterpret_cast<int*>(shared);
   __syncthreads();
-  if (threadIdx.x == 0) *before = CountArrival(&p.header->done);
+  if (threadIdx.x == 0) *before = CountArrival(&p.header->done.value);
   __syncthreads();
   const bool last = *before == static_cast<int>(gridDim.x) - 1;
   __syncthreads();
@@ -49,8 +50,8 @@ __device__ void Finish(const Parameters<Feature>& p, Rows<Feature, Width>& rows,
   if (rows.reduces_loss()) rows.ReduceLoss(reinterpret_cast<double*>(shared));
   if (threadIdx.x != 0) return;
   Header* const header = p.header;
-  header->done = header->counted_blocks = header->ranked_blocks = 0;
-  header->pool_rows = header->counted = 0;
+  header->done.value = header->counted_blocks.value = header->ranked_blocks.value = 0;
+  header->pool_rows.value = header->counted.value = 0;
   if (!hashed) return;
   header->slots[header->parity] = p.slots;
   header->groups[header->parity] = p.batch;
@@ -71,17 +72,12 @@ __global__ void __launch_bounds__(kScanThreads, kScanResident)
   rows.SetCounted(index.Counted());
   for (int i = warp; i < p.batch; i += warps) {
     const int64_t label = index.LabelAt(i);
-    if (p.Ignored(label)) {
-      rows.Without(i, 0);
-    } else if (!p.InTable(label)) {
-      rows.Without(i, rows.NotANumber());
-    } else {
-      if (rows.moves()) index.SetClass(i);
-      if (!rows.moves() || index.count() == 1) {
-        rows.Alone(i, label);
-      } else if (Pieces(index.count(), p.parts).Has(index.rank())) {
-        rows.DoPiece(index);
-      }
+    const bool counts = rows.moves() && !p.Ignored(label) && p.InTable(label);
+    if (counts) index.SetClass(i);
+    if (!counts || index.count() == 1) {
+      rows.DoAlone(i, label);
+    } else if (Pieces(index.count(), p.parts).Has(index.rank())) {
+      rows.DoPiece(index);
     }
   }
   Finish(p, rows, shared, false);
@@ -95,18 +91,19 @@ __global__ void __launch_bounds__(kHashThreads, kHashResident)
   const int parity = __ldcg(&p.header->parity);
   HashIndex<Feature> index(p, parity);
   const int blocks = static_cast<int>(gridDim.x);
-  // A warp takes a few neighbours at a time, one in each lane, to look them up together.
+  // Of kWarp times as many samples as there are warps, a warp does one in each lane, to look them
+  // up together. They lie warps + 1 apart: neighbours, and labels that come again after a while,
+  // are for different warps.
   const int warps = blocks * kHashThreads / kWarp;
   const int warp = static_cast<int>(blockIdx.x) * kHashThreads / kWarp + WarpOfBlock();
-  const int rounds = (p.batch - 1) / (warps * kWarp) + 1;
-  const int most = (p.batch - 1) / (warps * rounds) + 1;
-  rows.PrefetchFeatures(warp * most);
-  if (warp * most < p.batch) rows.PrefetchCenter(p.Label(warp * most));
-  index.Enter();
+  const int own = Lane() * warps + (warp + Lane()) % warps;
+  rows.PrefetchFeatures(warp);
+  if (warp < p.batch) rows.PrefetchCenter(p.Label(warp));
+  index.Enter(rows.moves());
   index.Clear(p, 1 - parity);
-  ArriveBlock(&p.header->counted_blocks);
-  WaitAsBlock(&p.header->counted_blocks, blocks);
-  rows.SetCounted(__ldcg(&p.header->counted));
+  ArriveBlock(&p.header->counted_blocks.value);
+  WaitAsBlock(&p.header->counted_blocks.value, blocks);
+  rows.SetCounted(index.Counted());
 
   if (rows.moves() && !kAtomic) index.RankTiles(reinterpret_cast<int*>(shared));
   if (rows.moves() && kAtomic) {
@@ -114,43 +111,37 @@ __global__ void __launch_bounds__(kHashThreads, kHashResident)
     for (int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); i < p.batch;
          i += blocks * kHashThreads) {
       if (index.GroupAt(i) == i && index.CountOf(i) > 1) {
-        const int row = atomicAdd(&p.header->pool_rows, 1);
+        const int row = atomicAdd(&p.header->pool_rows.value, 1);
         p.first_pool_row[i] = row;
         p.finite_count[row] = 0;
       }
     }
   }
-  ArriveBlock(&p.header->ranked_blocks);
+  ArriveBlock(&p.header->ranked_blocks.value);
 
   bool several = false;  // whether this warp has samples of classes with several
-  for (int start = warp * most; start < p.batch; start += warps * most) {
-    const int i = start + Lane();
-    const bool holds = Lane() < most && i < p.batch;
+  for (int start = 0; start < p.batch; start += warps * kWarp) {
+    const int i = start + own;
+    const bool holds = i < p.batch;
+    const int64_t label = holds ? p.Label(i) : 0;
     const int group = holds ? index.GroupAt(i) : -1;
-    const bool alone = holds && (group < 0 || !rows.moves() || index.CountOf(group) == 1);
+    const bool alone = holds && (group < 0 || index.CountOf(group) == 1);
     several |= __any_sync(kAllLanes, holds && !alone);
     for (unsigned left = __ballot_sync(kAllLanes, alone); left != 0; left &= left - 1) {
-      const int j = start + __ffs(static_cast<int>(left)) - 1;
-      const int64_t label = p.Label(j);
-      if (p.Ignored(label)) {
-        rows.Without(j, 0);
-      } else if (!p.InTable(label)) {
-        rows.Without(j, rows.NotANumber());
-      } else {
-        rows.Alone(j, label);
-      }
+      const int lane = __ffs(static_cast<int>(left)) - 1;
+      rows.DoAlone(__shfl_sync(kAllLanes, i, lane), __shfl_sync(kAllLanes, label, lane));
     }
   }
   if (several) {
-    WaitAsWarp(&p.header->ranked_blocks, blocks);
-    for (int start = warp * most; start < p.batch; start += warps * most) {
-      const int i = start + Lane();
-      const int group = Lane() < most && i < p.batch ? index.GroupAt(i) : -1;
+    WaitAsWarp(&p.header->ranked_blocks.value, blocks);
+    for (int start = 0; start < p.batch; start += warps * kWarp) {
+      const int i = start + own;
+      const int group = i < p.batch ? index.GroupAt(i) : -1;
       const int count = group < 0 ? 1 : index.CountOf(group);
       const bool has_piece = count > 1 && (kAtomic || index.HasPiece(i, group, count));
       for (unsigned left = __ballot_sync(kAllLanes, has_piece); left != 0; left &= left - 1) {
         const int lane = __ffs(static_cast<int>(left)) - 1;
-        const int j = start + lane;
+        const int j = __shfl_sync(kAllLanes, i, lane);
         if constexpr (kAtomic) {
           rows.AddAtomically(j, p.Label(j), __shfl_sync(kAllLanes, group, lane),
                              __shfl_sync(kAllLanes, count, lane));
@@ -230,13 +221,13 @@ cudaError_t LaunchStep(const Parameters<Feature>& p, void* stream) {
   if (p.batch <= kScanBatch && !p.cuda.atomic) {
     constexpr int kRows = kScanThreads / kWarp;
     const int64_t shared = Largest(ScanIndex<Feature>::SharedBytes(p.batch, kScanThreads),
-                                   kScanThreads * static_cast<int64_t>(sizeof(double)));
+                                   Rows<Feature, Width>::SharedBytes(kScanThreads));
     const int64_t blocks = Smallest(Quotient(p.batch, kRows), int64_t{8} * multiprocessors);
     return Launch(ScanStep<Feature, Width>, Largest(blocks, 1), kScanThreads, shared, false, stream,
                   p);
   }
   const int64_t shared = Largest(HashIndex<Feature>::SharedBytes(kHashThreads),
-                                 kHashThreads * static_cast<int64_t>(sizeof(double)));
+                                 Rows<Feature, Width>::SharedBytes(kHashThreads));
   constexpr int kRows = kHashThreads / kWarp;
   const int64_t blocks =
       Smallest(Quotient(p.batch, kRows), int64_t{kHashResident} * multiprocessors);

@@ -16,10 +16,10 @@
 #define TCL_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
 
-// Between what this thread has written and an atomic that tells of it, and between an atomic that
-// was told and what this thread reads. __threadfence() orders more than that, and takes longer.
-#if !defined(TCL_FENCE)
-#define TCL_FENCE() asm volatile("fence.acq_rel.gpu;" ::: "memory")
+// What orders accesses to device memory on the host, where it stands for the acquire and release of
+// the instructions below.
+#if !defined(__CUDA_ARCH__) && !defined(TCL_FENCE)
+#define TCL_FENCE()
 #endif
 
 namespace tcl {
@@ -149,20 +149,18 @@ __device__ __forceinline__ void StoreRow(T* row, int64_t column, int64_t dim,
   }
 }
 
-// Asks for a row of D numbers to be brought into the second-level cache.
+// Asks for a row of D numbers to be brought into the second-level cache; of a long one for as much
+// as there are lanes, since the cache has to hold that of all warps.
 template <typename T>
 __device__ __forceinline__ void PrefetchRow(const T* row, int64_t dim) {
   constexpr int kLine = 128;
-  const char* const begin = reinterpret_cast<const char*>(row);
-  const int lane = Lane();
-  for (int64_t at = int64_t{lane} * kLine; at < dim * static_cast<int64_t>(sizeof(T));
-       at += kWarp * kLine) {
+  const int64_t at = int64_t{Lane()} * kLine;
+  if (at >= dim * static_cast<int64_t>(sizeof(T))) return;
 #if defined(__CUDA_ARCH__)
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(begin + at));
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(reinterpret_cast<const char*>(row) + at));
 #else
-    (void)begin;
+  (void)row;
 #endif
-  }
 }
 
 // The sum over the lanes, the same in each of them, always added in the same order.
@@ -197,40 +195,54 @@ __device__ __forceinline__ int WarpSumBefore(int value) {
   return sum - value;
 }
 
-// A counter that others add to.
-__device__ __forceinline__ int LoadCounter(const int* counter) {
+// A number that others may change meanwhile.
+__device__ __forceinline__ int LoadRelaxed(const int* number) {
 #if defined(__CUDA_ARCH__)
   int value;
-  asm volatile("ld.relaxed.gpu.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  asm volatile("ld.relaxed.gpu.s32 %0, [%1];" : "=r"(value) : "l"(number) : "memory");
   return value;
 #else
-  return __ldcg(counter);
+  return __ldcg(number);
 #endif
+}
+
+// The same; what was written before that number is visible behind this.
+__device__ __forceinline__ int LoadAcquire(const int* number) {
+#if defined(__CUDA_ARCH__)
+  int value;
+  asm volatile("ld.acquire.gpu.s32 %0, [%1];" : "=r"(value) : "l"(number) : "memory");
+#else
+  const int value = __ldcg(number);
+  TCL_FENCE();
+#endif
+  return value;
 }
 
 // Blocks of one launch that meet. ArriveBlock: what the block has written is visible to whoever has
 // waited for it. Only for launches whose blocks are all resident (cooperative launches).
 __device__ __forceinline__ void ArriveBlock(int* counter) {
   __syncthreads();
-  if (threadIdx.x == 0) {
-    TCL_FENCE();
-    atomicAdd(counter, 1);
-  }
+  if (threadIdx.x != 0) return;
+#if defined(__CUDA_ARCH__)
+  asm volatile("red.release.gpu.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+#else
+  TCL_FENCE();
+  atomicAdd(counter, 1);
+#endif
+}
+
+__device__ __forceinline__ void Await(const int* counter, int arrivals) {
+  while (LoadRelaxed(counter) < arrivals) __nanosleep(64);
+  LoadAcquire(counter);
 }
 
 __device__ __forceinline__ void WaitAsBlock(const int* counter, int arrivals) {
-  if (threadIdx.x == 0) {
-    while (LoadCounter(counter) < arrivals) __nanosleep(32);
-    TCL_FENCE();
-  }
+  if (threadIdx.x == 0) Await(counter, arrivals);
   __syncthreads();
 }
 
 __device__ __forceinline__ void WaitAsWarp(const int* counter, int arrivals) {
-  if (Lane() == 0) {
-    while (LoadCounter(counter) < arrivals) __nanosleep(32);
-    TCL_FENCE();
-  }
+  if (Lane() == 0) Await(counter, arrivals);
   __syncwarp();
 }
 

@@ -51,8 +51,16 @@ class ScanIndex {
   __device__ ScanIndex(const Parameters<Feature>& p, unsigned char* shared)
       : p_(p), labels_(reinterpret_cast<int64_t*>(shared)) {
     found_ = reinterpret_cast<int*>(labels_ + p.batch) + WarpOfBlock() * kWarp;
-    for (int i = static_cast<int>(threadIdx.x); i < p.batch; i += static_cast<int>(blockDim.x)) {
-      labels_[i] = p.Label(i);
+    constexpr int kLoads = 4;  // in flight
+    const int threads = static_cast<int>(blockDim.x);
+    for (int first = static_cast<int>(threadIdx.x); first < p.batch; first += kLoads * threads) {
+      int64_t labels[kLoads];
+#pragma unroll
+      for (int k = 0; k < kLoads; ++k) labels[k] = p.Label(min(first + k * threads, p.batch - 1));
+#pragma unroll
+      for (int k = 0; k < kLoads; ++k) {
+        if (first + k * threads < p.batch) labels_[first + k * threads] = labels[k];
+      }
     }
     __syncthreads();
   }
@@ -128,8 +136,9 @@ class HashIndex {
   __device__ HashIndex(const Parameters<Feature>& p, int parity)
       : p_(p), table_(p.table[parity]), groups_(p.groups[parity]) {}
 
-  // Enters this block's share of the labels, once for each warp and label.
-  __device__ void Enter() {
+  // Enters this block's share of the labels, once for each warp and label; none where no center
+  // moves.
+  __device__ void Enter(bool moves) {
     int counted = 0;
     const int threads = static_cast<int>(gridDim.x * blockDim.x);
     const int thread = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
@@ -137,7 +146,7 @@ class HashIndex {
       const int i = start + Lane();
       const int64_t label = i < p_.batch ? p_.Label(i) : -1;
       const bool is_counted = i < p_.batch && !p_.Ignored(label);
-      const bool enters = is_counted && p_.InTable(label);
+      const bool enters = moves && is_counted && p_.InTable(label);
       counted += is_counted;
       const unsigned same = __match_any_sync(kAllLanes, enters ? label : -1 - Lane());
       const int leader = __ffs(static_cast<int>(same)) - 1;
@@ -149,8 +158,14 @@ class HashIndex {
       group = __shfl_sync(kAllLanes, group, leader);
       if (i < p_.batch) p_.group_of[i] = group;
     }
+    if (!p_.options.has_ignore_label) return;
     counted = WarpSum(counted);
-    if (Lane() == 0 && counted > 0) atomicAdd(&p_.header->counted, counted);
+    if (Lane() == 0 && counted > 0) atomicAdd(&p_.header->counted.value, counted);
+  }
+
+  // Once all have entered theirs.
+  __device__ int Counted() const {
+    return p_.options.has_ignore_label ? __ldcg(&p_.header->counted.value) : p_.batch;
   }
 
   // For each tile of this block's share: the order of its samples of classes with several, and
@@ -228,13 +243,18 @@ class HashIndex {
     for (int k = thread; k < groups; k += threads) p.groups[parity][k] = Group{0, 0};
   }
 
+  static int64_t SharedBytes(int threads) {
+    return (2 * threads + threads / kWarp + 1) * static_cast<int64_t>(sizeof(int));
+  }
+
+ private:
   // Finds the group of the label, or makes i its name.
   __device__ int GroupOf(int64_t label, int i) {
     // The high bits of label * 2^64 / golden ratio: labels that share a stride spread, too.
     const uint64_t hash = static_cast<uint64_t>(label) * 0x9e3779b97f4a7c15u;
     int slot = static_cast<int>((hash >> 32) * static_cast<uint64_t>(p_.slots) >> 32);
     for (;;) {
-      int entered = __ldcg(&table_[slot]);
+      int entered = LoadRelaxed(&table_[slot]);
       if (entered == 0) entered = atomicCAS(&table_[slot], 0, i + 1);
       if (entered == 0) return i;
       if (p_.Label(entered - 1) == label) return entered - 1;
@@ -242,11 +262,6 @@ class HashIndex {
     }
   }
 
-  static int64_t SharedBytes(int threads) {
-    return (threads + threads / kWarp + 1) * static_cast<int64_t>(sizeof(int));
-  }
-
- private:
   // By pieces of a sample a thread, one after the other.
   __device__ void RankTile(int tile, int* shared) {
     const int size = p_.TileSize();
@@ -254,8 +269,10 @@ class HashIndex {
     const int end = min(begin + size, p_.batch);
     const int threads = static_cast<int>(blockDim.x);
     const int thread = static_cast<int>(threadIdx.x);
-    int* const groups = shared;  // of a piece's samples that are not alone, in order
-    int* const groups_of_warp = groups + threads;
+    // What the warps have in a piece of classes with several: their groups, and samples of each.
+    int* const groups = shared;
+    int* const counts = groups + threads;
+    int* const groups_of_warp = counts + threads;
     int* const cursor = groups_of_warp + threads / kWarp;
     if (thread == 0) *cursor = 0;
     const auto cell = [tile](int group) { return int64_t{group} * kTiles + tile; };
@@ -264,22 +281,29 @@ class HashIndex {
       const int i = start + thread;
       int group = i < end ? GroupAt(i) : -1;
       if (group >= 0 && CountOf(group) == 1) group = -1;
-      const unsigned several = __ballot_sync(kAllLanes, group >= 0);
-      if (Lane() == 0) groups_of_warp[WarpOfBlock()] = __popc(several);
+      const unsigned before_lane = (1u << Lane()) - 1;
+      const unsigned same = __match_any_sync(kAllLanes, group >= 0 ? group : -1 - Lane());
+      const bool first_of_warp = group >= 0 && (same & before_lane) == 0;
+      const unsigned firsts = __ballot_sync(kAllLanes, first_of_warp);
+      if (Lane() == 0) groups_of_warp[WarpOfBlock()] = __popc(firsts);
       __syncthreads();  // how many each warp has is there, and the counts of the piece before
-      int place = __popc(several & ((1u << Lane()) - 1)), places = 0;
+      int begin_of_warp = 0, places = 0;
       for (int warp = 0; warp < threads / kWarp; ++warp) {
-        if (warp < WarpOfBlock()) place += groups_of_warp[warp];
+        if (warp < WarpOfBlock()) begin_of_warp += groups_of_warp[warp];
         places += groups_of_warp[warp];
       }
-      if (group >= 0) groups[place] = group;
+      if (first_of_warp) {
+        groups[begin_of_warp + __popc(firsts & before_lane)] = group;
+        counts[begin_of_warp + __popc(firsts & before_lane)] = __popc(same);
+      }
       __syncthreads();  // the groups are there
       int counted = 0;  // the new count, at the last of the group in this piece
       if (group >= 0) {
-        int rank = 0, count = 0;
-        for (int other = 0; other < places; ++other) {
-          count += groups[other] == group;
-          rank += groups[other] == group && other < place;
+        int rank = __popc(same & before_lane), count = 0;
+        for (int place = 0; place < places; ++place) {
+          const int others = groups[place] == group ? counts[place] : 0;
+          count += others;
+          rank += place < begin_of_warp ? others : 0;
         }
         const unsigned seen = __ldcg(&groups_[group].tiles) >> tile & 1;
         const int before = seen ? __ldcg(&p_.tile_count[cell(group)]) : 0;
@@ -304,7 +328,7 @@ class HashIndex {
       if (group < 0 || CountOf(group) == 1) continue;
       if (group == i && CountOf(group) > kMembers) {
         const int chunks = Pieces(CountOf(group), 1).chunks;
-        p_.first_pool_row[group] = atomicAdd(&p_.header->pool_rows, chunks);
+        p_.first_pool_row[group] = atomicAdd(&p_.header->pool_rows.value, chunks);
       }
       p_.tile_order[begin + __ldcg(&p_.tile_start[cell(group)]) + p_.rank_in_tile[i]] = i;
     }

@@ -23,10 +23,11 @@ class Rows {
   using Piece = Center[kLane];                  // this lane's share of kPass columns
   static constexpr int kUnit = kWarp * Width;   // columns that a warp has one vector of
   static constexpr int kGroup = kLane / Width;  // vectors of a Piece
+  static constexpr int kLoads = 8;              // vectors in flight where nothing else is held
 
   __device__ explicit Rows(const Parameters<Feature>& p) : p_(p) {
-    alpha_ = p.cuda.alpha == nullptr ? p.options.alpha : *p.cuda.alpha;
-    moves_ = p.options.update_centers && IsFinite(alpha_) && alpha_ > 0;
+    const Center alpha = Alpha();
+    moves_ = p.options.update_centers && IsFinite(alpha) && alpha > 0;
   }
 
   // Whether any center moves; with alpha = 0 none does, so none is touched.
@@ -45,22 +46,16 @@ class Rows {
     if (p_.InTable(label)) PrefetchRow(p_.CenterRow(label), p_.dim);
   }
 
-  // An ignored sample, or one whose label is no row of the table.
-  __device__ void Without(int i, Center value) {
-    if (p_.residual != nullptr) {
-      Piece row;
-#pragma unroll
-      for (int e = 0; e < kLane; ++e) row[e] = value;
-      for (int64_t column = 0; column < p_.dim; column += kPass) {
-        StoreRow<Width, Cache::kStreamed>(p_.residual + i * p_.dim, column, p_.dim, row);
-      }
+  // A sample that is the only one of its class, or of no class, or one of many where no center
+  // moves.
+  __device__ void DoAlone(int i, int64_t label) {
+    if (p_.Ignored(label)) {
+      Without(i, 0);
+    } else if (!p_.InTable(label)) {
+      Without(i, NotANumber());
+    } else {
+      Chunk(label, {1, i}, moves_ ? Sums::kMove : Sums::kNone, nullptr);
     }
-    if (Lane() == 0) StoreLoss(i, value, value);
-  }
-
-  // The only sample of its class, or one of many where no center moves.
-  __device__ void Alone(int i, int64_t label) {
-    Chunk(label, {1, i}, moves_ ? Sums::kMove : Sums::kNone, nullptr);
   }
 
   // The piece of the sample of index.SetClass(), see Pieces.
@@ -98,14 +93,18 @@ class Rows {
     }
   }
 
-  // The sum of the losses in a fixed order, by one block; shared: [threads] doubles. A vector has
+  static int64_t SharedBytes(int threads) {
+    return threads / kWarp * static_cast<int64_t>(sizeof(double));
+  }
+
+  // The sum of the losses in a fixed order, by one block; shared: a double a warp. A vector has
   // the room of a whole one, whatever lies beyond the batch.
   __device__ void ReduceLoss(double* shared) {
     constexpr int kWidth = 16 / sizeof(Center);
-    constexpr int kLoads = 8;
     const int threads = static_cast<int>(blockDim.x);
     const int thread = static_cast<int>(threadIdx.x);
     double sum = 0;
+#pragma unroll 1
     for (int start = thread * kWidth; start < p_.batch; start += kLoads * threads * kWidth) {
       Center losses[kLoads][kWidth] = {};
 #pragma unroll
@@ -115,20 +114,19 @@ class Rows {
       }
 #pragma unroll
       for (int k = 0; k < kLoads; ++k) {
+        const int i = start + k * threads * kWidth;
+        if (i >= p_.batch) break;
 #pragma unroll
-        for (int e = 0; e < kWidth; ++e) {
-          const int i = start + k * threads * kWidth + e;
-          if (i < p_.batch) sum += losses[k][e];
-        }
+        for (int e = 0; e < kWidth; ++e) sum += i + e < p_.batch ? losses[k][e] : Center{0};
       }
     }
-    shared[thread] = sum;
-    for (int half = threads / 2; half > 0; half /= 2) {
-      __syncthreads();
-      if (thread < half) shared[thread] += shared[thread + half];
-    }
-    if (thread != 0) return;
-    sum = shared[0] * static_cast<double>(Weight());
+    sum = WarpSum(sum);
+    if (Lane() == 0) shared[WarpOfBlock()] = sum;
+    __syncthreads();
+    if (WarpOfBlock() != 0) return;
+    sum = WarpSum(Lane() < threads / kWarp ? shared[Lane()] : 0.0);
+    if (Lane() != 0) return;
+    sum *= static_cast<double>(Weight());
     if (p_.options.reduction == Reduction::kMean) {
       sum = counted_ == 0 ? 0 : sum / static_cast<double>(counted_);
     }
@@ -142,10 +140,27 @@ class Rows {
   __device__ static Center NotANumber() { return static_cast<Center>(FloatOf(0x7fc00000u)); }
 
  private:
-  // Read again at the end of the launch: there is no register to keep it in meanwhile.
+  // An ignored sample, or one whose label is no row of the table.
+  __device__ void Without(int i, Center value) {
+    if (p_.residual != nullptr) {
+      Piece row;
+#pragma unroll
+      for (int e = 0; e < kLane; ++e) row[e] = value;
+#pragma unroll 1
+      for (int64_t column = 0; column < p_.dim; column += kPass) {
+        StoreRow<Width, Cache::kStreamed>(p_.residual + i * p_.dim, column, p_.dim, row);
+      }
+    }
+    if (Lane() == 0) StoreLoss(i, value, value);
+  }
+
+  // Both are read again and again: there are no registers to keep them in.
+  __device__ Center Alpha() const {
+    return p_.cuda.alpha == nullptr ? p_.options.alpha : *p_.cuda.alpha;
+  }
   __device__ Center Weight() const {
     // No kernel can raise: a bad alpha shows in the loss.
-    if (p_.options.update_centers && !(IsFinite(alpha_) && alpha_ >= 0)) return NotANumber();
+    if (p_.options.update_centers && !(IsFinite(Alpha()) && Alpha() >= 0)) return NotANumber();
     return p_.cuda.weight == nullptr ? p_.options.weight : *p_.cuda.weight;
   }
 
@@ -355,7 +370,7 @@ class Rows {
     if (p_.features_are_residuals) {
       LoadRow<Width, Cache::kNormal>(p_.CenterRow(label), column, p_.dim, center);
     }
-    const Center scale = StepScale(p_.options.rule, alpha_, count, counted_);
+    const Center scale = StepScale(p_.options.rule, Alpha(), count, counted_);
 #pragma unroll
     for (int e = 0; e < kLane; ++e) center[e] += scale * sum[e];
     StoreRow<Width, Cache::kNormal>(p_.CenterRow(label), column, p_.dim, center);
@@ -392,25 +407,30 @@ class Rows {
       const int stride = static_cast<int>(width);
       const int count =
           WarpSum(Lane() < children ? __ldcg(&p_.finite_count[row + Lane() * stride]) : 0);
-      for (int64_t column = 0; column < p_.dim; column += kPass) {
-        Piece sum, child, next;
+      if (root && count == 0) return;
+      const Center scale = StepScale(p_.options.rule, Alpha(), count, counted_);
+      for (int64_t at = ColumnOf<Width>(0, 0); at < p_.dim; at += kUnit) {
+        Center center[Width] = {}, sum[Width] = {};
+        if (root) LoadVector<Width, Cache::kNormal>(p_.CenterRow(label) + at, center);
+        for (int k = 0; k < children; k += kLoads) {
+          Center child[kLoads][Width];
 #pragma unroll
-        for (int e = 0; e < kLane; ++e) sum[e] = next[e] = 0;
-        LoadRow<Width, Cache::kShared>(p_.PoolAt(row), column, p_.dim, child);
-        for (int k = 1; k <= children; ++k) {
-          if (k < children) {
-            LoadRow<Width, Cache::kShared>(p_.PoolAt(row + k * stride), column, p_.dim, next);
+          for (int v = 0; v < kLoads; ++v) {  // without a condition, see LoadMembers
+            const Center* const child_row = p_.PoolAt(row + min(k + v, children - 1) * stride);
+            LoadVector<Width, Cache::kShared>(child_row + at, child[v]);
           }
 #pragma unroll
-          for (int e = 0; e < kLane; ++e) {
-            sum[e] += child[e];
-            child[e] = next[e];
+          for (int v = 0; v < kLoads; ++v) {
+#pragma unroll
+            for (int e = 0; e < Width; ++e) sum[e] += k + v < children ? child[v][e] : Center{0};
           }
         }
+#pragma unroll
+        for (int e = 0; e < Width; ++e) center[e] += scale * sum[e];
         if (root) {
-          MoveCenter(label, column, count, sum);
+          StoreVector<Width, Cache::kNormal>(p_.CenterRow(label) + at, center);
         } else {
-          StoreRow<Width, Cache::kNormal>(p_.PoolAt(row), column, p_.dim, sum);
+          StoreVector<Width, Cache::kNormal>(p_.PoolAt(row) + at, sum);
         }
       }
       if (root) return;
@@ -434,7 +454,6 @@ class Rows {
   }
 
   const Parameters<Feature>& p_;
-  Center alpha_;
   Center sample_scale_ = 0;
   int counted_ = 0;
   bool moves_;

@@ -32,14 +32,19 @@ constexpr int64_t kSlotsPerSample = 4;
 // Bookkeeping of the launch that is running. All zero between launches but for `parity`, `slots`
 // and `groups`.
 struct Header {
-  int done;            // blocks that have finished
-  int counted_blocks;  // blocks that have counted their labels
-  int ranked_blocks;   // blocks that have ranked their tiles
-  int pool_rows;       // rows of the pool that are taken, in a hashed launch
-  int counted;         // N
-  int parity;          // which of the two tables this launch uses; it clears the other
-  int slots[2];        // slots of each table that its last launch used
-  int groups[2];       // and groups
+  // On a cache line of its own: others wait for one while others yet add to another.
+  struct Counter {
+    int value;
+    int padding[31];
+  };
+  Counter done;            // blocks that have finished
+  Counter counted_blocks;  // blocks that have counted their labels
+  Counter ranked_blocks;   // blocks that have ranked their tiles
+  Counter pool_rows;       // rows of the pool that are taken, in a hashed launch
+  Counter counted;         // N, with an ignore label
+  int parity;              // which of the two tables this launch uses; it clears the other
+  int slots[2];            // slots of each table that its last launch used
+  int groups[2];           // and groups
 };
 
 // A class of the batch, under the position of the sample that entered it into the table.
