@@ -45,7 +45,7 @@ def cases(cache_bytes):
 
     # The tutorial's ten rows are always in cache, see bench.cases.
     all_cases = [case(64, dim=200, classes=10, rotation=2**22)]
-    all_cases += [case(batch) for batch in (256, 1024, 4096, 16384, 65536)]
+    all_cases += [case(batch) for batch in (256, 1024, 4096, 8192, 16384, 65536)]
     for batch in (4096, 65536, 256):
         all_cases += [case(batch, labels) for labels in ("power-law", "ten labels", "one label")]
     for batch in (4096, 65536):
