@@ -98,10 +98,10 @@ __global__ void __launch_bounds__(kHashThreads, kHashResident)
   const int warp = static_cast<int>(blockIdx.x) * kHashThreads / kWarp + WarpOfBlock();
   const int own = Lane() * warps + (warp + Lane()) % warps;
   rows.PrefetchFeatures(warp);
-  if (warp < p.batch) rows.PrefetchCenter(p.Label(warp));
   index.Enter(rows.moves());
-  index.Clear(p, 1 - parity);
   ArriveBlock(&p.header->counted_blocks.value);
+  if (warp < p.batch) rows.PrefetchCenter(p.Label(warp));
+  index.Clear(p, 1 - parity);
   WaitAsBlock(&p.header->counted_blocks.value, blocks);
   rows.SetCounted(index.Counted());
 

@@ -199,7 +199,7 @@ __device__ __forceinline__ int WarpSumBefore(int value) {
 __device__ __forceinline__ int LoadRelaxed(const int* number) {
 #if defined(__CUDA_ARCH__)
   int value;
-  asm volatile("ld.relaxed.gpu.s32 %0, [%1];" : "=r"(value) : "l"(number) : "memory");
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(number) : "memory");
   return value;
 #else
   return __ldcg(number);
@@ -210,7 +210,7 @@ __device__ __forceinline__ int LoadRelaxed(const int* number) {
 __device__ __forceinline__ int LoadAcquire(const int* number) {
 #if defined(__CUDA_ARCH__)
   int value;
-  asm volatile("ld.acquire.gpu.s32 %0, [%1];" : "=r"(value) : "l"(number) : "memory");
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(number) : "memory");
 #else
   const int value = __ldcg(number);
   TCL_FENCE();
@@ -224,7 +224,7 @@ __device__ __forceinline__ void ArriveBlock(int* counter) {
   __syncthreads();
   if (threadIdx.x != 0) return;
 #if defined(__CUDA_ARCH__)
-  asm volatile("red.release.gpu.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
 #else
   TCL_FENCE();
   atomicAdd(counter, 1);
@@ -251,7 +251,10 @@ __device__ __forceinline__ void WaitAsWarp(const int* counter, int arrivals) {
 __device__ __forceinline__ int CountArrival(int* counter) {
 #if defined(__CUDA_ARCH__)
   int before;
-  asm volatile("atom.acq_rel.gpu.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(counter)
+               : "memory");
 #else
   TCL_FENCE();
   const int before = atomicAdd(counter, 1);

@@ -53,6 +53,7 @@ class ScanIndex {
     found_ = reinterpret_cast<int*>(labels_ + p.batch) + WarpOfBlock() * kWarp;
     constexpr int kLoads = 4;  // in flight
     const int threads = static_cast<int>(blockDim.x);
+#pragma unroll 1
     for (int first = static_cast<int>(threadIdx.x); first < p.batch; first += kLoads * threads) {
       int64_t labels[kLoads];
 #pragma unroll

@@ -103,18 +103,34 @@ class Rows {
     constexpr int kWidth = 16 / sizeof(Center);
     const int threads = static_cast<int>(blockDim.x);
     const int thread = static_cast<int>(threadIdx.x);
+    const int step = threads * kWidth;
+    int start = thread * kWidth;
     double sum = 0;
+    // Apart from the rest: a load that has a condition is waited for before the next.
 #pragma unroll 1
-    for (int start = thread * kWidth; start < p_.batch; start += kLoads * threads * kWidth) {
+    for (; start + (kLoads - 1) * step + kWidth <= p_.batch; start += kLoads * step) {
+      Center losses[kLoads][kWidth];
+#pragma unroll
+      for (int k = 0; k < kLoads; ++k) {
+        LoadVector<kWidth, Cache::kShared>(&p_.sample_loss[start + k * step], losses[k]);
+      }
+#pragma unroll
+      for (int k = 0; k < kLoads; ++k) {
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) sum += losses[k][e];
+      }
+    }
+#pragma unroll 1
+    for (; start < p_.batch; start += kLoads * step) {
       Center losses[kLoads][kWidth] = {};
 #pragma unroll
       for (int k = 0; k < kLoads; ++k) {
-        const int i = start + k * threads * kWidth;
+        const int i = start + k * step;
         if (i < p_.batch) LoadVector<kWidth, Cache::kShared>(&p_.sample_loss[i], losses[k]);
       }
 #pragma unroll
       for (int k = 0; k < kLoads; ++k) {
-        const int i = start + k * threads * kWidth;
+        const int i = start + k * step;
         if (i >= p_.batch) break;
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) sum += i + e < p_.batch ? losses[k][e] : Center{0};
