@@ -16,8 +16,8 @@
 #define TCL_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
 
-// What orders accesses to device memory on the host, where it stands for the acquire and release of
-// the instructions below.
+// Where the emulator compiles these files for the host, this stands for the acquire and the release
+// of the instructions below; nvcc's pass over the host code needs the name alone.
 #if !defined(__CUDA_ARCH__) && !defined(TCL_FENCE)
 #define TCL_FENCE()
 #endif

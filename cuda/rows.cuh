@@ -54,7 +54,7 @@ class Rows {
     } else if (!p_.InTable(label)) {
       Without(i, NotANumber());
     } else {
-      Chunk(label, {1, i}, moves_ ? Sums::kMove : Sums::kNone, nullptr);
+      DoChunk(label, {1, i}, moves_ ? Sums::kMove : Sums::kNone, nullptr);
     }
   }
 
@@ -67,11 +67,11 @@ class Rows {
     const int first = chunk * kMembers;
     const Members members = index.Find(first, min(index.count() - first, kMembers));
     if (pieces.chunks == 1) {
-      Chunk(index.label(), members, Sums::kMove, nullptr);
+      DoChunk(index.label(), members, Sums::kMove, nullptr);
       return;
     }
     const int pool_row = index.FirstPoolRow();
-    if (!Part(index.label(), members, piece % pieces.parts, pool_row + chunk)) return;
+    if (!DoPart(index.label(), members, piece % pieces.parts, pool_row + chunk)) return;
     Climb(index.label(), pieces.chunks, chunk, pool_row);
   }
 
@@ -79,14 +79,15 @@ class Rows {
   __device__ void AddAtomically(int i, int64_t label, int group, int members) {
     const int row = __ldcg(&p_.first_pool_row[group]);
     Center* const sum = p_.PoolAt(row);
-    const int count = Chunk(label, {1, i}, Sums::kAdd, sum);
+    const int count = DoChunk(label, {1, i}, Sums::kAdd, sum);
     if (Lane() == 0 && count > 0) atomicAdd(&p_.finite_count[row], count);
     if (!LastWarpToArrive(&p_.arrivals[row], members)) return;
     const int finite = __ldcg(&p_.finite_count[row]);
     for (int64_t column = 0; column < p_.dim; column += kPass) {
-      Piece total, zeros;
+      Piece total, center, zeros;
       LoadRow<Width, Cache::kShared>(sum, column, p_.dim, total);
-      MoveCenter(label, column, finite, total);
+      LoadRow<Width, Cache::kNormal>(p_.CenterRow(label), column, p_.dim, center);
+      MoveCenter(label, column, finite, total, center);
 #pragma unroll
       for (int e = 0; e < kLane; ++e) zeros[e] = 0;
       StoreRow<Width, Cache::kNormal>(sum, column, p_.dim, zeros);
@@ -120,8 +121,7 @@ class Rows {
         for (int e = 0; e < kWidth; ++e) sum += losses[k][e];
       }
     }
-#pragma unroll 1
-    for (; start < p_.batch; start += kLoads * step) {
+    if (start < p_.batch) {
       Center losses[kLoads][kWidth] = {};
 #pragma unroll
       for (int k = 0; k < kLoads; ++k) {
@@ -183,8 +183,8 @@ class Rows {
   // What becomes of the sum of a chunk's residuals.
   enum class Sums { kNone, kMove, kAdd };
 
-  // Does the members, which lie in the lanes. Returns how many of them are finite.
-  __device__ int Chunk(int64_t label, Members members, Sums sums, Center* sum_row) {
+  // Does the members, which lie in the lanes, by whole rows. Returns how many of them are finite.
+  __device__ int DoChunk(int64_t label, Members members, Sums sums, Center* sum_row) {
     const Center sample_weight = SampleWeight(members);
     Center squares = 0;  // ||d||^2 of this lane's member
     // A row longer than kPass has to be gone through before any of it may be added up.
@@ -215,17 +215,22 @@ class Rows {
         for (int e = 0; e < kLane; ++e) row[e] = next[e];
       }
       const int count = FiniteCount(finite, members);
-      if (sums == Sums::kMove) MoveCenter(label, column, count, sum, center);
+      if (sums == Sums::kMove) {
+        if (p_.features_are_residuals) {  // which need no center
+          LoadRow<Width, Cache::kNormal>(p_.CenterRow(label), column, p_.dim, center);
+        }
+        MoveCenter(label, column, count, sum, center);
+      }
       if (sums == Sums::kAdd && count > 0) AddRow(sum_row, column, sum);
     }
     StoreLosses(members, sample_weight, squares);
     return FiniteCount(finite, members);
   }
 
-  // Part `part` of a chunk, whose sum has a row of the pool. Whether this warp is the last of the
-  // chunk's; it has then stored the losses and finite_count. One vector of a row leaves registers
-  // for several members at a time, which are gone through without a branch, side by side.
-  __device__ bool Part(int64_t label, Members members, int part, int pool_row) {
+  // Does part `part` of a chunk, whose sum has a row of the pool. Whether this warp is the last of
+  // the chunk's; it has then stored the losses and finite_count. One vector of a row leaves
+  // registers for several members at a time, which are gone through without a branch, side by side.
+  __device__ bool DoPart(int64_t label, Members members, int part, int pool_row) {
     const Center sample_weight = SampleWeight(members);
     Center squares = 0;
     unsigned finite = kAllLanes;
@@ -383,24 +388,15 @@ class Rows {
   __device__ void MoveCenter(int64_t label, int64_t column, int count, const Piece& sum,
                              Piece& center) {
     if (count == 0) return;
-    if (p_.features_are_residuals) {
-      LoadRow<Width, Cache::kNormal>(p_.CenterRow(label), column, p_.dim, center);
-    }
     const Center scale = StepScale(p_.options.rule, Alpha(), count, counted_);
 #pragma unroll
     for (int e = 0; e < kLane; ++e) center[e] += scale * sum[e];
     StoreRow<Width, Cache::kNormal>(p_.CenterRow(label), column, p_.dim, center);
   }
 
-  __device__ void MoveCenter(int64_t label, int64_t column, int count, const Piece& sum) {
-    Piece center;
-    LoadRow<Width, Cache::kNormal>(p_.CenterRow(label), column, p_.dim, center);
-    MoveCenter(label, column, count, sum, center);
-  }
-
   __device__ void AddRow(Center* row, int64_t column, const Piece& in) {
 #pragma unroll
-    for (int v = 0; v < kLane / Width; ++v) {
+    for (int v = 0; v < kGroup; ++v) {
       const int64_t at = ColumnOf<Width>(column, v);
       if (at >= p_.dim) continue;
       AddVector<Width>(row + at, in + v * Width);

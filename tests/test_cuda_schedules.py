@@ -236,7 +236,8 @@ def under_address_sanitizer(cwd, library, rows):
         cwd,
         check=False,
         LD_PRELOAD=" ".join(map(str, emulated.sanitizer_libraries())),
-        ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0",
+        # Wide enough between arrays for what four warps keep in shared memory.
+        ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0:redzone=1024",
     )
 
 
@@ -261,8 +262,5 @@ def test_an_access_out_of_bounds_is_found(tmp_path, change):
     library = emulated.build(kernels=emulated.changed(change), flags=emulated.SANITIZE)
     done = under_address_sanitizer(tmp_path, library, "FLOAT_ROWS")
     assert done.returncode != 0
-    # Behind what is written over lies, now and then, memory that was given back.
-    assert re.search("AddressSanitizer: heap-(buffer-overflow|use-after-free)", done.stderr), (
-        done.stderr
-    )
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr, done.stderr
     assert re.search(r"\w+\.cuh?:\d+", done.stderr), done.stderr

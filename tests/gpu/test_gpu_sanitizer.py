@@ -28,7 +28,8 @@ def sanitize(tool, *arguments):
         text=True,
         timeout=90,
     )
-    if "not supported" in done.stdout and "steps done" not in done.stdout:
+    # The tool's own words; an operation of the program that is "not supported" is a failure.
+    if "Device not supported" in done.stdout and "steps done" not in done.stdout:
         pytest.skip(f"compute-sanitizer cannot work here: {done.stdout[-300:]}")
     return done
 
