@@ -16,13 +16,14 @@
 //
 // Bytes moved, all labels distinct: B D (features + center read + center written + residual).
 //
-// Deterministic: ranks, chunks and the tree follow from the labels alone, and the last block sums
-// the loss in a fixed order. With `atomic`, each sample of a class of several adds its residual
+// Deterministic: ranks, chunks and the tree follow from the labels alone, and the losses are summed
+// in an order that follows from the batch's size (loss_sum.cuh). With `atomic`, each sample of a class of several adds its residual
 // to one row of the pool in whatever order, and the last of them moves the center.
 
 #include "cuda/center_loss_cuda.h"
 #include "cuda/device.cuh"
 #include "cuda/label_ranks.cuh"
+#include "cuda/loss_sum.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/workspace.cuh"
 
@@ -35,29 +36,6 @@ constexpr int kScanThreads = 128;  // small, to spread a small batch over all mu
 constexpr int kScanResident = 4;   // blocks on a multiprocessor: 128 registers a thread
 constexpr int kHashThreads = 256;
 constexpr int kHashResident = 2;  // blocks on a multiprocessor, for certain
-
-// The last block to come sums the losses and readies the header for the next launch.
-template <typename Feature, int Width>
-__device__ void Finish(const Parameters<Feature>& p, Rows<Feature, Width>& rows,
-                       unsigned char* shared, bool hashed) {
-  int* const before = reinterpret_cast<int*>(shared);
-  __syncthreads();
-  if (threadIdx.x == 0) *before = CountArrival(&p.header->done.value);
-  __syncthreads();
-  const bool last = *before == static_cast<int>(gridDim.x) - 1;
-  __syncthreads();
-  if (!last) return;
-  if (rows.reduces_loss()) rows.ReduceLoss(reinterpret_cast<double*>(shared));
-  if (threadIdx.x != 0) return;
-  Header* const header = p.header;
-  header->done.value = header->counted_blocks.value = header->ranked_blocks.value = 0;
-  header->pool_rows.value = header->counted.value = 0;
-  if (!hashed) return;
-  header->slots[header->parity] = p.slots;
-  header->groups[header->parity] = p.batch;
-  header->slots[1 - header->parity] = header->groups[1 - header->parity] = 0;
-  header->parity = 1 - header->parity;
-}
 
 template <typename Feature, int Width>
 __global__ void __launch_bounds__(kScanThreads, kScanResident)
@@ -80,7 +58,9 @@ __global__ void __launch_bounds__(kScanThreads, kScanResident)
       rows.DoPiece(index);
     }
   }
-  Finish(p, rows, shared, false);
+  if (!IsLastBlock()) return;
+  const double loss = SumOfBoxes(p.sample_loss, p.batch, shared);
+  if (threadIdx.x == 0) rows.StoreLossSum(loss);
 }
 
 template <typename Feature, int Width, bool kAtomic>
@@ -90,6 +70,7 @@ __global__ void __launch_bounds__(kHashThreads, kHashResident)
   Rows<Feature, Width> rows(p);
   const int parity = __ldcg(&p.header->parity);
   HashIndex<Feature> index(p, parity);
+  Counters& counters = p.header->counters[parity];
   const int blocks = static_cast<int>(gridDim.x);
   // Of kWarp times as many samples as there are warps, a warp does one in each lane, to look them
   // up together. They lie warps + 1 apart: neighbours, and labels that come again after a while,
@@ -99,10 +80,10 @@ __global__ void __launch_bounds__(kHashThreads, kHashResident)
   const int own = Lane() * warps + (warp + Lane()) % warps;
   rows.PrefetchFeatures(warp);
   index.Enter(rows.moves());
-  ArriveBlock(&p.header->counted_blocks.value);
+  ArriveBlock(&counters.counted_blocks.value);
   if (warp < p.batch) rows.PrefetchCenter(p.Label(warp));
   index.Clear(p, 1 - parity);
-  WaitAsBlock(&p.header->counted_blocks.value, blocks);
+  WaitAsBlock(&counters.counted_blocks.value, blocks);
   rows.SetCounted(index.Counted());
 
   if (rows.moves() && !kAtomic) index.RankTiles(reinterpret_cast<int*>(shared));
@@ -111,13 +92,13 @@ __global__ void __launch_bounds__(kHashThreads, kHashResident)
     for (int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); i < p.batch;
          i += blocks * kHashThreads) {
       if (index.GroupAt(i) == i && index.CountOf(i) > 1) {
-        const int row = atomicAdd(&p.header->pool_rows.value, 1);
+        const int row = index.TakePoolRows(1);
         p.first_pool_row[i] = row;
         p.finite_count[row] = 0;
       }
     }
   }
-  ArriveBlock(&p.header->ranked_blocks.value);
+  ArriveBlock(&counters.ranked_blocks.value);
 
   bool several = false;  // whether this warp has samples of classes with several
   for (int start = 0; start < p.batch; start += warps * kWarp) {
@@ -133,7 +114,7 @@ __global__ void __launch_bounds__(kHashThreads, kHashResident)
     }
   }
   if (several) {
-    WaitAsWarp(&p.header->ranked_blocks.value, blocks);
+    WaitAsWarp(&counters.ranked_blocks.value, blocks);
     for (int start = 0; start < p.batch; start += warps * kWarp) {
       const int i = start + own;
       const int group = i < p.batch ? index.GroupAt(i) : -1;
@@ -152,7 +133,16 @@ __global__ void __launch_bounds__(kHashThreads, kHashResident)
       }
     }
   }
-  Finish(p, rows, shared, true);
+  const double loss = SumOfUnits(p, shared);
+  if (!IsLastBlock() || threadIdx.x != 0) return;
+  rows.StoreLossSum(loss);
+  // All samples are done, so nobody needs these any more.
+  Header* const header = p.header;
+  StoreRelaxed(&header->parity, 1 - parity);
+  StoreRelaxed(&header->slots[parity], p.slots);
+  StoreRelaxed(&header->groups[parity], p.batch);
+  StoreRelaxed(&header->slots[1 - parity], 0);
+  StoreRelaxed(&header->groups[1 - parity], 0);
 }
 
 template <typename Feature>
@@ -221,13 +211,13 @@ cudaError_t LaunchStep(const Parameters<Feature>& p, void* stream) {
   if (p.batch <= kScanBatch && !p.cuda.atomic) {
     constexpr int kRows = kScanThreads / kWarp;
     const int64_t shared = Largest(ScanIndex<Feature>::SharedBytes(p.batch, kScanThreads),
-                                   Rows<Feature, Width>::SharedBytes(kScanThreads));
+                                   LossSumSharedBytes(kScanThreads));
     const int64_t blocks = Smallest(Quotient(p.batch, kRows), int64_t{8} * multiprocessors);
     return Launch(ScanStep<Feature, Width>, Largest(blocks, 1), kScanThreads, shared, false, stream,
                   p);
   }
-  const int64_t shared = Largest(HashIndex<Feature>::SharedBytes(kHashThreads),
-                                 Rows<Feature, Width>::SharedBytes(kHashThreads));
+  const int64_t shared =
+      Largest(HashIndex<Feature>::SharedBytes(kHashThreads), LossSumSharedBytes(kHashThreads));
   constexpr int kRows = kHashThreads / kWarp;
   const int64_t blocks =
       Smallest(Quotient(p.batch, kRows), int64_t{kHashResident} * multiprocessors);
@@ -283,7 +273,8 @@ int CenterLossOnCuda(const StepArguments<Feature, Label>& step,
   p.tile_count = static_cast<int*>(at(layout.tile_count));
   p.tile_start = static_cast<int*>(at(layout.tile_start));
   p.tile_order = static_cast<int*>(at(layout.tile_order));
-  p.sample_loss = static_cast<Center*>(at(layout.sample_loss));
+  p.sample_loss = static_cast<Box<Center>*>(at(layout.sample_loss));
+  p.unit_loss = static_cast<Box<double>*>(at(layout.unit_loss));
   p.pool_rows = layout.pool_rows;
   p.arrivals = static_cast<int*>(at(layout.arrivals));
   p.finite_count = static_cast<int*>(at(layout.finite_count));

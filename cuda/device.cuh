@@ -1,4 +1,5 @@
-// Rows in registers, sums over a warp, and counters that blocks of one launch meet at.
+// Rows in registers, sums over a warp, counters that blocks of one launch meet at, and boxes in which
+// one hands a number to another.
 
 #ifndef TF_CENTER_LOSS_OP_CUDA_DEVICE_CUH_
 #define TF_CENTER_LOSS_OP_CUDA_DEVICE_CUH_
@@ -195,7 +196,7 @@ __device__ __forceinline__ int WarpSumBefore(int value) {
   return sum - value;
 }
 
-// A number that others may change meanwhile.
+// A number that others may read or change meanwhile.
 __device__ __forceinline__ int LoadRelaxed(const int* number) {
 #if defined(__CUDA_ARCH__)
   int value;
@@ -203,6 +204,32 @@ __device__ __forceinline__ int LoadRelaxed(const int* number) {
   return value;
 #else
   return __ldcg(number);
+#endif
+}
+
+__device__ __forceinline__ uint64_t LoadRelaxed(const uint64_t* number) {
+#if defined(__CUDA_ARCH__)
+  uint64_t value;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(number) : "memory");
+  return value;
+#else
+  return __ldcg(number);
+#endif
+}
+
+__device__ __forceinline__ void StoreRelaxed(int* number, int value) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(number), "r"(value) : "memory");
+#else
+  __stcg(number, value);
+#endif
+}
+
+__device__ __forceinline__ void StoreRelaxed(uint64_t* number, uint64_t value) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(number), "l"(value) : "memory");
+#else
+  __stcg(number, value);
 #endif
 }
 
@@ -244,6 +271,45 @@ __device__ __forceinline__ void WaitAsBlock(const int* counter, int arrivals) {
 __device__ __forceinline__ void WaitAsWarp(const int* counter, int arrivals) {
   if (Lane() == 0) Await(counter, arrivals);
   __syncwarp();
+}
+
+// A number that one thread hands to another, and that alone: whatever else it has written may yet be
+// on its way, so nobody waits for that. Each half of a number comes with a word that says it is
+// there. All zero: empty.
+template <typename T>
+struct Box {
+  uint64_t words[sizeof(T) / sizeof(uint32_t)];
+};
+
+template <typename T>
+__device__ __forceinline__ void Fill(Box<T>* box, T number) {
+  uint32_t halves[sizeof(T) / sizeof(uint32_t)];
+  memcpy(halves, &number, sizeof(T));
+#pragma unroll
+  for (unsigned k = 0; k < sizeof(T) / sizeof(uint32_t); ++k) {
+    StoreRelaxed(&box->words[k], uint64_t{halves[k]} << 32 | 1);
+  }
+}
+
+// Whether there is a number in the box, and which.
+template <typename T>
+__device__ __forceinline__ bool LookInto(const Box<T>* box, T* number) {
+  uint32_t halves[sizeof(T) / sizeof(uint32_t)];
+  bool there = true;
+#pragma unroll
+  for (unsigned k = 0; k < sizeof(T) / sizeof(uint32_t); ++k) {
+    const uint64_t word = LoadRelaxed(&box->words[k]);
+    halves[k] = static_cast<uint32_t>(word >> 32);
+    there = there && (word & 1) != 0;
+  }
+  memcpy(number, halves, sizeof(T));
+  return there;
+}
+
+template <typename T>
+__device__ __forceinline__ void Empty(Box<T>* box) {
+#pragma unroll
+  for (unsigned k = 0; k < sizeof(T) / sizeof(uint32_t); ++k) StoreRelaxed(&box->words[k], uint64_t{0});
 }
 
 // Adds one; returns how many came before. What those wrote is visible to this thread, and what it

@@ -135,7 +135,10 @@ template <typename Feature>
 class HashIndex {
  public:
   __device__ HashIndex(const Parameters<Feature>& p, int parity)
-      : p_(p), table_(p.table[parity]), groups_(p.groups[parity]) {}
+      : p_(p),
+        counters_(&p.header->counters[parity]),
+        table_(p.table[parity]),
+        groups_(p.groups[parity]) {}
 
   // Enters this block's share of the labels, once for each warp and label; none where no center
   // moves.
@@ -161,12 +164,12 @@ class HashIndex {
     }
     if (!p_.options.has_ignore_label) return;
     counted = WarpSum(counted);
-    if (Lane() == 0 && counted > 0) atomicAdd(&p_.header->counted.value, counted);
+    if (Lane() == 0 && counted > 0) atomicAdd(&counters_->counted.value, counted);
   }
 
   // Once all have entered theirs.
   __device__ int Counted() const {
-    return p_.options.has_ignore_label ? __ldcg(&p_.header->counted.value) : p_.batch;
+    return p_.options.has_ignore_label ? __ldcg(&counters_->counted.value) : p_.batch;
   }
 
   // For each tile of this block's share: the order of its samples of classes with several, and
@@ -198,6 +201,9 @@ class HashIndex {
     }
     return Pieces(count, p_.parts).Has(rank);
   }
+
+  // The first of so many rows of the pool that nobody else has.
+  __device__ int TakePoolRows(int rows) { return atomicAdd(&counters_->pool_rows.value, rows); }
 
   // The class of sample i from here on, its count and the rank of i.
   __device__ void SetClass(int i) {
@@ -234,10 +240,11 @@ class HashIndex {
   // Of the rows of a class of several chunks.
   __device__ int FirstPoolRow() const { return __ldcg(&p_.first_pool_row[group_]); }
 
-  // Clears this block's share of the table that the next launch uses.
+  // Clears this block's share of what the next launch uses.
   __device__ static void Clear(const Parameters<Feature>& p, int parity) {
     const int thread = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
     const int threads = static_cast<int>(gridDim.x * blockDim.x);
+    if (thread == 0) p.header->counters[parity] = Counters{};
     const int slots = __ldcg(&p.header->slots[parity]);
     const int groups = __ldcg(&p.header->groups[parity]);
     for (int k = thread; k < slots; k += threads) p.table[parity][k] = 0;
@@ -329,13 +336,14 @@ class HashIndex {
       if (group < 0 || CountOf(group) == 1) continue;
       if (group == i && CountOf(group) > kMembers) {
         const int chunks = Pieces(CountOf(group), 1).chunks;
-        p_.first_pool_row[group] = atomicAdd(&p_.header->pool_rows.value, chunks);
+        p_.first_pool_row[group] = TakePoolRows(chunks);
       }
       p_.tile_order[begin + __ldcg(&p_.tile_start[cell(group)]) + p_.rank_in_tile[i]] = i;
     }
   }
 
   const Parameters<Feature>& p_;
+  Counters* counters_;
   int* table_;     // [slots] position of the sample that entered a label, plus one; 0: free
   Group* groups_;  // [B]
   int64_t label_ = 0;

@@ -94,54 +94,9 @@ class Rows {
     }
   }
 
-  static int64_t SharedBytes(int threads) {
-    return threads / kWarp * static_cast<int64_t>(sizeof(double));
-  }
-
-  // The sum of the losses in a fixed order, by one block; shared: a double a warp. A vector has
-  // the room of a whole one, whatever lies beyond the batch.
-  __device__ void ReduceLoss(double* shared) {
-    constexpr int kWidth = 16 / sizeof(Center);
-    const int threads = static_cast<int>(blockDim.x);
-    const int thread = static_cast<int>(threadIdx.x);
-    const int step = threads * kWidth;
-    int start = thread * kWidth;
-    double sum = 0;
-    // Apart from the rest: a load that has a condition is waited for before the next.
-#pragma unroll 1
-    for (; start + (kLoads - 1) * step + kWidth <= p_.batch; start += kLoads * step) {
-      Center losses[kLoads][kWidth];
-#pragma unroll
-      for (int k = 0; k < kLoads; ++k) {
-        LoadVector<kWidth, Cache::kShared>(&p_.sample_loss[start + k * step], losses[k]);
-      }
-#pragma unroll
-      for (int k = 0; k < kLoads; ++k) {
-#pragma unroll
-        for (int e = 0; e < kWidth; ++e) sum += losses[k][e];
-      }
-    }
-    if (start < p_.batch) {
-      Center losses[kLoads][kWidth] = {};
-#pragma unroll
-      for (int k = 0; k < kLoads; ++k) {
-        const int i = start + k * step;
-        if (i < p_.batch) LoadVector<kWidth, Cache::kShared>(&p_.sample_loss[i], losses[k]);
-      }
-#pragma unroll
-      for (int k = 0; k < kLoads; ++k) {
-        const int i = start + k * step;
-        if (i >= p_.batch) break;
-#pragma unroll
-        for (int e = 0; e < kWidth; ++e) sum += i + e < p_.batch ? losses[k][e] : Center{0};
-      }
-    }
-    sum = WarpSum(sum);
-    if (Lane() == 0) shared[WarpOfBlock()] = sum;
-    __syncthreads();
-    if (WarpOfBlock() != 0) return;
-    sum = WarpSum(Lane() < threads / kWarp ? shared[Lane()] : 0.0);
-    if (Lane() != 0) return;
+  // The loss, of the sum of the samples' losses; by one thread.
+  __device__ void StoreLossSum(double sum) {
+    if (!reduces_loss()) return;
     sum *= static_cast<double>(Weight());
     if (p_.options.reduction == Reduction::kMean) {
       sum = counted_ == 0 ? 0 : sum / static_cast<double>(counted_);
@@ -149,13 +104,13 @@ class Rows {
     *p_.loss = static_cast<Center>(sum);
   }
 
+  __device__ static Center NotANumber() { return static_cast<Center>(FloatOf(0x7fc00000u)); }
+
+ private:
   __device__ bool reduces_loss() const {
     return p_.loss != nullptr && p_.options.reduction != Reduction::kNone;
   }
 
-  __device__ static Center NotANumber() { return static_cast<Center>(FloatOf(0x7fc00000u)); }
-
- private:
   // An ignored sample, or one whose label is no row of the table.
   __device__ void Without(int i, Center value) {
     if (p_.residual != nullptr) {
@@ -457,11 +412,8 @@ class Rows {
   }
 
   __device__ void StoreLoss(int i, Center loss, Center squares) {
-    if (reduces_loss()) {
-      p_.sample_loss[i] = loss;
-    } else if (p_.loss != nullptr) {
-      p_.loss[i] = loss * sample_scale_;
-    }
+    Fill(&p_.sample_loss[i], loss);
+    if (p_.loss != nullptr && !reduces_loss()) p_.loss[i] = loss * sample_scale_;
     if (p_.squared_distance != nullptr) p_.squared_distance[i] = squares;
   }
 

@@ -29,23 +29,30 @@ constexpr int kSamplesPerPoolRow = kMembers / 2;
 // Table slots for each sample: at most a quarter full, so that few probes go astray.
 constexpr int64_t kSlotsPerSample = 4;
 
-// Bookkeeping of the launch that is running. All zero between launches but for `parity`, `slots`
-// and `groups`.
-struct Header {
+// Of a hashed launch.
+struct Counters {
   // On a cache line of its own: others wait for one while others yet add to another.
   struct Counter {
     int value;
     int padding[31];
   };
-  Counter done;            // blocks that have finished
   Counter counted_blocks;  // blocks that have counted their labels
   Counter ranked_blocks;   // blocks that have ranked their tiles
-  Counter pool_rows;       // rows of the pool that are taken, in a hashed launch
+  Counter pool_rows;       // rows of the pool that are taken
   Counter counted;         // N, with an ignore label
-  int parity;              // which of the two tables this launch uses; it clears the other
-  int slots[2];            // slots of each table that its last launch used
-  int groups[2];           // and groups
 };
+
+// What hashed launches leave to one another: each uses one of two sets of counters and tables, and
+// clears the other, which nobody uses any more.
+struct Header {
+  Counters counters[2];
+  int parity;     // of the next launch
+  int slots[2];   // slots of each table that its last launch used
+  int groups[2];  // and groups
+};
+
+// Neighbouring samples whose losses one block of a hashed launch adds up.
+constexpr int kLossUnit = 256;
 
 // A class of the batch, under the position of the sample that entered it into the table.
 struct Group {
@@ -60,7 +67,8 @@ struct Layout {
   int64_t bytes = 0;
 
   int64_t header, table[2], groups[2], first_pool_row, group_of, rank_in_tile, tile_count,
-      tile_start, tile_order, sample_loss, arrivals, finite_count, part_finite, part_squares, pool;
+      tile_start, tile_order, sample_loss, unit_loss, arrivals, finite_count, part_finite,
+      part_squares, pool;
 
   explicit Layout(const CudaWorkspace& workspace) {
     const int64_t batch = workspace.batch;
@@ -78,7 +86,8 @@ struct Layout {
     tile_count = Take(batch * kTiles * static_cast<int64_t>(sizeof(int)));
     tile_start = Take(batch * kTiles * static_cast<int64_t>(sizeof(int)));
     tile_order = Take(batch * static_cast<int64_t>(sizeof(int)));
-    sample_loss = Take(batch * workspace.center_size);
+    sample_loss = Take(batch * 2 * workspace.center_size);
+    unit_loss = Take((batch / kLossUnit + 1) * static_cast<int64_t>(sizeof(Box<double>)));
     arrivals = Take((1 + levels) * pool_rows * static_cast<int64_t>(sizeof(int)));
     finite_count = Take(pool_rows * static_cast<int64_t>(sizeof(int)));
     part_finite = Take(kParts * pool_rows * static_cast<int64_t>(sizeof(unsigned)));
@@ -130,7 +139,10 @@ struct Parameters {
   int* tile_count;      // [B, kTiles] samples of a group in a tile
   int* tile_start;      // [B, kTiles] where they start in the tile's part of tile_order
   int* tile_order;      // [B] each tile's samples, those of one group together, in order
-  Center* sample_loss;  // [B]
+
+  // Empty but while a launch runs.
+  Box<Center>* sample_loss;  // [B]
+  Box<double>* unit_loss;    // [B / kLossUnit], rounded up
 
   // A row of the pool is the sum of a chunk, and then of a node of the tree whose first it is.
   int64_t pool_rows;

@@ -174,10 +174,11 @@ def must_be_zero(memory, batch, dim, atomic):
     while 16**levels < batch:
         levels += 1
     sums = batch // 2 + 1 if atomic else batch // 8 + 1
-    sizes = dict(header=660, table0=4 * slots, table1=4 * slots)
+    sizes = dict(header=1044, table0=4 * slots, table1=4 * slots)
     sizes |= dict(groups0=8 * batch, groups1=8 * batch, first_pool_row=4 * batch)
     sizes |= dict(group_of=4 * batch, rank_in_tile=4 * batch, tile_count=128 * batch)
-    sizes |= dict(tile_start=128 * batch, tile_order=4 * batch, sample_loss=4 * batch)
+    sizes |= dict(tile_start=128 * batch, tile_order=4 * batch)
+    sizes |= dict(sample_loss=8 * batch, unit_loss=16 * (batch // 256 + 1))
     sizes |= dict(arrivals=4 * (1 + levels) * sums, finite_count=4 * sums, part_finite=16 * sums)
     sizes |= dict(part_squares=16 * batch, pool=4 * sums * dim)
     parts, at = {}, 0
@@ -185,10 +186,12 @@ def must_be_zero(memory, batch, dim, atomic):
         parts[part] = memory[at : at + size]
         at += (size + 255) // 256 * 256
     assert at == len(memory), "another layout"
-    header = parts["header"].view(np.int32)  # counters on 5 lines, parity, slots [2], groups [2]
-    yield "counters", header[:160]
-    parity = header[160]
-    for part in (f"table{parity}", f"groups{parity}", "arrivals", *(["pool"] if atomic else [])):
+    # Counters [2] on 4 lines, parity, slots [2], groups [2]: one of two sets is cleared.
+    header = parts["header"].view(np.int32)
+    parity = header[256]
+    yield "counters", header[:256].reshape(2, 128)[parity]
+    cleared = [f"table{parity}", f"groups{parity}", "sample_loss", "unit_loss", "arrivals"]
+    for part in (*cleared, *(["pool"] if atomic else [])):
         yield part, parts[part]
 
 

@@ -139,8 +139,8 @@ def test_without_this_barrier_a_schedule_breaks_results(tmp_path, site):
 
 
 MUTATIONS = {
-    "counts are not waited for": ("WaitAsBlock(&p.header->counted_blocks.value, blocks);", ""),
-    "ranks are not waited for": ("WaitAsWarp(&p.header->ranked_blocks.value, blocks);", ""),
+    "counts are not waited for": ("WaitAsBlock(&counters.counted_blocks.value, blocks);", ""),
+    "ranks are not waited for": ("WaitAsWarp(&counters.ranked_blocks.value, blocks);", ""),
     "the last but one takes itself for the last": (
         "last = CountArrival(counter) == arrivals - 1;",
         "last = CountArrival(counter) == arrivals - 2;",
@@ -171,19 +171,17 @@ MUTATIONS = {
         "",
     ),
     "the center moves before all have read it": ("if (pieces.chunks == 1) {", "if (true) {"),
-    "the last block but one finishes": (
-        "static_cast<int>(gridDim.x) - 1;",
-        "static_cast<int>(gridDim.x) - 2;",
+    "a loss is not waited for": ("if (there) break;", "break;"),
+    "half a loss is not waited for": (
+        "there = there && (word & 1) != 0;",
+        "if (k == 0) there = (word & 1) != 0;",
     ),
-    "the blocks' counters are not set back": (
-        "header->done.value = header->counted_blocks.value = header->ranked_blocks.value = 0;",
-        "header->done.value = 0;",
-    ),
-    "rows of the pool and N are not set back": (
-        "header->pool_rows.value = header->counted.value = 0;",
+    "a box is not emptied": ("Empty(&boxes[i]);", ""),
+    "the next counters are not cleared": (
+        "if (thread == 0) p.header->counters[parity] = Counters{};",
         "",
     ),
-    "the tables are not exchanged": ("header->parity = 1 - header->parity;", ""),
+    "the tables are not exchanged": ("StoreRelaxed(&header->parity, 1 - parity);", ""),
     "the next table is not cleared": ("index.Clear(p, 1 - parity);", ""),
     "the row of atomic sums is not cleared": (
         "StoreRow<Width, Cache::kNormal>(sum, column, p_.dim, zeros);",

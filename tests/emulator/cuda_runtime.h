@@ -2,7 +2,7 @@
 // CUDA that those files use, run by emulator.cc.
 //
 // Every thread of a launch is a fiber. One runs at a time; where it may lose the processor (at
-// barriers, warp functions, atomics, fences and loads past the first-level cache) the scheduler
+// barriers, warp functions, atomics, fences, loads and stores past the first-level cache) the scheduler
 // picks the next by the seed. Memory is sequentially consistent: what only a missing fence would
 // show is not in the results, but the check of races (emulator.cc) finds it.
 
@@ -47,8 +47,8 @@ void SyncThreads(const char* file, int line);
 void SyncWarp(const char* file, int line);
 void Fence(const char* file, int line);
 void Spin();  // waits for somebody else
-// Before a single access: an atomic (writes) or a load past the first-level cache.
-void Single(const void* address, size_t size, bool writes, const void* code);
+// Before a single access: an atomic (writes), or a load or store past the first-level cache.
+void Single(const void* address, size_t size, bool reads, bool writes, const void* code);
 unsigned char* SharedMemory();
 
 // Meets the other lanes of the warp in the same function; the bits that each of them brought.
@@ -87,8 +87,13 @@ using std::min;
 
 template <typename T>
 TCL_SINGLE T __ldcg(const T* address) {
-  ::emulator::Single(address, sizeof(T), false, __builtin_return_address(0));
+  ::emulator::Single(address, sizeof(T), true, false, __builtin_return_address(0));
   return *address;
+}
+template <typename T>
+TCL_SINGLE void __stcg(T* address, T value) {
+  ::emulator::Single(address, sizeof(T), false, true, __builtin_return_address(0));
+  *address = value;
 }
 template <typename T>
 T __ldcs(const T* address) {
@@ -108,19 +113,19 @@ inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 template <typename T>
 TCL_SINGLE T atomicAdd(T* address, T value) {
-  ::emulator::Single(address, sizeof(T), true, __builtin_return_address(0));
+  ::emulator::Single(address, sizeof(T), true, true, __builtin_return_address(0));
   const T before = *address;
   *address = before + value;
   return before;
 }
 TCL_SINGLE inline unsigned atomicOr(unsigned* address, unsigned value) {
-  ::emulator::Single(address, sizeof(unsigned), true, __builtin_return_address(0));
+  ::emulator::Single(address, sizeof(unsigned), true, true, __builtin_return_address(0));
   const unsigned before = *address;
   *address |= value;
   return before;
 }
 TCL_SINGLE inline int atomicCAS(int* address, int expected, int value) {
-  ::emulator::Single(address, sizeof(int), true, __builtin_return_address(0));
+  ::emulator::Single(address, sizeof(int), true, true, __builtin_return_address(0));
   const int before = *address;
   if (before == expected) *address = value;
   return before;

@@ -8,8 +8,8 @@
 //   TCL_FENCE                  hands what came before it to whom reads this thread's later atomics,
 //                              once that one has passed a fence, too
 //   shuffles, votes            order nothing
-// Atomics and loads past the first-level cache are single accesses, which do not conflict with one
-// another.
+// Atomics, and loads and stores past the first-level cache, are single accesses, which do not conflict
+// with one another.
 
 #include <dlfcn.h>
 #include <setjmp.h>
@@ -37,9 +37,6 @@ namespace emulator {
 namespace {
 
 constexpr size_t kStackBytes = size_t{128} << 10;
-// So many turns in which nothing but waiting was done are a deadlock.
-constexpr int64_t kMostIdleTurns = int64_t{1} << 22;
-
 struct Settings {
   uint64_t seed = 0;
   int multiprocessors = 2;
@@ -83,7 +80,7 @@ struct Fiber {
 
 struct Access {
   uint32_t fiber, clock;
-  bool single;  // an atomic or a load past the first-level cache
+  bool single;  // an atomic, or past the first-level cache
   const void* code;
 };
 
@@ -111,6 +108,8 @@ struct Run {
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Fiber*> ready;
+  std::vector<Fiber*> spinning;  // they look again once somebody has written
+  bool written = false;          // since all of them looked
   size_t alive = 0;
   Fiber* fiber = nullptr;  // the one that runs
   ucontext_t scheduler;
@@ -118,7 +117,6 @@ struct Run {
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
   std::mt19937_64 random;
-  int64_t idle_turns = 0;
   std::string error;
 };
 
@@ -159,7 +157,6 @@ void FiberMain() {
   ++fiber->in_block->exited;
   ++fiber->in_warp->exited;
   --run->alive;
-  run->idle_turns = 0;
   ToScheduler(true);
 }
 
@@ -265,8 +262,12 @@ bool Meet(std::vector<Fiber*>* waiting, size_t all) {
   }
   run->ready.insert(run->ready.end(), waiting->begin(), waiting->end());
   waiting->clear();
-  run->idle_turns = 0;
   return true;
+}
+
+void WakeSpinning() {
+  run->ready.insert(run->ready.end(), run->spinning.begin(), run->spinning.end());
+  run->spinning.clear();
 }
 
 bool Skipped(const char* file, int line) {
@@ -328,7 +329,6 @@ int Lane() { return run->fiber->lane; }
 unsigned char* SharedMemory() { return run->fiber->in_block->shared.get(); }
 
 void MayYield() {
-  run->idle_turns = 0;
   if (settings.seed != 0 && run->random() % 4 == 0) Yield();
 }
 
@@ -343,20 +343,23 @@ void Fence(const char* file, int line) {
   ++fiber->now[fiber->number];
 }
 
-void Single(const void* address, size_t size, bool writes, const void* code) {
+void Single(const void* address, size_t size, bool reads, bool writes, const void* code) {
   MayYield();
+  if (writes) {
+    run->written = true;
+    if (settings.seed != 0 && run->random() % 16 == 0) WakeSpinning();
+  }
   if (!settings.races) return;
   Fiber* const fiber = run->fiber;
   Note(address, size, writes, true, code);
   const auto at = reinterpret_cast<uintptr_t>(address);
-  if (writes) {
-    Handed& handed = run->handed[at];
-    Join(&fiber->read, handed.clock);
-    Join(&handed.clock, fiber->fenced);
-    handed.last = fiber;
-  } else if (const auto handed = run->handed.find(at); handed != run->handed.end()) {
-    Join(&fiber->read, handed->second.clock);
-  }
+  const auto handed = run->handed.find(at);
+  if (reads && handed != run->handed.end()) Join(&fiber->read, handed->second.clock);
+  if (!writes) return;
+  Handed& mine = run->handed[at];
+  if (!reads) mine.clock.clear();  // what it held before is lost
+  Join(&mine.clock, fiber->fenced);
+  mine.last = fiber;
 }
 
 void Plain(const void* address, size_t size, bool writes, const void* code) {
@@ -371,8 +374,8 @@ void Plain(const void* address, size_t size, bool writes, const void* code) {
 }
 
 void Spin() {
-  ++run->idle_turns;
-  Yield();
+  run->spinning.push_back(run->fiber);
+  ToScheduler(false);
 }
 
 void SyncThreads(const char* file, int line) {
@@ -438,8 +441,11 @@ int Launch(unsigned grid, unsigned block, size_t shared, bool cooperative,
       now.ready.pop_back();
     }
     ToFiber(fiber);
-    if (now.idle_turns > kMostIdleTurns) now.error = "deadlock: every thread waits";
     start_blocks();
+    if (now.ready.empty() && now.written) {
+      now.written = false;
+      WakeSpinning();
+    }
   }
   if (now.error.empty() && now.alive > 0) now.error = "deadlock: every thread waits";
   for (auto& fiber : now.fibers) stacks.push_back(fiber->stack);
