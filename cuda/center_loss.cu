@@ -1,12 +1,12 @@
 // The center loss step on a GPU, in one launch.
 //
-// Work. A *chunk* is up to kMembers samples of one class, of consecutive ranks in batch order. A
-// warp does it: center and features are read once, the residuals written, the sum of the residuals
-// kept in registers. A class of one chunk (nearly all, with many labels) moves its center at once:
-// nobody else reads or writes that row, so no residual can see it moved. The chunks of a larger
-// class are cut into *parts* by columns, a warp each, and leave their sums in a pool; the last part
-// to arrive finishes the chunk, the last of kMembers neighbouring chunks adds theirs up in order,
-// and so on up a tree, whose root moves the center. By then every part has read it.
+// Work. A class of few samples (nearly all, with many labels) is done by one warp: center and
+// features are read once, the residuals written, the sum of the residuals kept in registers, and the
+// center moved at once: nobody else reads or writes that row, so no residual can see it moved. A
+// larger class is cut into *chunks*, up to kMembers samples of consecutive ranks in batch order, and
+// these into *parts* by columns, a warp each, which leave their sums in a pool. The last part to
+// arrive finishes the chunk, the last of kMembers neighbouring chunks adds theirs up in order, and
+// so on up a tree, whose root moves the center. By then every part has read it.
 //
 // Counts and ranks (label_ranks.cuh): up to kScanBatch samples, by ScanIndex. For more, by
 // HashIndex: all blocks count the labels; a barrier, behind which the samples whose label is alone
@@ -17,8 +17,9 @@
 // Bytes moved, all labels distinct: B D (features + center read + center written + residual).
 //
 // Deterministic: ranks, chunks and the tree follow from the labels alone, and the losses are summed
-// in an order that follows from the batch's size (loss_sum.cuh). With `atomic`, each sample of a class of several adds its residual
-// to one row of the pool in whatever order, and the last of them moves the center.
+// in an order that follows from the size of the batch (loss_sum.cuh). With `atomic`, each sample of
+// a class of several adds its residual to one row of the pool in whatever order, and the last of
+// them moves the center.
 
 #include "cuda/center_loss_cuda.h"
 #include "cuda/device.cuh"

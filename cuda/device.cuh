@@ -332,7 +332,8 @@ __device__ __forceinline__ int CountArrival(int* counter) {
 // Whether this warp is the last of so many at the counter, which is then zero again. What the
 // others wrote before they came is visible to it.
 __device__ __forceinline__ bool LastWarpToArrive(int* counter, int arrivals) {
-  __syncwarp();  // what the other lanes wrote comes before the arrival of the first
+  __syncwarp();  // what the other lanes did comes before the arrival of the first
+  if (arrivals == 1) return true;
   bool last = false;
   if (Lane() == 0) {
     last = CountArrival(counter) == arrivals - 1;

@@ -24,9 +24,9 @@ struct Members {
   int position;  // in the batch
 };
 
-// The pieces that the work on a class of `count` samples is cut into: chunks of kMembers samples,
-// and where there are several of them, parts of each by columns. Piece k, part k % parts of chunk
-// k / parts, is done by the warp of the sample of rank k * stride: the pieces spread over the
+// The pieces that the work on a class of `count` samples is cut into: chunks of kMembers samples, and
+// of more than kWholeMembers samples parts of each chunk by columns. Piece k, part k % parts of
+// chunk k / parts, is done by the warp of the sample of rank k * stride: the pieces spread over the
 // batch.
 struct Pieces {
   int chunks;
@@ -35,14 +35,14 @@ struct Pieces {
 
   __device__ Pieces(int count, int parts_of_a_chunk)
       : chunks((count + kMembers - 1) / kMembers),
-        parts(chunks == 1 ? 1 : parts_of_a_chunk),
+        parts(count <= kWholeMembers ? 1 : parts_of_a_chunk),
         stride(count / (chunks * parts)) {}
 
   __device__ bool Has(int rank) const {
     return rank % stride == 0 && rank / stride < chunks * parts;
   }
 };
-static_assert(kParts * 2 <= kMembers, "two chunks have kMembers + 1 samples or more, one a piece");
+static_assert(kParts <= kWholeMembers && 2 * kParts <= kMembers, "a sample for each piece");
 
 // Ranks by scanning the labels, which lie in shared memory.
 template <typename Feature>
@@ -113,12 +113,12 @@ class ScanIndex {
     return members;
   }
 
-  // Of the rows of a class of several chunks: from where its samples would lie if the batch was
-  // sorted, so that no two classes share one.
+  // Of the rows of a class of more than kWholeMembers samples: from where its samples would lie if
+  // the batch was sorted, so that no two classes share one.
   __device__ int FirstPoolRow() const {
     int smaller = 0;
     for (int j = Lane(); j < p_.batch; j += kWarp) smaller += labels_[j] < label_;
-    return WarpSum(smaller) / kSamplesPerPoolRow;
+    return WarpSum(smaller) / kWholeMembers;
   }
 
  private:
@@ -173,7 +173,7 @@ class HashIndex {
   }
 
   // For each tile of this block's share: the order of its samples of classes with several, and
-  // their ranks among the tile's; rows of the pool for classes of several chunks.
+  // their ranks among the tile's; rows of the pool for classes of more than kWholeMembers.
   __device__ void RankTiles(int* shared) {
     for (int tile = static_cast<int>(blockIdx.x); tile < kTiles;
          tile += static_cast<int>(gridDim.x)) {
@@ -237,7 +237,7 @@ class HashIndex {
     return {count, Lane() < count ? __ldcg(&p_.tile_order[at]) : 0};
   }
 
-  // Of the rows of a class of several chunks.
+  // Of the rows of a class of more than kWholeMembers samples.
   __device__ int FirstPoolRow() const { return __ldcg(&p_.first_pool_row[group_]); }
 
   // Clears this block's share of what the next launch uses.
@@ -334,7 +334,7 @@ class HashIndex {
     for (int i = begin + thread; i < end; i += threads) {
       const int group = GroupAt(i);
       if (group < 0 || CountOf(group) == 1) continue;
-      if (group == i && CountOf(group) > kMembers) {
+      if (group == i && CountOf(group) > kWholeMembers) {
         const int chunks = Pieces(CountOf(group), 1).chunks;
         p_.first_pool_row[group] = TakePoolRows(chunks);
       }

@@ -66,7 +66,7 @@ class Rows {
     const int chunk = piece / pieces.parts;
     const int first = chunk * kMembers;
     const Members members = index.Find(first, min(index.count() - first, kMembers));
-    if (pieces.chunks == 1) {
+    if (index.count() <= kWholeMembers) {
       DoChunk(index.label(), members, Sums::kMove, nullptr);
       return;
     }
@@ -196,15 +196,15 @@ class Rows {
       const bool in_row = ColumnOf<Width>(column, 0) < p_.dim;
       const int64_t at = in_row ? ColumnOf<Width>(column, 0) : 0;
       Center center[Width] = {}, sum[Width] = {};
-      Piece rows;
+      Center rows[kLoads * Width];
       LoadMembers(members, 0, at, rows);
       if (!p_.features_are_residuals) {
         LoadVector<Width, Cache::kNormal>(p_.CenterRow(label) + at, center);
       }
-      for (int first = 0; first < members.count; first += kGroup) {
-        Center square[kGroup];
+      for (int first = 0; first < members.count; first += kLoads) {
+        Center square[kLoads];
 #pragma unroll
-        for (int v = 0; v < kGroup; ++v) {
+        for (int v = 0; v < kLoads; ++v) {
           Center* const row = rows + v * Width;
           const bool all_finite = __all_sync(kAllLanes, AllFinite<Width>(row) || !in_row);
           if (!all_finite) finite &= ~(1u << (first + v));
@@ -213,12 +213,12 @@ class Rows {
         }
         WarpSums(square);
 #pragma unroll
-        for (int v = 0; v < kGroup; ++v) {
+        for (int v = 0; v < kLoads; ++v) {
           if (Lane() == first + v) squares += square[v];
         }
         if (p_.residual != nullptr) {
 #pragma unroll
-          for (int v = 0; v < kGroup; ++v) {
+          for (int v = 0; v < kLoads; ++v) {
             const int m = first + v;
             const Center scale = __shfl_sync(kAllLanes, sample_weight, m) * sample_scale_;
             Center* const row = rows + v * Width;
@@ -230,7 +230,7 @@ class Rows {
             }
           }
         }
-        if (first + kGroup < members.count) LoadMembers(members, first + kGroup, at, rows);
+        if (first + kLoads < members.count) LoadMembers(members, first + kLoads, at, rows);
       }
       if (in_row) StoreVector<Width, Cache::kNormal>(p_.PoolAt(pool_row) + at, sum);
     }
@@ -298,17 +298,17 @@ class Rows {
     LoadRow<Width, Cache::kStreamed>(p_.Features(i), column, p_.dim, row);
   }
 
-  // This lane's vector at column `at` of kGroup members, from `first` on; beyond the last, of that
+  // This lane's vector at column `at` of kLoads members, from `first` on; beyond the last, of that
   // one again. No load has a condition: it would be waited for before the next.
-  __device__ void LoadMembers(Members members, int first, int64_t at, Piece& rows) {
-    int position[kGroup];
+  __device__ void LoadMembers(Members members, int first, int64_t at, Center* rows) {
+    int position[kLoads];
 #pragma unroll
-    for (int v = 0; v < kGroup; ++v) {
+    for (int v = 0; v < kLoads; ++v) {
       const int m = min(first + v, members.count - 1);
       position[v] = __shfl_sync(kAllLanes, members.position, m);
     }
 #pragma unroll
-    for (int v = 0; v < kGroup; ++v) {
+    for (int v = 0; v < kLoads; ++v) {
       LoadVector<Width, Cache::kStreamed>(p_.Features(position[v]) + at, rows + v * Width);
     }
   }

@@ -12,19 +12,19 @@ namespace tcl {
 namespace {
 
 // Members of a chunk, and chunks below a node of the tree. The sum of a chunk is written and read
-// again: of 16 members that is an eighth of the traffic of their features. A warp goes through them
-// one after the other: of many more, the launch would wait for a few warps in the end.
+// again: of 16 members that is an eighth of the traffic of their features. Of many more, the launch
+// would wait for a few warps in the end.
 constexpr int kMembers = 16;
 
-// Parts that a chunk of a class of several chunks is cut into by columns, at most. Each keeps the
-// squares of its members: of 4 parts 16 bytes for each sample.
+// A class of up to so many samples is done by one warp by whole rows, one after the other.
+constexpr int kWholeMembers = kMembers / 2;
+
+// Parts that the chunks of a larger class are cut into by columns, at most. Each keeps the squares
+// of its members: of 4 parts 16 bytes for each sample.
 constexpr int kParts = 4;
 
 // As many as a warp has lanes: a lane for each tile.
 constexpr int kTiles = kWarp;
-
-// Samples for each row of the pool.
-constexpr int kSamplesPerPoolRow = kMembers / 2;
 
 // Table slots for each sample: at most a quarter full, so that few probes go astray.
 constexpr int64_t kSlotsPerSample = 4;
@@ -74,9 +74,8 @@ struct Layout {
     const int64_t batch = workspace.batch;
     slots = SlotsFor(batch);
     for (int64_t covered = kMembers; covered < batch; covered *= kMembers) ++levels;
-    // A class of n > kMembers samples has ceil(n / kMembers) <= floor(n / kSamplesPerPoolRow)
-    // chunks.
-    pool_rows = workspace.atomic ? batch / 2 + 1 : batch / kSamplesPerPoolRow + 1;
+    // A class of n > kWholeMembers samples has ceil(n / kMembers) <= floor(n / kWholeMembers) chunks.
+    pool_rows = workspace.atomic ? batch / 2 + 1 : batch / kWholeMembers + 1;
     header = Take(sizeof(Header));
     for (int k = 0; k < 2; ++k) table[k] = Take(slots * static_cast<int64_t>(sizeof(int)));
     for (int k = 0; k < 2; ++k) groups[k] = Take(batch * static_cast<int64_t>(sizeof(Group)));

@@ -159,8 +159,8 @@ MUTATIONS = {
         "",
     ),
     "classes share rows of the pool": (
-        "return WarpSum(smaller) / kSamplesPerPoolRow;",
-        "return WarpSum(smaller) / (4 * kSamplesPerPoolRow);",
+        "return WarpSum(smaller) / kWholeMembers;",
+        "return WarpSum(smaller) / (4 * kWholeMembers);",
     ),
     "every atomic adder takes itself for the last": (
         "if (!LastWarpToArrive(&p_.arrivals[row], members)) return;",
@@ -170,7 +170,10 @@ MUTATIONS = {
         "if (last) *counter = 0;",
         "",
     ),
-    "the center moves before all have read it": ("if (pieces.chunks == 1) {", "if (true) {"),
+    "the center moves before all have read it": (
+        "if (index.count() <= kWholeMembers) {",
+        "if (true) {",
+    ),
     "a loss is not waited for": ("if (there) break;", "break;"),
     "half a loss is not waited for": (
         "there = there && (word & 1) != 0;",
@@ -249,7 +252,7 @@ def test_no_access_out_of_bounds(tmp_path):
     [
         ("if (at < dim) StoreVector", "StoreVector"),
         (
-            "pool_rows = workspace.atomic ? batch / 2 + 1 : batch / kSamplesPerPoolRow + 1;",
+            "pool_rows = workspace.atomic ? batch / 2 + 1 : batch / kWholeMembers + 1;",
             "pool_rows = 1;",
         ),
         ("threads * static_cast<int64_t>(sizeof(int));", "0;"),
