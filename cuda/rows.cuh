@@ -23,7 +23,9 @@ class Rows {
   using Piece = Center[kLane];                  // this lane's share of kPass columns
   static constexpr int kUnit = kWarp * Width;   // columns that a warp has one vector of
   static constexpr int kGroup = kLane / Width;  // vectors of a Piece
-  static constexpr int kLoads = 8;              // vectors in flight where nothing else is held
+  // Vectors in flight where no center is held but one vector. Those of float64 come with sums that take
+  // pairs of registers.
+  static constexpr int kLoads = sizeof(Center) == 8 ? 4 : 8;
 
   __device__ explicit Rows(const Parameters<Feature>& p) : p_(p) {
     const Center alpha = Alpha();
@@ -147,6 +149,7 @@ class Rows {
     unsigned finite = kAllLanes;
     if (!whole_rows && sums != Sums::kNone) finite = FiniteMembers(members);
 
+    PrefetchMembers(members, 2, 0, p_.dim);
     for (int64_t column = 0; column < p_.dim; column += kPass) {
       Piece center, sum, row, next;
 #pragma unroll
@@ -191,6 +194,7 @@ class Rows {
     unsigned finite = kAllLanes;
     const int64_t begin = part * p_.part_columns;
     const int64_t end = min(begin + p_.part_columns, p_.dim);
+    PrefetchMembers(members, kLoads, begin, end);
     for (int64_t column = begin; column < end; column += kUnit) {
       // A lane beyond the end of the row goes along, at a column that is there.
       const bool in_row = ColumnOf<Width>(column, 0) < p_.dim;
@@ -291,6 +295,15 @@ class Rows {
       sum[e] += adds ? row[e] : Center{0};
     }
     return square;
+  }
+
+  // Of those from `first` on: not loaded yet, but on their way.
+  __device__ void PrefetchMembers(Members members, int first, int64_t begin, int64_t end) const {
+#pragma unroll 1
+    for (int m = first; m < members.count; ++m) {
+      const int i = __shfl_sync(kAllLanes, members.position, m);
+      PrefetchRow(p_.Features(i) + begin, end - begin);
+    }
   }
 
   __device__ void LoadMember(Members members, int m, int64_t column, Piece& row) {
