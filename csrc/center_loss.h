@@ -35,9 +35,10 @@ struct StepOptions {
   bool update_centers = true;
 };
 
-// One step over dense row-major arrays. Centers are the type the arithmetic is done in. The
-// residual is of that type too, also for 16-bit features: it is rounded to theirs once, in the
-// backward pass, when the upstream gradient (a loss scale of 2^15, say) has been multiplied in.
+// One step over dense row-major arrays; none that is written may overlap another. Centers are the
+// type the arithmetic is done in. The residual is of that type too, also for 16-bit features: it is
+// rounded to theirs once, in the backward pass, when the upstream gradient (a loss scale of 2^15,
+// say) has been multiplied in.
 //
 // Where `features_are_residuals`, `features` holds d_i itself and the centers are only written:
 // the update alone, from the residual of an earlier forward pass.

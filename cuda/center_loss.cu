@@ -1,12 +1,12 @@
 // The center loss step on a GPU, in one launch.
 //
 // Work. A class of few samples (nearly all, with many labels) is done by one warp: center and
-// features are read once, the residuals written, the sum of the residuals kept in registers, and the
-// center moved at once: nobody else reads or writes that row, so no residual can see it moved. A
-// larger class is cut into *chunks*, up to kMembers samples of consecutive ranks in batch order, and
-// these into *parts* by columns, a warp each, which leave their sums in a pool. The last part to
-// arrive finishes the chunk, the last of kMembers neighbouring chunks adds theirs up in order, and
-// so on up a tree, whose root moves the center. By then every part has read it.
+// features are read once, the residuals written, the sum of the residuals kept in registers, and
+// the center moved at once: nobody else reads or writes that row, so no residual can see it moved.
+// A larger class is cut into *chunks*, up to kMembers samples of consecutive ranks in batch order,
+// and these into *parts* by columns, a warp each, which leave their sums in a pool. The last part
+// to arrive finishes the chunk, the last of kMembers neighbouring chunks adds theirs up in order,
+// and so on up a tree, whose root moves the center. By then every part has read it.
 //
 // Counts and ranks (label_ranks.cuh): up to kScanBatch samples, by ScanIndex. For more, by
 // HashIndex: all blocks count the labels; a barrier, behind which the samples whose label is alone
@@ -137,13 +137,11 @@ __global__ void __launch_bounds__(kHashThreads, kHashResident)
   const double loss = SumOfUnits(p, shared);
   if (!IsLastBlock() || threadIdx.x != 0) return;
   rows.StoreLossSum(loss);
-  // All samples are done, so nobody needs these any more.
+  // All have read the parity (counted_blocks), and nobody reads these of this one any more.
   Header* const header = p.header;
   StoreRelaxed(&header->parity, 1 - parity);
   StoreRelaxed(&header->slots[parity], p.slots);
   StoreRelaxed(&header->groups[parity], p.batch);
-  StoreRelaxed(&header->slots[1 - parity], 0);
-  StoreRelaxed(&header->groups[1 - parity], 0);
 }
 
 template <typename Feature>

@@ -1,5 +1,5 @@
-// Rows in registers, sums over a warp, counters that blocks of one launch meet at, and boxes in which
-// one hands a number to another.
+// Rows in registers, sums over a warp, counters that blocks of one launch meet at, and boxes in
+// which one hands a number to another.
 
 #ifndef TF_CENTER_LOSS_OP_CUDA_DEVICE_CUH_
 #define TF_CENTER_LOSS_OP_CUDA_DEVICE_CUH_
@@ -17,10 +17,12 @@
 #define TCL_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
 
-// Where the emulator compiles these files for the host, this stands for the acquire and the release
-// of the instructions below; nvcc's pass over the host code needs the name alone.
-#if !defined(__CUDA_ARCH__) && !defined(TCL_FENCE)
-#define TCL_FENCE()
+// Where the emulator compiles these files for the host, these stand for what instructions below
+// release by the access that comes next, and acquire by the one that came last; nvcc's pass over
+// the host code needs the names alone.
+#if !defined(__CUDA_ARCH__) && !defined(TCL_RELEASE)
+#define TCL_RELEASE()
+#define TCL_ACQUIRE()
 #endif
 
 namespace tcl {
@@ -233,14 +235,14 @@ __device__ __forceinline__ void StoreRelaxed(uint64_t* number, uint64_t value) {
 #endif
 }
 
-// The same; what was written before that number is visible behind this.
+// As LoadRelaxed, and what was written before that number was released is visible behind this.
 __device__ __forceinline__ int LoadAcquire(const int* number) {
 #if defined(__CUDA_ARCH__)
   int value;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(number) : "memory");
 #else
   const int value = __ldcg(number);
-  TCL_FENCE();
+  TCL_ACQUIRE();
 #endif
   return value;
 }
@@ -253,7 +255,7 @@ __device__ __forceinline__ void ArriveBlock(int* counter) {
 #if defined(__CUDA_ARCH__)
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
 #else
-  TCL_FENCE();
+  TCL_RELEASE();
   atomicAdd(counter, 1);
 #endif
 }
@@ -273,9 +275,9 @@ __device__ __forceinline__ void WaitAsWarp(const int* counter, int arrivals) {
   __syncwarp();
 }
 
-// A number that one thread hands to another, and that alone: whatever else it has written may yet be
-// on its way, so nobody waits for that. Each half of a number comes with a word that says it is
-// there. All zero: empty.
+// A number that one thread hands to another, and that alone: whatever else it has written may yet
+// be on its way, so nobody waits for that. Every 32 bits of it lie in a word with one that says
+// they are there, and one access brings both. All zero: empty.
 template <typename T>
 struct Box {
   uint64_t words[sizeof(T) / sizeof(uint32_t)];
@@ -309,7 +311,8 @@ __device__ __forceinline__ bool LookInto(const Box<T>* box, T* number) {
 template <typename T>
 __device__ __forceinline__ void Empty(Box<T>* box) {
 #pragma unroll
-  for (unsigned k = 0; k < sizeof(T) / sizeof(uint32_t); ++k) StoreRelaxed(&box->words[k], uint64_t{0});
+  for (unsigned k = 0; k < sizeof(T) / sizeof(uint32_t); ++k)
+    StoreRelaxed(&box->words[k], uint64_t{0});
 }
 
 // Adds one; returns how many came before. What those wrote is visible to this thread, and what it
@@ -322,9 +325,9 @@ __device__ __forceinline__ int CountArrival(int* counter) {
                : "l"(counter)
                : "memory");
 #else
-  TCL_FENCE();
+  TCL_RELEASE();
   const int before = atomicAdd(counter, 1);
-  TCL_FENCE();
+  TCL_ACQUIRE();
 #endif
   return before;
 }
@@ -332,8 +335,8 @@ __device__ __forceinline__ int CountArrival(int* counter) {
 // Whether this warp is the last of so many at the counter, which is then zero again. What the
 // others wrote before they came is visible to it.
 __device__ __forceinline__ bool LastWarpToArrive(int* counter, int arrivals) {
-  __syncwarp();  // what the other lanes did comes before the arrival of the first
-  if (arrivals == 1) return true;
+  __syncwarp();                    // what the other lanes did comes before the arrival of the first
+  if (arrivals == 1) return true;  // the others that it would wait for are this warp itself
   bool last = false;
   if (Lane() == 0) {
     last = CountArrival(counter) == arrivals - 1;

@@ -2,7 +2,8 @@
 // those of other ranks are.
 //
 // ScanIndex: each warp scans the labels in shared memory, B / 32 steps. No barrier.
-// HashIndex: all blocks count the labels in a hash table; then kTiles blocks rank the samples whose
+// HashIndex: all blocks count the labels in a hash table; then up to kTiles blocks rank the samples
+// whose
 //   label is not alone, each those of one tile of the batch, in order. A rank in the batch is the
 //   rank in the tile and the counts of the class in the tiles before. Between the two, and after
 //   them, all blocks have to meet.
@@ -24,8 +25,8 @@ struct Members {
   int position;  // in the batch
 };
 
-// The pieces that the work on a class of `count` samples is cut into: chunks of kMembers samples, and
-// of more than kWholeMembers samples parts of each chunk by columns. Piece k, part k % parts of
+// The pieces that the work on a class of `count` samples is cut into: chunks of kMembers samples,
+// and of more than kWholeMembers samples parts of each chunk by columns. Piece k, part k % parts of
 // chunk k / parts, is done by the warp of the sample of rank k * stride: the pieces spread over the
 // batch.
 struct Pieces {
@@ -244,7 +245,11 @@ class HashIndex {
   __device__ static void Clear(const Parameters<Feature>& p, int parity) {
     const int thread = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
     const int threads = static_cast<int>(gridDim.x * blockDim.x);
-    if (thread == 0) p.header->counters[parity] = Counters{};
+    if (thread == 0) {
+      Counters& counters = p.header->counters[parity];
+      counters.counted_blocks.value = counters.ranked_blocks.value = 0;
+      counters.pool_rows.value = counters.counted.value = 0;
+    }
     const int slots = __ldcg(&p.header->slots[parity]);
     const int groups = __ldcg(&p.header->groups[parity]);
     for (int k = thread; k < slots; k += threads) p.table[parity][k] = 0;

@@ -1,9 +1,9 @@
-// How the losses of the samples become one number: in boxes, which the warps that do the samples fill
-// and others wait at, so that none of it waits for the rows to be written.
+// How the losses of the samples become one number: in boxes, which the warps that do the samples
+// fill and others wait at. No fence has to wait until the rows are written.
 //
-// A scanned launch: the last block adds up all of them. A hashed one, whose blocks are all resident:
-// block after block adds up units of kLossUnit samples, and the last block adds up the units. The
-// order does not depend on the number of blocks.
+// A scanned launch: the last block adds up all of them. A hashed one, whose blocks are all
+// resident: block after block adds up units of kLossUnit samples, and the last block adds up the
+// units. The order does not depend on the number of blocks.
 
 #ifndef TF_CENTER_LOSS_OP_CUDA_LOSS_SUM_CUH_
 #define TF_CENTER_LOSS_OP_CUDA_LOSS_SUM_CUH_
@@ -16,8 +16,8 @@
 namespace tcl {
 namespace {
 
-// The one that waits for others in a scanned launch: there is room for more than one block, so those
-// that have not begun yet do not depend on it.
+// The one that waits for others in a scanned launch. It does so when it has done its own samples,
+// and a multiprocessor has room for two blocks: those that have not begun yet do not depend on it.
 __device__ __forceinline__ bool IsLastBlock() { return blockIdx.x == gridDim.x - 1; }
 
 inline int64_t LossSumSharedBytes(int threads) {
@@ -37,7 +37,7 @@ __device__ double SumOfBoxes(Box<T>* boxes, int count, unsigned char* shared) {
     for (;;) {
       bool there = true;
 #pragma unroll
-      for (int k = 0; k < kLoads; ++k) {  // without a condition: it would be waited for
+      for (int k = 0; k < kLoads; ++k) {  // beyond the end the first again, see Rows::LoadMembers
         const int i = first + k * threads;
         there &= LookInto(&boxes[i < count ? i : first], &numbers[k]);
       }
@@ -67,8 +67,7 @@ __device__ double SumOfUnits(const Parameters<Feature>& p, unsigned char* shared
   const int units = (p.batch + kLossUnit - 1) / kLossUnit;
   for (int unit = static_cast<int>(blockIdx.x); unit < units; unit += static_cast<int>(gridDim.x)) {
     const int first = unit * kLossUnit;
-    const double sum =
-        SumOfBoxes(p.sample_loss + first, min(kLossUnit, p.batch - first), shared);
+    const double sum = SumOfBoxes(p.sample_loss + first, min(kLossUnit, p.batch - first), shared);
     if (threadIdx.x == 0) Fill(&p.unit_loss[unit], sum);
   }
   return IsLastBlock() ? SumOfBoxes(p.unit_loss, units, shared) : 0;

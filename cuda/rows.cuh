@@ -23,8 +23,8 @@ class Rows {
   using Piece = Center[kLane];                  // this lane's share of kPass columns
   static constexpr int kUnit = kWarp * Width;   // columns that a warp has one vector of
   static constexpr int kGroup = kLane / Width;  // vectors of a Piece
-  // Vectors in flight where no center is held but one vector. Those of float64 come with sums that take
-  // pairs of registers.
+  // Vectors in flight where only one vector of the center is held. Those of float64 come with sums
+  // that take pairs of registers.
   static constexpr int kLoads = sizeof(Center) == 8 ? 4 : 8;
 
   __device__ explicit Rows(const Parameters<Feature>& p) : p_(p) {

@@ -51,8 +51,8 @@ struct Header {
   int groups[2];  // and groups
 };
 
-// Neighbouring samples whose losses one block of a hashed launch adds up.
-constexpr int kLossUnit = 256;
+// Neighbouring samples whose losses one block of a hashed launch adds up: eight for each thread.
+constexpr int kLossUnit = 2048;
 
 // A class of the batch, under the position of the sample that entered it into the table.
 struct Group {
@@ -74,7 +74,8 @@ struct Layout {
     const int64_t batch = workspace.batch;
     slots = SlotsFor(batch);
     for (int64_t covered = kMembers; covered < batch; covered *= kMembers) ++levels;
-    // A class of n > kWholeMembers samples has ceil(n / kMembers) <= floor(n / kWholeMembers) chunks.
+    // A class of n > kWholeMembers samples has ceil(n / kMembers) <= floor(n / kWholeMembers)
+    // chunks.
     pool_rows = workspace.atomic ? batch / 2 + 1 : batch / kWholeMembers + 1;
     header = Take(sizeof(Header));
     for (int k = 0; k < 2; ++k) table[k] = Take(slots * static_cast<int64_t>(sizeof(int)));

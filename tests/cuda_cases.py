@@ -12,8 +12,8 @@ from tolerances import assert_near_oracle
 
 SCANNED = 2048  # the largest batch whose labels are scanned; larger ones are hashed
 
-# Sizes of classes around what changes with them: whole rows up to 8 samples, one chunk of 16, several,
-# a tree of two levels beyond 16 chunks, of three beyond 256.
+# Sizes of classes around what changes with them: whole rows up to 8 samples, one chunk of 16,
+# several, a tree of two levels beyond 16 chunks, of three beyond 256.
 CLASS_SIZES = [1, 2, 8, 9, 16, 17, 32, 33, 256, 257]
 THREE_LEVELS = 16**3 + 9
 

@@ -161,7 +161,7 @@ class Workspace:
 
 class Emulator:
     """The kernels with a schedule: `seed` 0 is in order, others by chance, of four the first with
-    warps and the third with threads that hardly run; `skip` names a barrier or fence,
+    warps and the third with threads that hardly run; `skip` names a barrier, release or acquire,
     "device.cuh:42", that is left out; with `races`, for a library built with them, accesses that
     nothing orders are errors."""
 

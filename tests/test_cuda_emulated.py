@@ -178,7 +178,7 @@ def must_be_zero(memory, batch, dim, atomic):
     sizes |= dict(groups0=8 * batch, groups1=8 * batch, first_pool_row=4 * batch)
     sizes |= dict(group_of=4 * batch, rank_in_tile=4 * batch, tile_count=128 * batch)
     sizes |= dict(tile_start=128 * batch, tile_order=4 * batch)
-    sizes |= dict(sample_loss=8 * batch, unit_loss=16 * (batch // 256 + 1))
+    sizes |= dict(sample_loss=8 * batch, unit_loss=16 * (batch // 2048 + 1))
     sizes |= dict(arrivals=4 * (1 + levels) * sums, finite_count=4 * sums, part_finite=16 * sums)
     sizes |= dict(part_squares=16 * batch, pool=4 * sums * dim)
     parts, at = {}, 0

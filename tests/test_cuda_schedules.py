@@ -1,5 +1,5 @@
-"""What holds the launch of the CUDA kernels together: each barrier, each fence and each hand-over
-from one block or launch to the next is found missing where it is left out."""
+"""What holds the launch of the CUDA kernels together: each barrier, release, acquire and
+hand-over from one block or launch to the next is found missing where it is left out."""
 
 import functools
 import re
@@ -29,7 +29,7 @@ def sites(pattern):
 
 
 BARRIERS = sites(r"__sync(threads|warp)\(\)")
-FENCES = sites(r"TCL_FENCE\(\);")
+ORDERS = sites(r"TCL_(RELEASE|ACQUIRE)\(\);")
 
 # The lines behind the barriers that only order memory: the lanes meet in a shuffle or a vote
 # all the same, so no schedule of the emulator shows in the results what the barrier is for.
@@ -38,6 +38,12 @@ ONLY_ORDER = ["return members;", "return __any_sync(kAllLanes, last);"]
 # Scanned, hashed, hashed with atomics: batch and whether atomic.
 LAUNCHES = [(300, False), (cuda_cases.SCANNED + 1, False), (300, True)]
 DIM = 70  # three parts of a chunk
+
+
+def built(*changes, **options):
+    """The kernels with `changes`, and with so few losses to a unit that a block has several."""
+    few = ("kLossUnit = 2048;", "kLossUnit = 64;")
+    return emulated.build(kernels=emulated.changed(few, *changes), **options)
 
 
 def breakable():
@@ -63,7 +69,7 @@ def problem(batch, seed=0):
 
 @functools.cache
 def racing_library():
-    return emulated.build(kernels=emulated.changed(), races=True)
+    return built(races=True)
 
 
 def step(inputs, atomic, **schedule):
@@ -91,8 +97,8 @@ def test_nothing_races(row):
     cuda_cases.run(emulated.Emulator(library=racing_library(), races=True, **schedule), row)
 
 
-@pytest.mark.parametrize("site", BARRIERS + FENCES)
-def test_without_this_barrier_or_fence_there_is_a_race(site):
+@pytest.mark.parametrize("site", BARRIERS + ORDERS)
+def test_without_this_barrier_or_order_there_is_a_race(site):
     with pytest.raises(emulated.EmulatorError, match="^race: "):
         for batch, atomic in LAUNCHES:
             step(problem(batch), atomic, seed=1, multiprocessors=1, skip=site)
@@ -130,12 +136,12 @@ def broken(cwd, library, skip=""):
 
 
 def test_nothing_breaks(tmp_path):
-    assert broken(tmp_path, emulated.build(kernels=emulated.changed())) == ""
+    assert broken(tmp_path, built()) == ""
 
 
 @pytest.mark.parametrize("site", breakable())
 def test_without_this_barrier_a_schedule_breaks_results(tmp_path, site):
-    assert broken(tmp_path, emulated.build(kernels=emulated.changed()), site), "nothing broke"
+    assert broken(tmp_path, built(), site), "nothing broke"
 
 
 MUTATIONS = {
@@ -180,8 +186,12 @@ MUTATIONS = {
         "if (k == 0) there = (word & 1) != 0;",
     ),
     "a box is not emptied": ("Empty(&boxes[i]);", ""),
-    "the next counters are not cleared": (
-        "if (thread == 0) p.header->counters[parity] = Counters{};",
+    "the blocks' next counters are not cleared": (
+        "counters.counted_blocks.value = counters.ranked_blocks.value = 0;",
+        "",
+    ),
+    "the next rows of the pool and N are not cleared": (
+        "counters.pool_rows.value = counters.counted.value = 0;",
         "",
     ),
     "the tables are not exchanged": ("StoreRelaxed(&header->parity, 1 - parity);", ""),
@@ -195,8 +205,7 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_mutation_breaks_results(tmp_path, mutation):
-    library = emulated.build(kernels=emulated.changed(MUTATIONS[mutation]))
-    assert broken(tmp_path, library), "nothing broke"
+    assert broken(tmp_path, built(MUTATIONS[mutation])), "nothing broke"
 
 
 def test_a_mutation_of_what_is_not_there_is_an_error():

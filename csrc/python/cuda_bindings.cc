@@ -311,8 +311,8 @@ atomics: the bits of the moved centers differ from run to run.)")
            R"(One launch on the stream (a cudaStream_t as an int); returns at once.
 
 Writes loss ([], or [B] for reduction "none"), residual [B, D] and squared_distance [B] where given,
-in the centers' type, and the centers in place. alpha and weight may be arrays of one number on the
-device. A label out of range makes its sample's loss and residual NaN. Raises ValueError, with
+in the centers' type, and the centers in place; none of them may overlap another array. alpha and
+weight may be arrays of one number on the device. A label out of range makes its sample's loss and residual NaN. Raises ValueError, with
 nothing written.)");
   module.def("cuda_backward", Backward, py::arg("upstream"), py::arg("residual"),
              py::arg("gradient"), py::kw_only(), py::arg("stream") = 0,

@@ -2,8 +2,8 @@
 // CUDA that those files use, run by emulator.cc.
 //
 // Every thread of a launch is a fiber. One runs at a time; where it may lose the processor (at
-// barriers, warp functions, atomics, fences, loads and stores past the first-level cache) the scheduler
-// picks the next by the seed. Memory is sequentially consistent: what only a missing fence would
+// barriers, warp functions, atomics, releases, acquires, accesses past the first-level cache) the scheduler
+// picks the next by the seed. Memory is sequentially consistent: what only a missing release or acquire would
 // show is not in the results, but the check of races (emulator.cc) finds it.
 
 #ifndef TF_CENTER_LOSS_OP_TESTS_EMULATOR_CUDA_RUNTIME_H_
@@ -25,7 +25,8 @@
 #define __nanosleep(nanoseconds) ::emulator::Spin()
 #define __syncthreads() ::emulator::SyncThreads(__FILE__, __LINE__)
 #define __syncwarp() ::emulator::SyncWarp(__FILE__, __LINE__)
-#define TCL_FENCE() ::emulator::Fence(__FILE__, __LINE__)
+#define TCL_RELEASE() ::emulator::Release(__FILE__, __LINE__)
+#define TCL_ACQUIRE() ::emulator::Acquire(__FILE__, __LINE__)
 #define TCL_DYNAMIC_SHARED(name) unsigned char* const name = ::emulator::SharedMemory()
 
 struct dim3 {
@@ -45,7 +46,8 @@ constexpr int kWarp = 32;
 
 void SyncThreads(const char* file, int line);
 void SyncWarp(const char* file, int line);
-void Fence(const char* file, int line);
+void Release(const char* file, int line);
+void Acquire(const char* file, int line);
 void Spin();  // waits for somebody else
 // Before a single access: an atomic (writes), or a load or store past the first-level cache.
 void Single(const void* address, size_t size, bool reads, bool writes, const void* code);

@@ -1,12 +1,12 @@
 // Fibers, their scheduler, what they meet at, and what orders their accesses to memory.
 //
 // Where the kernels are compiled with -fsanitize=thread (its run-time library is not linked: the
-// calls that it puts in arrive below), an access is an error unless barriers or fences order it
+// calls that it puts in arrive below), an access is an error unless barriers, or a release and an acquire, order it
 // after every conflicting one of another thread, whatever the schedule made of it. By vector
 // clocks:
 //   __syncthreads, __syncwarp  order the threads that meet there
-//   TCL_FENCE                  hands what came before it to whom reads this thread's later atomics,
-//                              once that one has passed a fence, too
+//   TCL_RELEASE                hands what came before it to whom reads this thread's next single access
+//   TCL_ACQUIRE                takes what this thread's last single access has read
 //   shuffles, votes            order nothing
 // Atomics, and loads and stores past the first-level cache, are single accesses, which do not conflict
 // with one another.
@@ -41,7 +41,7 @@ struct Settings {
   uint64_t seed = 0;
   int multiprocessors = 2;
   bool races = false;
-  std::string skipped;  // "file:line" of a barrier or fence that is left out
+  std::string skipped;  // "file:line" of a barrier, release or acquire that is left out
 } settings;
 
 using Clock = std::vector<uint32_t>;  // for each thread, how much of it came before
@@ -69,7 +69,9 @@ struct Fiber {
   Warp* in_warp;
   int lane;
   uint32_t number;
-  Clock now, fenced, read;  // of this thread; at its last fence; of the atomics it read since
+  Clock now;       // of this thread
+  Clock released;  // what its next atomic or store hands on
+  Clock read;      // what its last atomic or load was handed
   unsigned char* stack;
   ucontext_t context;
   jmp_buf point;
@@ -93,10 +95,10 @@ struct Cell {
   Access read[4];
 };
 
-// What the atomics at an address hand on.
+// What the atomics and stores at an address hand on, and who was the last there.
 struct Handed {
   Clock clock;
-  const Fiber* last;
+  const Fiber* last = nullptr;
 };
 
 struct Run {
@@ -332,15 +334,18 @@ void MayYield() {
   if (settings.seed != 0 && run->random() % 4 == 0) Yield();
 }
 
-void Fence(const char* file, int line) {
+void Release(const char* file, int line) {
   MayYield();
-  if (Skipped(file, line)) return;
-  if (!settings.races) return;
+  if (Skipped(file, line) || !settings.races) return;
   Fiber* const fiber = run->fiber;
-  Join(&fiber->now, fiber->read);
-  fiber->read.clear();
-  fiber->fenced = fiber->now;
+  fiber->released = fiber->now;
   ++fiber->now[fiber->number];
+}
+
+void Acquire(const char* file, int line) {
+  MayYield();
+  if (Skipped(file, line) || !settings.races) return;
+  Join(&run->fiber->now, run->fiber->read);
 }
 
 void Single(const void* address, size_t size, bool reads, bool writes, const void* code) {
@@ -353,13 +358,13 @@ void Single(const void* address, size_t size, bool reads, bool writes, const voi
   Fiber* const fiber = run->fiber;
   Note(address, size, writes, true, code);
   const auto at = reinterpret_cast<uintptr_t>(address);
-  const auto handed = run->handed.find(at);
-  if (reads && handed != run->handed.end()) Join(&fiber->read, handed->second.clock);
+  Handed& handed = run->handed[at];
+  if (reads) fiber->read = handed.clock;
   if (!writes) return;
-  Handed& mine = run->handed[at];
-  if (!reads) mine.clock.clear();  // what it held before is lost
-  Join(&mine.clock, fiber->fenced);
-  mine.last = fiber;
+  if (!reads) handed.clock.clear();  // what it held before is lost
+  Join(&handed.clock, fiber->released);
+  handed.last = fiber;
+  fiber->released.clear();
 }
 
 void Plain(const void* address, size_t size, bool writes, const void* code) {
