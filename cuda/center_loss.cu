@@ -137,11 +137,10 @@ __global__ void __launch_bounds__(kHashThreads, kHashResident)
   const double loss = SumOfUnits(p, shared);
   if (!IsLastBlock() || threadIdx.x != 0) return;
   rows.StoreLossSum(loss);
-  // All have read the parity (counted_blocks), and nobody reads these of this one any more.
-  Header* const header = p.header;
-  StoreRelaxed(&header->parity, 1 - parity);
-  StoreRelaxed(&header->slots[parity], p.slots);
-  StoreRelaxed(&header->groups[parity], p.batch);
+  // All had read the parity when they arrived at counted_blocks.
+  p.header->parity = 1 - parity;
+  p.header->slots[parity] = p.slots;
+  p.header->groups[parity] = p.batch;
 }
 
 template <typename Feature>

@@ -219,14 +219,6 @@ __device__ __forceinline__ uint64_t LoadRelaxed(const uint64_t* number) {
 #endif
 }
 
-__device__ __forceinline__ void StoreRelaxed(int* number, int value) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(number), "r"(value) : "memory");
-#else
-  __stcg(number, value);
-#endif
-}
-
 __device__ __forceinline__ void StoreRelaxed(uint64_t* number, uint64_t value) {
 #if defined(__CUDA_ARCH__)
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(number), "l"(value) : "memory");
@@ -311,8 +303,9 @@ __device__ __forceinline__ bool LookInto(const Box<T>* box, T* number) {
 template <typename T>
 __device__ __forceinline__ void Empty(Box<T>* box) {
 #pragma unroll
-  for (unsigned k = 0; k < sizeof(T) / sizeof(uint32_t); ++k)
+  for (unsigned k = 0; k < sizeof(T) / sizeof(uint32_t); ++k) {
     StoreRelaxed(&box->words[k], uint64_t{0});
+  }
 }
 
 // Adds one; returns how many came before. What those wrote is visible to this thread, and what it
@@ -335,8 +328,8 @@ __device__ __forceinline__ int CountArrival(int* counter) {
 // Whether this warp is the last of so many at the counter, which is then zero again. What the
 // others wrote before they came is visible to it.
 __device__ __forceinline__ bool LastWarpToArrive(int* counter, int arrivals) {
-  __syncwarp();                    // what the other lanes did comes before the arrival of the first
-  if (arrivals == 1) return true;  // the others that it would wait for are this warp itself
+  __syncwarp();  // what the other lanes did comes before the arrival of the first
+  if (arrivals == 1) return true;
   bool last = false;
   if (Lane() == 0) {
     last = CountArrival(counter) == arrivals - 1;

@@ -3,10 +3,9 @@
 //
 // ScanIndex: each warp scans the labels in shared memory, B / 32 steps. No barrier.
 // HashIndex: all blocks count the labels in a hash table; then up to kTiles blocks rank the samples
-// whose
-//   label is not alone, each those of one tile of the batch, in order. A rank in the batch is the
-//   rank in the tile and the counts of the class in the tiles before. Between the two, and after
-//   them, all blocks have to meet.
+//   whose label is not alone, each those of one tile of the batch, in order. A rank in the batch is
+//   the rank in the tile and the counts of the class in the tiles before. Between the two, and
+//   after them, all blocks have to meet.
 
 #ifndef TF_CENTER_LOSS_OP_CUDA_LABEL_RANKS_CUH_
 #define TF_CENTER_LOSS_OP_CUDA_LABEL_RANKS_CUH_
@@ -84,13 +83,15 @@ class ScanIndex {
   // The class of sample i from here on, its count and the rank of i.
   __device__ void SetClass(int i) {
     label_ = labels_[i];
-    count_ = rank_ = 0;
-    for (int start = 0; start < p_.batch; start += kWarp) {
-      const int j = start + Lane();
-      const bool same = j < p_.batch && labels_[j] == label_;
-      count_ += __popc(__ballot_sync(kAllLanes, same));
-      rank_ += __popc(__ballot_sync(kAllLanes, same && j < i));
+    int same[2] = {0, 0};  // all, and those before i
+    for (int j = Lane(); j < p_.batch; j += kWarp) {
+      const bool equal = labels_[j] == label_;
+      same[0] += equal;
+      same[1] += equal && j < i;
     }
+    WarpSums(same);
+    count_ = same[0];
+    rank_ = same[1];
   }
 
   __device__ int64_t label() const { return label_; }

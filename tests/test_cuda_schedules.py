@@ -194,7 +194,7 @@ MUTATIONS = {
         "counters.pool_rows.value = counters.counted.value = 0;",
         "",
     ),
-    "the tables are not exchanged": ("StoreRelaxed(&header->parity, 1 - parity);", ""),
+    "the tables are not exchanged": ("p.header->parity = 1 - parity;", ""),
     "the next table is not cleared": ("index.Clear(p, 1 - parity);", ""),
     "the row of atomic sums is not cleared": (
         "StoreRow<Width, Cache::kNormal>(sum, column, p_.dim, zeros);",
