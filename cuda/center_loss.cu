@@ -5,8 +5,10 @@
 // the center moved at once: nobody else reads or writes that row, so no residual can see it moved.
 // A larger class is cut into *chunks*, up to kMembers samples of consecutive ranks in batch order,
 // and these into *parts* by columns, a warp each, which leave their sums in a pool. The last part
-// to arrive finishes the chunk, the last of kMembers neighbouring chunks adds theirs up in order,
-// and so on up a tree, whose root moves the center. By then every part has read it.
+// of a chunk to arrive stores its losses. Of each part, the last of kMembers neighbouring chunks
+// adds them up in order; the last part to get there has a *node*; the last of kMembers neighbouring
+// nodes adds them up, and so on up a tree, whose root moves the center. By then every part has read
+// it.
 //
 // Counts and ranks (label_ranks.cuh): up to kScanBatch samples, by ScanIndex. For more, by
 // HashIndex: all blocks count the labels; a barrier, behind which the samples whose label is alone
@@ -102,8 +104,7 @@ __global__ void __launch_bounds__(kHashThreads, kHashResident)
   ArriveBlock(&counters.ranked_blocks.value);
 
   bool several = false;  // whether this warp has samples of classes with several
-  for (int start = 0; start < p.batch; start += warps * kWarp) {
-    const int i = start + own;
+  for (int i = own; __any_sync(kAllLanes, i < p.batch); i += warps * kWarp) {
     const bool holds = i < p.batch;
     const int64_t label = holds ? p.Label(i) : 0;
     const int group = holds ? index.GroupAt(i) : -1;
@@ -116,8 +117,7 @@ __global__ void __launch_bounds__(kHashThreads, kHashResident)
   }
   if (several) {
     WaitAsWarp(&counters.ranked_blocks.value, blocks);
-    for (int start = 0; start < p.batch; start += warps * kWarp) {
-      const int i = start + own;
+    for (int i = own; __any_sync(kAllLanes, i < p.batch); i += warps * kWarp) {
       const int group = i < p.batch ? index.GroupAt(i) : -1;
       const int count = group < 0 ? 1 : index.CountOf(group);
       const bool has_piece = count > 1 && (kAtomic || index.HasPiece(i, group, count));
@@ -138,9 +138,10 @@ __global__ void __launch_bounds__(kHashThreads, kHashResident)
   if (!IsLastBlock() || threadIdx.x != 0) return;
   rows.StoreLossSum(loss);
   // All had read the parity when they arrived at counted_blocks.
-  p.header->parity = 1 - parity;
-  p.header->slots[parity] = p.slots;
-  p.header->groups[parity] = p.batch;
+  const int own_parity = p.header->parity;
+  p.header->slots[own_parity] = p.slots;
+  p.header->groups[own_parity] = p.batch;
+  p.header->parity = 1 - own_parity;
 }
 
 template <typename Feature>
@@ -278,6 +279,7 @@ int CenterLossOnCuda(const StepArguments<Feature, Label>& step,
   p.finite_count = static_cast<int*>(at(layout.finite_count));
   p.part_finite = static_cast<unsigned*>(at(layout.part_finite));
   p.part_squares = static_cast<Center*>(at(layout.part_squares));
+  p.chunk_members = static_cast<int*>(at(layout.chunk_members));
   p.pool = static_cast<Center*>(at(layout.pool));
 
   // Whole vectors where every row starts on one.

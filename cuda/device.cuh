@@ -325,18 +325,21 @@ __device__ __forceinline__ int CountArrival(int* counter) {
   return before;
 }
 
-// Whether this warp is the last of so many at the counter, which is then zero again. What the
-// others wrote before they came is visible to it.
-__device__ __forceinline__ bool LastWarpToArrive(int* counter, int arrivals) {
-  __syncwarp();  // what the other lanes did comes before the arrival of the first
-  if (arrivals == 1) return true;
+// At which of the counters that the lanes name this warp is the last of so many, as bits by lane;
+// those are then zero again. What the others wrote before they came is visible to it.
+__device__ __forceinline__ unsigned LastAt(int* counter, int arrivals) {
+  __syncwarp();  // what the other lanes did comes before the arrivals
   bool last = false;
-  if (Lane() == 0) {
-    last = CountArrival(counter) == arrivals - 1;
+  if (counter != nullptr) {
+    last = arrivals == 1 || CountArrival(counter) == arrivals - 1;
     if (last) *counter = 0;
   }
-  __syncwarp();  // and what they will read comes after it: a shuffle orders no memory
-  return __any_sync(kAllLanes, last);
+  __syncwarp();  // and what they will read comes after them: a vote orders no memory
+  return __ballot_sync(kAllLanes, last);
+}
+
+__device__ __forceinline__ bool LastWarpToArrive(int* counter, int arrivals) {
+  return LastAt(Lane() == 0 ? counter : nullptr, arrivals) != 0;
 }
 
 }  // namespace

@@ -23,9 +23,10 @@ class Rows {
   using Piece = Center[kLane];                  // this lane's share of kPass columns
   static constexpr int kUnit = kWarp * Width;   // columns that a warp has one vector of
   static constexpr int kGroup = kLane / Width;  // vectors of a Piece
-  // Vectors in flight where only one vector of the center is held. Those of float64 come with sums
-  // that take pairs of registers.
-  static constexpr int kLoads = sizeof(Center) == 8 ? 4 : 8;
+  // Vectors in flight where only one vector of the center is held, too, or nothing else. Those of
+  // float64 come with sums that take pairs of registers.
+  static constexpr int kLoads = sizeof(Center) == 8 ? 4 : 6;
+  static constexpr int kMostLoads = sizeof(Center) == 8 ? 8 : 16;
 
   __device__ explicit Rows(const Parameters<Feature>& p) : p_(p) {
     const Center alpha = Alpha();
@@ -72,9 +73,22 @@ class Rows {
       DoChunk(index.label(), members, Sums::kMove, nullptr);
       return;
     }
+    const int part = piece % pieces.parts;
     const int pool_row = index.FirstPoolRow();
-    if (!DoPart(index.label(), members, piece % pieces.parts, pool_row + chunk)) return;
-    Climb(index.label(), pieces.chunks, chunk, pool_row);
+    DoPart(index.label(), members, part, pool_row + chunk);
+    const int node = chunk / kMembers * kMembers;  // its first chunk
+    const int children = min(pieces.chunks - node, kMembers);
+    // The first lane arrives at the chunk, the second at the node's part.
+    const bool at_chunk = Lane() == 0;
+    int* const counter =
+        at_chunk ? Arrivals(0, pool_row + chunk) : Arrivals(1 + part, pool_row + node);
+    const unsigned last = LastAt(Lane() < 2 ? counter : nullptr, at_chunk ? p_.parts : children);
+    if (last & 1) FinishChunk(members);
+    if ((last & 2) == 0) return;
+    SumRows(pool_row + node, children, 1, part * p_.part_columns, p_.part_columns);
+    if (!LastWarpToArrive(Arrivals(1 + kParts, pool_row + node), p_.parts)) return;
+    const int finite = FinishNode(index.label(), index.count(), node, children, pool_row);
+    Climb(index.label(), pieces.chunks, node, pool_row, finite);
   }
 
   // One sample of a class of several, without an order: adds its residual to the row of the class.
@@ -83,7 +97,7 @@ class Rows {
     Center* const sum = p_.PoolAt(row);
     const int count = DoChunk(label, {1, i}, Sums::kAdd, sum);
     if (Lane() == 0 && count > 0) atomicAdd(&p_.finite_count[row], count);
-    if (!LastWarpToArrive(&p_.arrivals[row], members)) return;
+    if (!LastWarpToArrive(Arrivals(0, row), members)) return;
     const int finite = __ldcg(&p_.finite_count[row]);
     for (int64_t column = 0; column < p_.dim; column += kPass) {
       Piece total, center, zeros;
@@ -185,16 +199,16 @@ class Rows {
     return FiniteCount(finite, members);
   }
 
-  // Does part `part` of a chunk, whose sum has a row of the pool. Whether this warp is the last of
-  // the chunk's; it has then stored the losses and finite_count. One vector of a row leaves
+  // Does part `part` of a chunk, whose sum has a row of the pool. One vector of a row leaves
   // registers for several members at a time, which are gone through without a branch, side by side.
-  __device__ bool DoPart(int64_t label, Members members, int part, int pool_row) {
+  __device__ void DoPart(int64_t label, Members members, int part, int pool_row) {
     const Center sample_weight = SampleWeight(members);
     Center squares = 0;
     unsigned finite = kAllLanes;
     const int64_t begin = part * p_.part_columns;
     const int64_t end = min(begin + p_.part_columns, p_.dim);
     PrefetchMembers(members, kLoads, begin, end);
+#pragma unroll 1
     for (int64_t column = begin; column < end; column += kUnit) {
       // A lane beyond the end of the row goes along, at a column that is there.
       const bool in_row = ColumnOf<Width>(column, 0) < p_.dim;
@@ -205,6 +219,7 @@ class Rows {
       if (!p_.features_are_residuals) {
         LoadVector<Width, Cache::kNormal>(p_.CenterRow(label) + at, center);
       }
+#pragma unroll 1
       for (int first = 0; first < members.count; first += kLoads) {
         Center square[kLoads];
 #pragma unroll
@@ -238,40 +253,67 @@ class Rows {
       }
       if (in_row) StoreVector<Width, Cache::kNormal>(p_.PoolAt(pool_row) + at, sum);
     }
-    if (p_.parts > 1) {
-      Center* const part_squares = p_.part_squares + members.position;
-      unsigned* const part_finite = p_.part_finite + pool_row * kParts;
-      if (Lane() < members.count) part_squares[int64_t{part} * p_.batch] = squares;
-      if (Lane() == 0) part_finite[part] = finite;
-      if (!LastWarpToArrive(&p_.arrivals[pool_row], p_.parts)) return false;
-      squares = 0;
-      for (int other = 0; other < p_.parts; ++other) {
-        if (Lane() < members.count) squares += __ldcg(&part_squares[int64_t{other} * p_.batch]);
-        finite &= __ldcg(&part_finite[other]);
-      }
+    if (Lane() < members.count) p_.part_squares[part * p_.batch + members.position] = squares;
+    if (Lane() == 0) p_.part_finite[pool_row * kParts + part] = finite;
+    if (part == 0 && Lane() < members.count) {
+      p_.chunk_members[pool_row * kMembers + Lane()] = members.position;
     }
-    StoreLosses(members, sample_weight, squares);
-    const int count = FiniteCount(finite, members);
-    if (count < members.count) StoreSum(label, members, finite, p_.PoolAt(pool_row));
-    if (Lane() == 0) p_.finite_count[pool_row] = count;
-    return true;
   }
 
-  // The sum of the residuals of the finite members: what is not finite in one part must not be in
-  // the sum of another either.
-  __device__ void StoreSum(int64_t label, Members members, unsigned finite, Center* sum_row) {
-    for (int64_t column = 0; column < p_.dim; column += kPass) {
-      Piece center, sum, row;
-#pragma unroll
-      for (int e = 0; e < kLane; ++e) center[e] = sum[e] = 0;
-      if (!p_.features_are_residuals) {
-        LoadRow<Width, Cache::kNormal>(p_.CenterRow(label), column, p_.dim, center);
+  // Once all parts of a chunk are done: the losses.
+  __device__ void FinishChunk(Members members) {
+    Center squares = 0;
+#pragma unroll 1
+    for (int part = 0; part < p_.parts && Lane() < members.count; ++part) {
+      squares += __ldcg(&p_.part_squares[part * p_.batch + members.position]);
+    }
+    StoreLosses(members, SampleWeight(members), squares);
+  }
+
+  // Once all parts of a node, of the chunks from `node` on, are summed; `all` is the count of the
+  // class. Returns how many samples of the node are finite. What is not finite in one part must not
+  // be in the sum of another either.
+  __device__ int FinishNode(int64_t label, int all, int node, int children, int pool_row) {
+    unsigned finite = kAllLanes;  // of the chunk that is this lane's number
+    if (Lane() < children) {
+#pragma unroll 1
+      for (int part = 0; part < p_.parts; ++part) {
+        finite &= __ldcg(&p_.part_finite[(pool_row + node + Lane()) * kParts + part]);
       }
-      for (int m = 0; m < members.count; ++m) {
-        LoadMember(members, m, column, row);
-        Subtract<kLane>(center, finite >> m & 1, row, sum);
+    }
+    const int samples = Lane() < children ? min(all - (node + Lane()) * kMembers, kMembers) : 0;
+    const int count = __popc(finite & ((1u << samples) - 1));
+    unsigned again = __ballot_sync(kAllLanes, count < samples);
+    if (again != 0) {
+      // The first chunk's sum, too: the node's lies in its place.
+      for (again |= 1; again != 0; again &= again - 1) {
+        const int child = __ffs(static_cast<int>(again)) - 1;
+        StoreSum(label, __shfl_sync(kAllLanes, samples, child),
+                 __shfl_sync(kAllLanes, finite, child), pool_row + node + child);
       }
-      StoreRow<Width, Cache::kNormal>(sum_row, column, p_.dim, sum);
+      SumRows(pool_row + node, children, 1, 0, p_.dim);
+    }
+    return WarpSum(count);
+  }
+
+  // The sum of the residuals of the finite members, one after the other: seldom needed.
+  __device__ void StoreSum(int64_t label, int samples, unsigned finite, int pool_row) {
+#pragma unroll 1
+    for (int64_t column = 0; column < p_.dim; column += kUnit) {
+      const int64_t at = ColumnOf<Width>(column, 0);
+      const bool in_row = at < p_.dim;
+      Center center[Width] = {}, sum[Width] = {};
+      if (!p_.features_are_residuals && in_row) {
+        LoadVector<Width, Cache::kNormal>(p_.CenterRow(label) + at, center);
+      }
+#pragma unroll 1
+      for (int m = 0; m < samples && in_row; ++m) {
+        const int i = __ldcg(&p_.chunk_members[pool_row * kMembers + m]);
+        Center row[Width];
+        LoadVector<Width, Cache::kNormal>(p_.Features(i) + at, row);
+        Subtract<Width>(center, finite >> m & 1, row, sum);
+      }
+      if (in_row) StoreVector<Width, Cache::kNormal>(p_.PoolAt(pool_row) + at, sum);
     }
   }
 
@@ -371,51 +413,56 @@ class Rows {
     }
   }
 
-  // Up the tree from a chunk, as far as this warp is the last to arrive. The pool's row of a node
-  // is that of its first chunk.
-  __device__ void Climb(int64_t label, int chunks, int chunk, int pool_row) {
-    int* arrivals = p_.arrivals + p_.pool_rows;
-    for (int64_t width = 1;; width *= kMembers, arrivals += p_.pool_rows) {
-      const int64_t node_width = width * kMembers;
-      const int first = static_cast<int>(chunk / node_width * node_width);
-      const int children =
-          static_cast<int>(min((chunks - first + width - 1) / width, int64_t{kMembers}));
-      const bool root = node_width >= chunks;
-      const int row = pool_row + first;
-      if (!LastWarpToArrive(&arrivals[row], children)) return;
+  // Up the tree from a node that is finished, as far as this warp is the last to arrive. The pool's
+  // row of a node is that of its first chunk.
+  __device__ void Climb(int64_t label, int chunks, int node, int pool_row, int finite) {
+    int level = 2 + kParts;
+#pragma unroll 1
+    for (int width = kMembers; width < chunks; width *= kMembers, ++level) {
+      if (Lane() == 0) p_.finite_count[pool_row + node] = finite;
+      node = node / width / kMembers * kMembers * width;
+      const int row = pool_row + node;
+      const int children = min((chunks - node + width - 1) / width, kMembers);
+      if (!LastWarpToArrive(Arrivals(level, row), children)) return;
+      finite = WarpSum(Lane() < children ? __ldcg(&p_.finite_count[row + Lane() * width]) : 0);
+      SumRows(row, children, width, 0, p_.dim);
+    }
+#pragma unroll 1
+    for (int64_t column = 0; column < p_.dim; column += kPass) {
+      Piece sum, center;
+      LoadRow<Width, Cache::kShared>(p_.PoolAt(pool_row), column, p_.dim, sum);
+      LoadRow<Width, Cache::kNormal>(p_.CenterRow(label), column, p_.dim, center);
+      MoveCenter(label, column, finite, sum, center);
+    }
+  }
 
-      const int stride = static_cast<int>(width);
-      const int count =
-          WarpSum(Lane() < children ? __ldcg(&p_.finite_count[row + Lane() * stride]) : 0);
-      if (root && count == 0) return;
-      const Center scale = StepScale(p_.options.rule, Alpha(), count, counted_);
-      for (int64_t at = ColumnOf<Width>(0, 0); at < p_.dim; at += kUnit) {
-        Center center[Width] = {}, sum[Width] = {};
-        if (root) LoadVector<Width, Cache::kNormal>(p_.CenterRow(label) + at, center);
-        for (int k = 0; k < children; k += kLoads) {
-          Center child[kLoads][Width];
+  __device__ int* Arrivals(int level, int row) const {
+    return p_.arrivals + level * p_.pool_rows + row;
+  }
+
+  // Adds up so many rows of the pool, `step` apart, in the first of them: `columns` columns from
+  // `begin` on.
+  __device__ void SumRows(int row, int count, int step, int64_t begin, int64_t columns) {
+    if (count == 1) return;
+    const int64_t end = min(begin + columns, p_.dim);
+#pragma unroll 1
+    for (int64_t at = ColumnOf<Width>(begin, 0); at < end; at += kUnit) {
+      Center sum[Width] = {};
+#pragma unroll 1
+      for (int k = 0; k < count; k += kMostLoads) {
+        Center rows[kMostLoads][Width];
 #pragma unroll
-          for (int v = 0; v < kLoads; ++v) {  // without a condition, see LoadMembers
-            const Center* const child_row = p_.PoolAt(row + min(k + v, children - 1) * stride);
-            LoadVector<Width, Cache::kShared>(child_row + at, child[v]);
-          }
-#pragma unroll
-          for (int v = 0; v < kLoads; ++v) {
-#pragma unroll
-            for (int e = 0; e < Width; ++e) sum[e] += k + v < children ? child[v][e] : Center{0};
-          }
+        for (int v = 0; v < kMostLoads; ++v) {  // without a condition, see LoadMembers
+          const Center* const from = p_.PoolAt(row + min(k + v, count - 1) * step);
+          LoadVector<Width, Cache::kShared>(from + at, rows[v]);
         }
 #pragma unroll
-        for (int e = 0; e < Width; ++e) center[e] += scale * sum[e];
-        if (root) {
-          StoreVector<Width, Cache::kNormal>(p_.CenterRow(label) + at, center);
-        } else {
-          StoreVector<Width, Cache::kNormal>(p_.PoolAt(row) + at, sum);
+        for (int v = 0; v < kMostLoads; ++v) {
+#pragma unroll
+          for (int e = 0; e < Width; ++e) sum[e] += k + v < count ? rows[v][e] : Center{0};
         }
       }
-      if (root) return;
-      if (Lane() == 0) p_.finite_count[row] = count;
-      chunk = first;
+      StoreVector<Width, Cache::kNormal>(p_.PoolAt(row) + at, sum);
     }
   }
 

@@ -68,7 +68,7 @@ struct Layout {
 
   int64_t header, table[2], groups[2], first_pool_row, group_of, rank_in_tile, tile_count,
       tile_start, tile_order, sample_loss, unit_loss, arrivals, finite_count, part_finite,
-      part_squares, pool;
+      part_squares, chunk_members, pool;
 
   explicit Layout(const CudaWorkspace& workspace) {
     const int64_t batch = workspace.batch;
@@ -88,10 +88,11 @@ struct Layout {
     tile_order = Take(batch * static_cast<int64_t>(sizeof(int)));
     sample_loss = Take(batch * 2 * workspace.center_size);
     unit_loss = Take((batch / kLossUnit + 1) * static_cast<int64_t>(sizeof(Box<double>)));
-    arrivals = Take((1 + levels) * pool_rows * static_cast<int64_t>(sizeof(int)));
+    arrivals = Take((1 + kParts + levels) * pool_rows * static_cast<int64_t>(sizeof(int)));
     finite_count = Take(pool_rows * static_cast<int64_t>(sizeof(int)));
     part_finite = Take(kParts * pool_rows * static_cast<int64_t>(sizeof(unsigned)));
     part_squares = Take(kParts * batch * workspace.center_size);
+    chunk_members = Take(kMembers * pool_rows * static_cast<int64_t>(sizeof(int)));
     pool = Take(pool_rows * workspace.dim * workspace.center_size);
   }
 
@@ -144,12 +145,15 @@ struct Parameters {
   Box<Center>* sample_loss;  // [B]
   Box<double>* unit_loss;    // [B / kLossUnit], rounded up
 
-  // A row of the pool is the sum of a chunk, and then of a node of the tree whose first it is.
+  // A row of the pool is the sum of a chunk, and then of the nodes of the tree whose first it is.
   int64_t pool_rows;
-  int* arrivals;          // [1 + levels, pool_rows] parts, then chunks or nodes, that have arrived
+  // [1 + kParts + levels, pool_rows] how many have arrived: parts at a chunk; of each part, chunks
+  // at a node; parts at a node; then nodes at the next ones
+  int* arrivals;
   int* finite_count;      // [pool_rows] samples in the sum
   unsigned* part_finite;  // [pool_rows, kParts] which members are finite in the part's columns
   Center* part_squares;   // [kParts, B] ||d||^2 of the part's columns
+  int* chunk_members;     // [pool_rows, kMembers] positions in the batch
   Center* pool;           // [pool_rows, D]
 
   int parts;             // that a chunk is cut into

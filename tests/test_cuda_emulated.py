@@ -179,8 +179,8 @@ def must_be_zero(memory, batch, dim, atomic):
     sizes |= dict(group_of=4 * batch, rank_in_tile=4 * batch, tile_count=128 * batch)
     sizes |= dict(tile_start=128 * batch, tile_order=4 * batch)
     sizes |= dict(sample_loss=8 * batch, unit_loss=16 * (batch // 2048 + 1))
-    sizes |= dict(arrivals=4 * (1 + levels) * sums, finite_count=4 * sums, part_finite=16 * sums)
-    sizes |= dict(part_squares=16 * batch, pool=4 * sums * dim)
+    sizes |= dict(arrivals=4 * (5 + levels) * sums, finite_count=4 * sums, part_finite=16 * sums)
+    sizes |= dict(part_squares=16 * batch, chunk_members=64 * sums, pool=4 * sums * dim)
     parts, at = {}, 0
     for part, size in sizes.items():
         parts[part] = memory[at : at + size]

@@ -31,9 +31,13 @@ def sites(pattern):
 BARRIERS = sites(r"__sync(threads|warp)\(\)")
 ORDERS = sites(r"TCL_(RELEASE|ACQUIRE)\(\);")
 
-# The lines behind the barriers that only order memory: the lanes meet in a shuffle or a vote
-# all the same, so no schedule of the emulator shows in the results what the barrier is for.
-ONLY_ORDER = ["return members;", "return __any_sync(kAllLanes, last);"]
+# The lines before or behind the barriers that only order memory: the lanes meet in a shuffle or a
+# vote all the same, so no schedule of the emulator shows in the results what the barrier is for.
+ONLY_ORDER = [
+    "return members;",
+    "return __ballot_sync(kAllLanes, last);",
+    "if (Lane() == 0) Await(counter, arrivals);",
+]
 
 # Scanned, hashed, hashed with atomics: batch and whether atomic.
 LAUNCHES = [(300, False), (cuda_cases.SCANNED + 1, False), (300, True)]
@@ -52,8 +56,8 @@ def breakable():
     for site in BARRIERS:
         file, number = site.split(":")
         lines = (emulated.KERNELS / file).read_text().splitlines()
-        behind = lines[int(number)].strip()
-        (left_out if behind in ONLY_ORDER else kept).append(site)
+        beside = {lines[int(number) - 2].strip(), lines[int(number)].strip()}
+        (left_out if beside & set(ONLY_ORDER) else kept).append(site)
     assert len(left_out) == len(ONLY_ORDER), left_out
     return kept
 
@@ -148,18 +152,24 @@ MUTATIONS = {
     "counts are not waited for": ("WaitAsBlock(&counters.counted_blocks.value, blocks);", ""),
     "ranks are not waited for": ("WaitAsWarp(&counters.ranked_blocks.value, blocks);", ""),
     "the last but one takes itself for the last": (
-        "last = CountArrival(counter) == arrivals - 1;",
-        "last = CountArrival(counter) == arrivals - 2;",
+        "CountArrival(counter) == arrivals - 1;",
+        "CountArrival(counter) == arrivals - 2;",
     ),
-    "everyone takes itself for the last": (
-        "if (!LastWarpToArrive(&arrivals[row], children)) return;",
-        "LastWarpToArrive(&arrivals[row], children);",
+    "every part takes itself for the last of a chunk": (
+        "if (last & 1) FinishChunk(members);",
+        "FinishChunk(members);",
     ),
-    "every part of a chunk takes itself for the last": (
-        "if (!LastWarpToArrive(&p_.arrivals[pool_row], p_.parts)) return false;",
-        "LastWarpToArrive(&p_.arrivals[pool_row], p_.parts);",
+    "every chunk takes itself for the last of a node": ("if ((last & 2) == 0) return;", ""),
+    "every part takes itself for the last of a node": (
+        "if (!LastWarpToArrive(Arrivals(1 + kParts, pool_row + node), p_.parts)) return;",
+        "LastWarpToArrive(Arrivals(1 + kParts, pool_row + node), p_.parts);",
     ),
-    "a part knows nothing of the others' rows": ("finite &= __ldcg(&part_finite[other]);", ""),
+    "every node takes itself for the last": (
+        "if (!LastWarpToArrive(Arrivals(level, row), children)) return;",
+        "LastWarpToArrive(Arrivals(level, row), children);",
+    ),
+    "a part knows nothing of the others' rows": ("if (again != 0) {", "if (false) {"),
+    "a node's sum takes the place of its first chunk's": ("again |= 1;", "again |= 0;"),
     "a part does not see that a row is not finite": (
         "if (!all_finite) finite &= ~(1u << (first + v));",
         "",
@@ -169,8 +179,8 @@ MUTATIONS = {
         "return WarpSum(smaller) / (4 * kWholeMembers);",
     ),
     "every atomic adder takes itself for the last": (
-        "if (!LastWarpToArrive(&p_.arrivals[row], members)) return;",
-        "LastWarpToArrive(&p_.arrivals[row], members);",
+        "if (!LastWarpToArrive(Arrivals(0, row), members)) return;",
+        "LastWarpToArrive(Arrivals(0, row), members);",
     ),
     "the counter of arrivals is not set back": (
         "if (last) *counter = 0;",
@@ -194,7 +204,7 @@ MUTATIONS = {
         "counters.pool_rows.value = counters.counted.value = 0;",
         "",
     ),
-    "the tables are not exchanged": ("p.header->parity = 1 - parity;", ""),
+    "the tables are not exchanged": ("p.header->parity = 1 - own_parity;", ""),
     "the next table is not cleared": ("index.Clear(p, 1 - parity);", ""),
     "the row of atomic sums is not cleared": (
         "StoreRow<Width, Cache::kNormal>(sum, column, p_.dim, zeros);",
