@@ -150,7 +150,7 @@ struct Parameters {
   // [1 + kParts + levels, pool_rows] how many have arrived: parts at a chunk; of each part, chunks
   // at a node; parts at a node; then nodes at the next ones
   int* arrivals;
-  int* finite_count;      // [pool_rows] samples in the sum
+  int* finite_count;      // [pool_rows] samples in the sum of a node
   unsigned* part_finite;  // [pool_rows, kParts] which members are finite in the part's columns
   Center* part_squares;   // [kParts, B] ||d||^2 of the part's columns
   int* chunk_members;     // [pool_rows, kMembers] positions in the batch
