@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kScanThreads, kScanResident)
       rows.DoPiece(index);
     }
   }
-  if (!IsLastBlock()) return;
+  if (!rows.reduces_loss() || !IsLastBlock()) return;
   const double loss = SumOfBoxes(p.sample_loss, p.batch, shared);
   if (threadIdx.x == 0) rows.StoreLossSum(loss);
 }
@@ -134,10 +134,11 @@ __global__ void __launch_bounds__(kHashThreads, kHashResident)
       }
     }
   }
-  const double loss = SumOfUnits(p, shared);
+  const double loss = rows.reduces_loss() ? SumOfUnits(p, shared) : 0;
   if (!IsLastBlock() || threadIdx.x != 0) return;
-  rows.StoreLossSum(loss);
-  // All had read the parity when they arrived at counted_blocks.
+  if (rows.reduces_loss()) rows.StoreLossSum(loss);
+  // All had read the parity when they arrived at counted_blocks. It is read again, since there is
+  // no register to keep it in.
   const int own_parity = p.header->parity;
   p.header->slots[own_parity] = p.slots;
   p.header->groups[own_parity] = p.batch;

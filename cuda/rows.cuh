@@ -81,12 +81,12 @@ class Rows {
     // The first lane arrives at the chunk, the second at the node's part.
     const bool at_chunk = Lane() == 0;
     int* const counter =
-        at_chunk ? Arrivals(0, pool_row + chunk) : Arrivals(1 + part, pool_row + node);
+        at_chunk ? Arrivals(kAtChunk, pool_row + chunk) : Arrivals(kAtPart + part, pool_row + node);
     const unsigned last = LastAt(Lane() < 2 ? counter : nullptr, at_chunk ? p_.parts : children);
     if (last & 1) FinishChunk(members);
     if ((last & 2) == 0) return;
     SumRows(pool_row + node, children, 1, part * p_.part_columns, p_.part_columns);
-    if (!LastWarpToArrive(Arrivals(1 + kParts, pool_row + node), p_.parts)) return;
+    if (!LastWarpToArrive(Arrivals(kAtNode, pool_row + node), p_.parts)) return;
     const int finite = FinishNode(index.label(), index.count(), node, children, pool_row);
     Climb(index.label(), pieces.chunks, node, pool_row, finite);
   }
@@ -97,7 +97,7 @@ class Rows {
     Center* const sum = p_.PoolAt(row);
     const int count = DoChunk(label, {1, i}, Sums::kAdd, sum);
     if (Lane() == 0 && count > 0) atomicAdd(&p_.finite_count[row], count);
-    if (!LastWarpToArrive(Arrivals(0, row), members)) return;
+    if (!LastWarpToArrive(Arrivals(kAtChunk, row), members)) return;
     const int finite = __ldcg(&p_.finite_count[row]);
     for (int64_t column = 0; column < p_.dim; column += kPass) {
       Piece total, center, zeros;
@@ -110,9 +110,13 @@ class Rows {
     }
   }
 
+  // Whether the losses go into boxes, for their sum.
+  __device__ bool reduces_loss() const {
+    return p_.loss != nullptr && p_.options.reduction != Reduction::kNone;
+  }
+
   // The loss, of the sum of the samples' losses; by one thread.
   __device__ void StoreLossSum(double sum) {
-    if (!reduces_loss()) return;
     sum *= static_cast<double>(Weight());
     if (p_.options.reduction == Reduction::kMean) {
       sum = counted_ == 0 ? 0 : sum / static_cast<double>(counted_);
@@ -123,10 +127,6 @@ class Rows {
   __device__ static Center NotANumber() { return static_cast<Center>(FloatOf(0x7fc00000u)); }
 
  private:
-  __device__ bool reduces_loss() const {
-    return p_.loss != nullptr && p_.options.reduction != Reduction::kNone;
-  }
-
   // An ignored sample, or one whose label is no row of the table.
   __device__ void Without(int i, Center value) {
     if (p_.residual != nullptr) {
@@ -296,24 +296,22 @@ class Rows {
     return WarpSum(count);
   }
 
-  // The sum of the residuals of the finite members, one after the other: seldom needed.
+  // The sum of the residuals of a chunk's finite members, one after the other: seldom needed.
   __device__ void StoreSum(int64_t label, int samples, unsigned finite, int pool_row) {
 #pragma unroll 1
-    for (int64_t column = 0; column < p_.dim; column += kUnit) {
-      const int64_t at = ColumnOf<Width>(column, 0);
-      const bool in_row = at < p_.dim;
+    for (int64_t at = ColumnOf<Width>(0, 0); at < p_.dim; at += kUnit) {
       Center center[Width] = {}, sum[Width] = {};
-      if (!p_.features_are_residuals && in_row) {
+      if (!p_.features_are_residuals) {
         LoadVector<Width, Cache::kNormal>(p_.CenterRow(label) + at, center);
       }
 #pragma unroll 1
-      for (int m = 0; m < samples && in_row; ++m) {
+      for (int m = 0; m < samples; ++m) {
         const int i = __ldcg(&p_.chunk_members[pool_row * kMembers + m]);
         Center row[Width];
         LoadVector<Width, Cache::kNormal>(p_.Features(i) + at, row);
         Subtract<Width>(center, finite >> m & 1, row, sum);
       }
-      if (in_row) StoreVector<Width, Cache::kNormal>(p_.PoolAt(pool_row) + at, sum);
+      StoreVector<Width, Cache::kNormal>(p_.PoolAt(pool_row) + at, sum);
     }
   }
 
@@ -416,7 +414,7 @@ class Rows {
   // Up the tree from a node that is finished, as far as this warp is the last to arrive. The pool's
   // row of a node is that of its first chunk.
   __device__ void Climb(int64_t label, int chunks, int node, int pool_row, int finite) {
-    int level = 2 + kParts;
+    int level = kAtNextNode;
 #pragma unroll 1
     for (int width = kMembers; width < chunks; width *= kMembers, ++level) {
       if (Lane() == 0) p_.finite_count[pool_row + node] = finite;
@@ -472,8 +470,11 @@ class Rows {
   }
 
   __device__ void StoreLoss(int i, Center loss, Center squares) {
-    Fill(&p_.sample_loss[i], loss);
-    if (p_.loss != nullptr && !reduces_loss()) p_.loss[i] = loss * sample_scale_;
+    if (reduces_loss()) {
+      Fill(&p_.sample_loss[i], loss);
+    } else if (p_.loss != nullptr) {
+      p_.loss[i] = loss * sample_scale_;
+    }
     if (p_.squared_distance != nullptr) p_.squared_distance[i] = squares;
   }
 

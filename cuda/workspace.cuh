@@ -23,6 +23,14 @@ constexpr int kWholeMembers = kMembers / 2;
 // of its members: of 4 parts 16 bytes for each sample.
 constexpr int kParts = 4;
 
+// Who arrives at the counters of a row of the pool.
+enum ArrivalLevel {
+  kAtChunk = 0,          // the parts of a chunk
+  kAtPart = 1,           // of each part, the chunks of a node
+  kAtNode = 1 + kParts,  // the parts of a node
+  kAtNextNode            // the nodes below a node, level after level
+};
+
 // As many as a warp has lanes: a lane for each tile.
 constexpr int kTiles = kWarp;
 
@@ -147,9 +155,7 @@ struct Parameters {
 
   // A row of the pool is the sum of a chunk, and then of the nodes of the tree whose first it is.
   int64_t pool_rows;
-  // [1 + kParts + levels, pool_rows] how many have arrived: parts at a chunk; of each part, chunks
-  // at a node; parts at a node; then nodes at the next ones
-  int* arrivals;
+  int* arrivals;          // [1 + kParts + levels, pool_rows] how many have, see ArrivalLevel
   int* finite_count;      // [pool_rows] samples in the sum of a node
   unsigned* part_finite;  // [pool_rows, kParts] which members are finite in the part's columns
   Center* part_squares;   // [kParts, B] ||d||^2 of the part's columns

@@ -161,8 +161,8 @@ MUTATIONS = {
     ),
     "every chunk takes itself for the last of a node": ("if ((last & 2) == 0) return;", ""),
     "every part takes itself for the last of a node": (
-        "if (!LastWarpToArrive(Arrivals(1 + kParts, pool_row + node), p_.parts)) return;",
-        "LastWarpToArrive(Arrivals(1 + kParts, pool_row + node), p_.parts);",
+        "if (!LastWarpToArrive(Arrivals(kAtNode, pool_row + node), p_.parts)) return;",
+        "LastWarpToArrive(Arrivals(kAtNode, pool_row + node), p_.parts);",
     ),
     "every node takes itself for the last": (
         "if (!LastWarpToArrive(Arrivals(level, row), children)) return;",
@@ -179,8 +179,8 @@ MUTATIONS = {
         "return WarpSum(smaller) / (4 * kWholeMembers);",
     ),
     "every atomic adder takes itself for the last": (
-        "if (!LastWarpToArrive(Arrivals(0, row), members)) return;",
-        "LastWarpToArrive(Arrivals(0, row), members);",
+        "if (!LastWarpToArrive(Arrivals(kAtChunk, row), members)) return;",
+        "LastWarpToArrive(Arrivals(kAtChunk, row), members);",
     ),
     "the counter of arrivals is not set back": (
         "if (last) *counter = 0;",
