@@ -8,6 +8,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__CUDACC__)
+#include <cuda_fp16.h>
+#endif
+
 // Forced inlining is more than speed: row_loops.cc is compiled once per instruction set, and a
 // function left out of line would be merged by the linker with its twin of another one.
 #if defined(__CUDACC__)
@@ -54,6 +58,9 @@ TCL_INLINE float Widen(float value) { return value; }
 TCL_INLINE double Widen(double value) { return value; }
 TCL_INLINE float Widen(BFloat16 value) { return FloatOf(static_cast<uint32_t>(value.bits) << 16); }
 TCL_INLINE float Widen(Half value) {
+#if defined(__CUDA_ARCH__)
+  return __half2float(__ushort_as_half(value.bits));
+#else
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return FloatOf(sign | 0x7f800000u | (magnitude << 13));  // inf, NaN
@@ -61,6 +68,7 @@ TCL_INLINE float Widen(Half value) {
   // Subnormal, and normal as a float: TensorFlow's threads flush subnormal floats to zero, so none
   // may occur on the way.
   return FloatOf(sign | BitsOf(static_cast<float>(magnitude) * 0x1p-24f));
+#endif
 }
 
 template <typename Feature>
@@ -77,6 +85,9 @@ TCL_INLINE BFloat16 Round<BFloat16>(float value) {
 }
 template <>
 TCL_INLINE Half Round<Half>(float value) {
+#if defined(__CUDA_ARCH__)
+  return {__half_as_ushort(__float2half_rn(value))};
+#else
   const uint32_t sign = (BitsOf(value) >> 16) & 0x8000u;
   const uint32_t magnitude = BitsOf(value) & 0x7fffffffu;
   uint32_t rounded;
@@ -92,6 +103,7 @@ TCL_INLINE Half Round<Half>(float value) {
     rounded = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
   }
   return {static_cast<uint16_t>(sign | rounded)};
+#endif
 }
 
 TCL_INLINE bool IsFinite(float value) { return (BitsOf(value) & 0x7f800000u) != 0x7f800000u; }

@@ -1,148 +1,232 @@
 // The center loss step on a GPU, in one launch.
 //
-// Work. A class of few samples (nearly all, with many labels) is done by one warp: center and
-// features are read once, the residuals written, the sum of the residuals kept in registers, and
-// the center moved at once: nobody else reads or writes that row, so no residual can see it moved.
-// A larger class is cut into *chunks*, up to kMembers samples of consecutive ranks in batch order,
-// and these into *parts* by columns, a warp each, which leave their sums in a pool. The last part
-// of a chunk to arrive stores its losses. Of each part, the last of kMembers neighbouring chunks
-// adds them up in order; the last part to get there has a *node*; the last of kMembers neighbouring
-// nodes adds them up, and so on up a tree, whose root moves the center. By then every part has read
-// it.
+// A warp does a sample whose class has no other: it reads features and center, publishes the loss,
+// writes the residual, moves the center. No other warp touches that row, so no residual can see a
+// moved center. A class of several samples is cut into chunks of consecutive ranks (a sample's rank
+// counts the samples of its class before it in the batch), a warp each. One chunk moves the center
+// as a sample alone does. Several leave partial sums in a pool; the last warp to arrive at a node
+// of the reduction tree adds up the sums below it, and the one at the root moves the center.
 //
-// Counts and ranks (label_ranks.cuh): up to kScanBatch samples, by ScanIndex. For more, by
-// HashIndex: all blocks count the labels; a barrier, behind which the samples whose label is alone
-// are done, while some blocks rank the others; a second barrier, behind which those are done.
-// Barriers need all blocks resident: the launch is cooperative, and begins when all
-// multiprocessors have room.
+// Two forms find out which samples share a class. ScanStep, for small batches: each warp scans the
+// labels. HashStep: a hash table and a grid barrier; classes of more than kLight samples take a
+// second barrier, in launches that have one. The barriers need all blocks resident: the launch is
+// cooperative.
 //
-// Bytes moved, all labels distinct: B D (features + center read + center written + residual).
+// Bytes moved, all labels distinct: features + center read + center written + residual, B D each.
 //
-// Deterministic: ranks, chunks and the tree follow from the labels alone, and the losses are summed
-// in an order that follows from the size of the batch (loss_sum.cuh). With `atomic`, each sample of
-// a class of several adds its residual to one row of the pool in whatever order, and the last of
-// them moves the center.
+// Deterministic: chunks and tree follow from the labels alone, and the losses are added up in an
+// order that follows from the size of the batch (loss_sum.cuh). With `atomic`, the samples of a class
+// of several add their residuals to one row of the pool in the order of arrival.
+
+#include <cstdint>
 
 #include "cuda/center_loss_cuda.h"
 #include "cuda/device.cuh"
-#include "cuda/label_ranks.cuh"
+#include "cuda/hashed_labels.cuh"
 #include "cuda/loss_sum.cuh"
-#include "cuda/rows.cuh"
+#include "cuda/scanned_labels.cuh"
+#include "cuda/warp_step.cuh"
 #include "cuda/workspace.cuh"
 
 namespace tcl {
+
+constexpr CudaTuningField kCudaTuning[] = {
+    {"chunk", &CudaTuning::chunk, 8, 32},
+    {"fan_in", &CudaTuning::fan_in, 8, 32},
+    {"scan_batch", &CudaTuning::scan_batch, 0, 4096},
+    {"scan_threads", &CudaTuning::scan_threads, 64, 256},
+    {"hash_threads", &CudaTuning::hash_threads, 64, 256},
+    {"hash_blocks", &CudaTuning::hash_blocks, 1, 8},
+    {"lookahead", &CudaTuning::lookahead, 0, 8},
+    {"wait_ns", &CudaTuning::wait_ns, 0, 1000},
+    {"overlap", &CudaTuning::overlap, 0, 2},
+};
+
+const char* const kCudaPhaseNames[] = {"begun",        "labels here", "labels counted",
+                                       "ranks known",  "own samples", "all ranks known",
+                                       "heavy classes", "loss"};
+
 namespace {
 
-// Up to here a scan of the labels by every warp (B / 32 steps) is cheaper than two barriers.
-constexpr int64_t kScanBatch = 2048;
-constexpr int kScanThreads = 128;  // small, to spread a small batch over all multiprocessors
-constexpr int kScanResident = 4;   // blocks on a multiprocessor: 128 registers a thread
-constexpr int kHashThreads = 256;
-constexpr int kHashResident = 2;  // blocks on a multiprocessor, for certain
+enum Phase { kBegun, kLabelsHere, kCounted, kRanked, kOwnDone, kAllRanked, kHeavyDone, kLossDone };
+
+constexpr int kMostThreads = 256;
+constexpr int kMostSamples = 1 << 24;  // positions are ints, and so is a count of slots
+
+// Does one chunk of the class that `labels` is set to.
+template <typename Feature, int Width, typename Labels>
+__device__ void DoChunkOfClass(const Parameters<Feature>& p, WarpStep<Feature, Width>& step,
+                               Labels& labels, int chunk) {
+  using Sum = typename WarpStep<Feature, Width>::Sum;
+  const int size = p.tuning.chunk;
+  const int chunks = (labels.count() + size - 1) / size;
+  const int first = chunk * size;
+  const Members members = labels.Find(first, min(labels.count() - first, size));
+  if (chunks == 1) {
+    step.DoChunk(labels.label(), members, Sum::kMovesCenter, 0);
+    return;
+  }
+  const int row = labels.FirstPoolRow();
+  const int finite = step.DoChunk(labels.label(), members, Sum::kStored, row + chunk);
+  step.ReduceUpwards(labels.label(), chunks, chunk, row, finite);
+}
 
 template <typename Feature, int Width>
-__global__ void __launch_bounds__(kScanThreads, kScanResident)
+__global__ void __launch_bounds__(kMostThreads, 2)
     ScanStep(const __grid_constant__ Parameters<Feature> p) {
   TCL_DYNAMIC_SHARED(shared);
-  Rows<Feature, Width> rows(p);
-  const int warps = static_cast<int>(gridDim.x) * kScanThreads / kWarp;
-  const int warp = static_cast<int>(blockIdx.x) * kScanThreads / kWarp + WarpOfBlock();
-  rows.PrefetchFeatures(warp);
-  ScanIndex<Feature> index(p, shared);
-  if (warp < p.batch) rows.PrefetchCenter(index.LabelAt(warp));
-  rows.SetCounted(index.Counted());
-  for (int i = warp; i < p.batch; i += warps) {
-    const int64_t label = index.LabelAt(i);
-    const bool counts = rows.moves() && !p.Ignored(label) && p.InTable(label);
-    if (counts) index.SetClass(i);
-    if (!counts || index.count() == 1) {
-      rows.DoAlone(i, label);
-    } else if (Pieces(index.count(), p.parts).Has(index.rank())) {
-      rows.DoPiece(index);
-    }
+  OverlapLaunches();
+  p.Stamp(kBegun);
+  using Step = WarpStep<Feature, Width>;
+  Step step(p);
+  const int block_warps = static_cast<int>(blockDim.x) / kWarp;
+  const int warps = static_cast<int>(gridDim.x) * block_warps;
+  const int warp = static_cast<int>(blockIdx.x) * block_warps + WarpOfBlock();
+  // The first sample's rows are on their way while the labels are scanned.
+  int i = warp;
+  int64_t label = 0;
+  typename Step::Loaded loaded;
+  if (i < p.batch) {
+    label = p.Label(i);
+    step.template Load<true>(i, label, &loaded);
   }
-  if (!rows.reduces_loss() || !IsLastBlock()) return;
-  const double loss = SumOfBoxes(p.sample_loss, p.batch, shared);
-  if (threadIdx.x == 0) rows.StoreLossSum(loss);
+  ScannedLabels<Feature> labels(p, shared);
+  p.Stamp(kLabelsHere);
+  step.SetCounted(labels.Counted());
+  while (i < p.batch) {
+    const bool is_member = step.IsMember(label);
+    if (is_member) labels.SetClass(i);
+    if (!is_member || labels.count() == 1) {
+      step.DoAlone(i, label, loaded, is_member ? Step::Sum::kMovesCenter : Step::Sum::kUnused);
+    } else if (labels.rank() % p.tuning.chunk == 0) {
+      DoChunkOfClass(p, step, labels, labels.rank() / p.tuning.chunk);
+    }
+    i += warps;
+    if (i >= p.batch) break;
+    label = labels.LabelAt(i);
+    step.template Load<true>(i, label, &loaded);
+  }
+  p.Stamp(kOwnDone);
+  if (!step.reduces_loss() || !IsLastBlock()) return;
+  const double loss = SumOfMailboxes(p.sample_loss, p.batch, p.tuning.wait_ns, shared);
+  if (threadIdx.x == 0) step.StoreLossSum(loss);
+  p.Stamp(kLossDone);
 }
 
 template <typename Feature, int Width, bool kAtomic>
-__global__ void __launch_bounds__(kHashThreads, kHashResident)
+__global__ void __launch_bounds__(kMostThreads, 2)
     HashStep(const __grid_constant__ Parameters<Feature> p) {
   TCL_DYNAMIC_SHARED(shared);
-  Rows<Feature, Width> rows(p);
+  OverlapLaunches();
+  p.Stamp(kBegun);
+  using Step = WarpStep<Feature, Width>;
+  using Sum = typename Step::Sum;
+  Step step(p);
   const int parity = __ldcg(&p.header->parity);
-  HashIndex<Feature> index(p, parity);
+  HashedLabels<Feature> labels(p, parity);
   Counters& counters = p.header->counters[parity];
   const int blocks = static_cast<int>(gridDim.x);
-  // Of kWarp times as many samples as there are warps, a warp does one in each lane, to look them
-  // up together. They lie warps + 1 apart: neighbours, and labels that come again after a while,
-  // are for different warps.
-  const int warps = blocks * kHashThreads / kWarp;
-  const int warp = static_cast<int>(blockIdx.x) * kHashThreads / kWarp + WarpOfBlock();
+  const int lookahead = p.tuning.lookahead, wait_ns = p.tuning.wait_ns;
+  // A round is kWarp samples for each warp, one in each lane. They lie warps + 1 apart: neighbors,
+  // and labels that come again after a while, are for different warps.
+  const int warps = blocks * static_cast<int>(blockDim.x) / kWarp;
+  const int warp = WarpOfBlock() * blocks + static_cast<int>(blockIdx.x);
+  const int round = kWarp * warps;
   const int own = Lane() * warps + (warp + Lane()) % warps;
-  rows.PrefetchFeatures(warp);
-  index.Enter(rows.moves());
+  for (int k = 0; k < lookahead; ++k) {
+    const int i = __shfl_sync(kAllLanes, own, k);
+    if (i < p.batch) step.PrefetchFeatures(i);
+  }
+  const auto prefetch = [&](int i, int64_t label, int lane) {
+    const int j = __shfl_sync(kAllLanes, i, lane);
+    const int64_t its_label = __shfl_sync(kAllLanes, label, lane);
+    if (j >= p.batch) return;
+    step.PrefetchFeatures(j);
+    step.PrefetchCenter(its_label);
+  };
+
+  int64_t own_label = 0;  // of the first round, and its owner
+  int own_owner = -1, counted = 0;
+  for (int first = 0; first < p.batch; first += round) {
+    const int i = first + own;
+    const int64_t label = i < p.batch ? p.Label(i) : 0;
+    if (first == 0) {
+      own_label = label;
+      for (int k = 0; k < lookahead; ++k) {
+        const int64_t its_label = __shfl_sync(kAllLanes, label, k);
+        if (__shfl_sync(kAllLanes, i, k) < p.batch) step.PrefetchCenter(its_label);
+      }
+    }
+    const int owner = labels.Enter(i, label, i < p.batch && step.IsMember(label), kAtomic);
+    if (first == 0) own_owner = owner;
+    counted += i < p.batch && !p.Ignored(label);
+  }
+  if (p.options.has_ignore_label) labels.Count(counted);
+  p.Stamp(kLabelsHere);
   ArriveBlock(&counters.counted_blocks.value);
-  if (warp < p.batch) rows.PrefetchCenter(p.Label(warp));
-  index.Clear(p, 1 - parity);
-  WaitAsBlock(&counters.counted_blocks.value, blocks);
-  rows.SetCounted(index.Counted());
+  HashedLabels<Feature>::ClearNext(p, 1 - parity);
+  WaitAsBlock(&counters.counted_blocks.value, blocks, wait_ns);
+  p.Stamp(kCounted);
+  step.SetCounted(labels.Counted());
 
-  if (rows.moves() && !kAtomic) index.RankTiles(reinterpret_cast<int*>(shared));
-  if (rows.moves() && kAtomic) {
-    // A row of the pool for each class of several.
-    for (int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); i < p.batch;
-         i += blocks * kHashThreads) {
-      if (index.GroupAt(i) == i && index.CountOf(i) > 1) {
-        const int row = index.TakePoolRows(1);
-        p.first_pool_row[i] = row;
-        p.finite_count[row] = 0;
-      }
-    }
+  const bool has_heavy = !kAtomic && labels.HasHeavy();
+  if (has_heavy) {
+    labels.RankHeavy();
+    p.Stamp(kRanked);
+    ArriveBlock(&counters.ranked_blocks.value);
   }
-  ArriveBlock(&counters.ranked_blocks.value);
-
-  bool several = false;  // whether this warp has samples of classes with several
-  for (int i = own; __any_sync(kAllLanes, i < p.batch); i += warps * kWarp) {
-    const bool holds = i < p.batch;
-    const int64_t label = holds ? p.Label(i) : 0;
-    const int group = holds ? index.GroupAt(i) : -1;
-    const bool alone = holds && (group < 0 || index.CountOf(group) == 1);
-    several |= __any_sync(kAllLanes, holds && !alone);
-    for (unsigned left = __ballot_sync(kAllLanes, alone); left != 0; left &= left - 1) {
+  for (int first = 0; first < p.batch; first += round) {
+    const int i = first + own;
+    const int64_t label = first == 0 ? own_label : i < p.batch ? p.Label(i) : 0;
+    const int owner = first == 0 ? own_owner : i < p.batch ? labels.OwnerOf(i) : -1;
+    if (first > 0) {
+      for (int k = 0; k < lookahead; ++k) prefetch(i, label, k);
+    }
+    // A light class is for its owner's warp.
+    const bool asks = owner >= 0 && (kAtomic || owner == i);
+    const int count = asks ? labels.CountOf(owner) : 1;
+    const bool does = i < p.batch && (owner < 0 || (asks && (kAtomic || count <= kLight)));
+    unsigned left = __ballot_sync(kAllLanes, does);
+    unsigned ahead = left >> lookahead << lookahead;  // the lanes before are prefetched
+    for (; left != 0; left &= left - 1) {
+      if (lookahead > 0 && ahead != 0) prefetch(i, label, __ffs(static_cast<int>(ahead)) - 1);
+      ahead &= ahead - 1;
       const int lane = __ffs(static_cast<int>(left)) - 1;
-      rows.DoAlone(__shfl_sync(kAllLanes, i, lane), __shfl_sync(kAllLanes, label, lane));
-    }
-  }
-  if (several) {
-    WaitAsWarp(&counters.ranked_blocks.value, blocks);
-    for (int i = own; __any_sync(kAllLanes, i < p.batch); i += warps * kWarp) {
-      const int group = i < p.batch ? index.GroupAt(i) : -1;
-      const int count = group < 0 ? 1 : index.CountOf(group);
-      const bool has_piece = count > 1 && (kAtomic || index.HasPiece(i, group, count));
-      for (unsigned left = __ballot_sync(kAllLanes, has_piece); left != 0; left &= left - 1) {
-        const int lane = __ffs(static_cast<int>(left)) - 1;
-        const int j = __shfl_sync(kAllLanes, i, lane);
-        if constexpr (kAtomic) {
-          rows.AddAtomically(j, p.Label(j), __shfl_sync(kAllLanes, group, lane),
-                             __shfl_sync(kAllLanes, count, lane));
-        } else {
-          index.SetClass(j);
-          rows.DoPiece(index);
-        }
+      const int j = __shfl_sync(kAllLanes, i, lane);
+      const int64_t its_label = __shfl_sync(kAllLanes, label, lane);
+      const int its_count = __shfl_sync(kAllLanes, count, lane);
+      const int its_owner = __shfl_sync(kAllLanes, owner, lane);
+      typename Step::Loaded loaded;
+      if (its_count == 1) {
+        step.template Load<false>(j, its_label, &loaded);
+        step.DoAlone(j, its_label, loaded, its_owner < 0 ? Sum::kUnused : Sum::kMovesCenter);
+      } else if (kAtomic) {
+        step.template Load<false>(j, its_label, &loaded);
+        step.AddAtomically(j, its_label, loaded, its_count, p.first_pool_row[its_owner]);
+      } else {
+        step.DoChunk(its_label, labels.LightMembers(j, its_count), Sum::kMovesCenter, 0);
       }
     }
   }
-  const double loss = rows.reduces_loss() ? SumOfUnits(p, shared) : 0;
+  p.Stamp(kOwnDone);
+  if (has_heavy) {
+    WaitAsBlock(&counters.ranked_blocks.value, blocks, wait_ns);
+    p.Stamp(kAllRanked);
+    const int rows = labels.PoolRows();
+    for (int row = warp; row < rows; row += warps) {
+      labels.SetPoolRow(row);
+      DoChunkOfClass(p, step, labels, row - labels.FirstPoolRow());
+    }
+    p.Stamp(kHeavyDone);
+  }
+  const double loss = step.reduces_loss() ? SumOfUnits(p, shared) : 0;
   if (!IsLastBlock() || threadIdx.x != 0) return;
-  if (rows.reduces_loss()) rows.StoreLossSum(loss);
-  // All had read the parity when they arrived at counted_blocks. It is read again, since there is
-  // no register to keep it in.
-  const int own_parity = p.header->parity;
-  p.header->slots[own_parity] = p.slots;
-  p.header->groups[own_parity] = p.batch;
-  p.header->parity = 1 - own_parity;
+  if (step.reduces_loss()) step.StoreLossSum(loss);
+  p.Stamp(kLossDone);
+  // Each block had read the parity when it arrived at counted_blocks.
+  p.header->slots[parity] = p.slots;
+  p.header->samples[parity] = p.batch;
+  p.header->parity = 1 - parity;
 }
 
 template <typename Feature>
@@ -182,48 +266,77 @@ cudaError_t Multiprocessors(int* count) {
   return cudaSuccess;
 }
 
-template <typename Kernel, typename Argument>
-cudaError_t Launch(Kernel kernel, int64_t blocks, int threads, int64_t shared, bool cooperative,
-                   void* stream, const Argument& argument) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared);
-  config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
-  config.attrs = &attribute;
-  config.numAttrs = cooperative ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, argument);
-}
-
 int64_t Largest(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t Smallest(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t Quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }  // rounded up
 
-template <typename Feature, int Width>
-cudaError_t LaunchStep(const Parameters<Feature>& p, void* stream) {
+// The shape of a launch.
+struct Shape {
+  bool scans;  // ScanStep, or HashStep
+  int threads;
+  int64_t blocks;
+};
+
+cudaError_t ShapeOf(const CudaTuning& tuning, int64_t batch, bool atomic, Shape* shape) {
   int multiprocessors;
   if (const cudaError_t error = Multiprocessors(&multiprocessors); error != cudaSuccess) {
     return error;
   }
-  if (p.batch <= kScanBatch && !p.cuda.atomic) {
-    constexpr int kRows = kScanThreads / kWarp;
-    const int64_t shared = Largest(ScanIndex<Feature>::SharedBytes(p.batch, kScanThreads),
-                                   LossSumSharedBytes(kScanThreads));
-    const int64_t blocks = Smallest(Quotient(p.batch, kRows), int64_t{8} * multiprocessors);
-    return Launch(ScanStep<Feature, Width>, Largest(blocks, 1), kScanThreads, shared, false, stream,
-                  p);
+  shape->scans = batch <= tuning.scan_batch && !atomic;
+  shape->threads = shape->scans ? tuning.scan_threads : tuning.hash_threads;
+  // A scanned launch does not need all blocks resident: a few more than there is room for keep the
+  // multiprocessors busy.
+  const int64_t most = multiprocessors * int64_t{shape->scans ? 8 : tuning.hash_blocks};
+  shape->blocks = Largest(Smallest(Quotient(batch, shape->threads / kWarp), most), 1);
+  return cudaSuccess;
+}
+
+template <typename Feature>
+cudaError_t Launch(void (*kernel)(Parameters<Feature>), const Shape& shape, int64_t shared,
+                   const Parameters<Feature>& p, void* stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared);
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (!shape.scans) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+    attributes[config.numAttrs++].val.cooperative = 1;
   }
-  const int64_t shared =
-      Largest(HashIndex<Feature>::SharedBytes(kHashThreads), LossSumSharedBytes(kHashThreads));
-  constexpr int kRows = kHashThreads / kWarp;
-  const int64_t blocks =
-      Smallest(Quotient(p.batch, kRows), int64_t{kHashResident} * multiprocessors);
-  const auto kernel =
-      p.cuda.atomic ? HashStep<Feature, Width, true> : HashStep<Feature, Width, false>;
-  return Launch(kernel, Largest(blocks, 1), kHashThreads, shared, true, stream, p);
+  if (p.tuning.overlap > (shape.scans ? 0 : 1)) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  return cudaLaunchKernelEx(&config, kernel, p);
+}
+
+template <typename Feature, int Width>
+cudaError_t LaunchStep(const Parameters<Feature>& p, void* stream) {
+  Shape shape;
+  if (const cudaError_t error = ShapeOf(p.tuning, p.batch, p.cuda.atomic, &shape);
+      error != cudaSuccess) {
+    return error;
+  }
+  const int64_t shared = LossSharedBytes(shape.threads);
+  if (shape.scans) {
+    const int64_t labels = ScannedLabels<Feature>::SharedBytes(p.batch, shape.threads);
+    return Launch(ScanStep<Feature, Width>, shape, Largest(labels, shared), p, stream);
+  }
+  if (p.cuda.atomic) return Launch(HashStep<Feature, Width, true>, shape, shared, p, stream);
+  return Launch(HashStep<Feature, Width, false>, shape, shared, p, stream);
+}
+
+bool IsPowerOfTwo(int number) { return number > 0 && (number & (number - 1)) == 0; }
+
+bool IsValid(const CudaTuning& tuning) {
+  for (const CudaTuningField& field : kCudaTuning) {
+    const int value = tuning.*field.value;
+    if (value < field.least || value > field.largest) return false;
+  }
+  return IsPowerOfTwo(tuning.chunk) && IsPowerOfTwo(tuning.fan_in) &&
+         IsPowerOfTwo(tuning.scan_threads) && IsPowerOfTwo(tuning.hash_threads);
 }
 
 bool Aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -232,15 +345,19 @@ bool Aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) 
 
 int64_t CudaWorkspaceBytes(const CudaWorkspace& workspace) { return Layout(workspace).bytes; }
 
+int64_t CudaBlocks(const CudaWorkspace& workspace, int64_t batch) {
+  Shape shape;
+  const cudaError_t error = ShapeOf(workspace.tuning, batch, workspace.atomic, &shape);
+  return error == cudaSuccess ? shape.blocks : -static_cast<int64_t>(error);
+}
+
 template <typename Feature, typename Label>
 int CenterLossOnCuda(const StepArguments<Feature, Label>& step,
                      const CudaOptions<CenterType<Feature>>& options,
                      const CudaWorkspace& workspace, void* stream) {
   using Center = CenterType<Feature>;
-  // Positions are ints, and so is a count of slots.
-  constexpr int64_t kMostSamples = int64_t{1} << 28;
   if (step.batch > kMostSamples || step.batch > workspace.batch || step.dim > workspace.dim ||
-      workspace.center_size != sizeof(Center) || options.atomic != workspace.atomic) {
+      workspace.center_size != sizeof(Center) || options.atomic != workspace.atomic || !IsValid(workspace.tuning)) {
     return cudaErrorInvalidValue;
   }
   const Layout layout(workspace);
@@ -261,36 +378,32 @@ int CenterLossOnCuda(const StepArguments<Feature, Label>& step,
   p.features_are_residuals = step.features_are_residuals;
   p.options = step.options;
   p.cuda = options;
+  p.tuning = workspace.tuning;
   p.header = static_cast<Header*>(at(layout.header));
   for (int k = 0; k < 2; ++k) {
     p.table[k] = static_cast<int*>(at(layout.table[k]));
-    p.groups[k] = static_cast<Group*>(at(layout.groups[k]));
+    p.others[k] = static_cast<int*>(at(layout.others[k]));
   }
   p.slots = static_cast<int>(Layout::SlotsFor(step.batch));
-  p.first_pool_row = static_cast<int*>(at(layout.first_pool_row));
-  p.group_of = static_cast<int*>(at(layout.group_of));
-  p.rank_in_tile = static_cast<int*>(at(layout.rank_in_tile));
+  p.members = static_cast<int*>(at(layout.members));
+  p.owner_of = static_cast<int*>(at(layout.owner_of));
+  p.tiles = static_cast<int*>(at(layout.tiles));
   p.tile_count = static_cast<int*>(at(layout.tile_count));
   p.tile_start = static_cast<int*>(at(layout.tile_start));
   p.tile_order = static_cast<int*>(at(layout.tile_order));
-  p.sample_loss = static_cast<Box<Center>*>(at(layout.sample_loss));
-  p.unit_loss = static_cast<Box<double>*>(at(layout.unit_loss));
+  p.first_pool_row = static_cast<int*>(at(layout.first_pool_row));
+  p.class_of_row = static_cast<int*>(at(layout.class_of_row));
   p.pool_rows = layout.pool_rows;
-  p.arrivals = static_cast<int*>(at(layout.arrivals));
-  p.finite_count = static_cast<int*>(at(layout.finite_count));
-  p.part_finite = static_cast<unsigned*>(at(layout.part_finite));
-  p.part_squares = static_cast<Center*>(at(layout.part_squares));
-  p.chunk_members = static_cast<int*>(at(layout.chunk_members));
   p.pool = static_cast<Center*>(at(layout.pool));
+  p.finite_count = static_cast<int*>(at(layout.finite_count));
+  p.arrivals = static_cast<int*>(at(layout.arrivals));
+  p.sample_loss = static_cast<Mailbox<Center>*>(at(layout.sample_loss));
+  p.unit_loss = static_cast<Mailbox<double>*>(at(layout.unit_loss));
 
   // Whole vectors where every row starts on one.
   constexpr int kWidth = 16 / sizeof(Center);
   const bool aligned = step.dim % kWidth == 0 && Aligned(step.features) && Aligned(step.centers) &&
                        Aligned(step.residual);
-  const int64_t unit = kWarp * (aligned ? kWidth : 1);  // a vector in each lane
-  const int64_t units = Largest(Quotient(step.dim, unit), 1);
-  p.part_columns = Quotient(units, Smallest(units, kParts)) * unit;
-  p.parts = static_cast<int>(Largest(Quotient(step.dim, p.part_columns), 1));
   return aligned ? LaunchStep<Feature, kWidth>(p, stream) : LaunchStep<Feature, 1>(p, stream);
 }
 
@@ -319,6 +432,10 @@ int AllocateOnCuda(void** memory, int64_t bytes) {
 void FreeOnCuda(void* memory) { cudaFree(memory); }
 
 int WaitForCuda() { return cudaDeviceSynchronize(); }
+
+int CopyFromCuda(void* to, const void* from, int64_t bytes) {
+  return cudaMemcpy(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost);
+}
 
 int CopyOnCuda(void* to, const void* from, int64_t bytes, void* stream) {
   return cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice,

@@ -9,6 +9,30 @@
 
 namespace tcl {
 
+// Launch constants. The defaults are what an H200 measured best (python -m bench.gpu --tune). The
+// first five also decide the order of the sums, and so the bits of the results.
+struct CudaTuning {
+  int chunk = 16;         // samples that one warp adds up: 8, 16 or 32
+  int fan_in = 16;        // partial sums below a node of the reduction tree: 8, 16 or 32
+  int scan_batch = 2048;  // the largest batch whose labels are scanned; larger ones are hashed
+  int scan_threads = 128;  // threads of a block of the scanned form: 64, 128 or 256
+  int hash_threads = 256;  // the same of the hashed form
+  int hash_blocks = 2;     // blocks of the hashed form on a multiprocessor
+  int lookahead = 2;       // samples whose rows a warp prefetches ahead of the one it does: 0 to 8
+  int wait_ns = 20;        // sleep between two looks at a counter or a mailbox
+  int overlap = 1;         // whether a launch may be set up while the one before it ends
+};
+
+// One launch constant: its name, the least and the largest value, for programs that try others.
+struct CudaTuningField {
+  const char* name;
+  int CudaTuning::* value;
+  int least;
+  int largest;
+};
+constexpr int kCudaTuningFields = 9;
+extern const CudaTuningField kCudaTuning[kCudaTuningFields];
+
 // Device memory that the kernel keeps its bookkeeping in, from one launch to the next. All of it
 // must be zero before its first launch; every launch leaves it ready for the next one. It serves
 // one stream at a time, and batches up to the sizes it was asked for.
@@ -18,11 +42,16 @@ struct CudaWorkspace {
   int64_t dim = 0;          // largest D
   int64_t center_size = 4;  // bytes of a center's number
   bool atomic = false;      // whether CudaOptions::atomic may be set
+  CudaTuning tuning;        // the same for all launches
 };
 
 // O(B) bytes, and D numbers for every eighth sample (every second one where `atomic`). Nothing
 // depends on the number of classes.
 int64_t CudaWorkspaceBytes(const CudaWorkspace& workspace);
+
+// The points of a launch at which each block may note the time, see CudaOptions::clock.
+constexpr int kCudaPhases = 8;
+extern const char* const kCudaPhaseNames[kCudaPhases];
 
 // What a launch may take from device memory instead of from StepOptions, and how it sums.
 template <typename Center>
@@ -32,7 +61,14 @@ struct CudaOptions {
   // Sums the residuals of a class with float atomics, in whatever order they arrive: the bits of
   // the moved centers then differ from run to run.
   bool atomic = false;
+  // [blocks, kCudaPhases] nanoseconds, written as each block passes; null: nothing is noted. A
+  // block that skips a point leaves its number as it was.
+  uint64_t* clock = nullptr;
 };
+
+// The number of blocks that a launch of this batch has on the current device, or a negative
+// cudaError_t.
+int64_t CudaBlocks(const CudaWorkspace& workspace, int64_t batch);
 
 // Puts the step on `stream` (a cudaStream_t) as one kernel launch and returns at once, with a
 // cudaError_t. All pointers of `step` are device memory. A kernel cannot raise: a label that is
@@ -58,6 +94,9 @@ int BackwardOnCuda(const CenterType<Feature>* upstream, bool per_sample,
 int AllocateOnCuda(void** memory, int64_t bytes);
 void FreeOnCuda(void* memory);
 int WaitForCuda();
+
+// Device memory to the host; waits for it.
+int CopyFromCuda(void* to, const void* from, int64_t bytes);
 
 // Device memory to device memory, and zeros into it, on the stream.
 int CopyOnCuda(void* to, const void* from, int64_t bytes, void* stream);

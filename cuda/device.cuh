@@ -1,5 +1,5 @@
-// Rows in registers, sums over a warp, counters that blocks of one launch meet at, and boxes in
-// which one hands a number to another.
+// What the kernels are made of: rows in registers, warp sums, grid barriers, flag-and-value
+// mailboxes, arrival counters.
 
 #ifndef TF_CENTER_LOSS_OP_CUDA_DEVICE_CUH_
 #define TF_CENTER_LOSS_OP_CUDA_DEVICE_CUH_
@@ -17,9 +17,8 @@
 #define TCL_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
 
-// Where the emulator compiles these files for the host, these stand for what instructions below
-// release by the access that comes next, and acquire by the one that came last; nvcc's pass over
-// the host code needs the names alone.
+// The emulator compiles these files for the host. There TCL_RELEASE stands for a release by the next
+// access and TCL_ACQUIRE for an acquire by the last one. nvcc's host pass only needs the names.
 #if !defined(__CUDA_ARCH__) && !defined(TCL_RELEASE)
 #define TCL_RELEASE()
 #define TCL_ACQUIRE()
@@ -34,11 +33,9 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 __device__ __forceinline__ int Lane() { return static_cast<int>(threadIdx.x) % kWarp; }
 __device__ __forceinline__ int WarpOfBlock() { return static_cast<int>(threadIdx.x) / kWarp; }
 
-// A warp holds up to kColumns of a row at a time, kPerLane of them in each lane: 64 bytes, which is
-// enough loads in flight to hide the latency of memory, and few enough registers (row, next row,
-// center and sum) for two blocks of 256 threads on a multiprocessor. Half of that where the numbers
-// come one by one, since each then has an address of its own, and three quarters where they are
-// pairs of float64, whose counts and scales take pairs of registers, too.
+// A warp does kColumns columns of a row in one pass, kPerLane of them in each lane: 64 bytes, or 32
+// where every number has its own address, or 48 where the numbers are float64, whose sums take
+// twice the registers. That leaves room for two blocks of 256 threads on a multiprocessor.
 template <typename Center, int Width>
 constexpr int kPerLane = (Width == 1            ? 32
                           : sizeof(Center) == 8 ? 48
@@ -47,9 +44,12 @@ constexpr int kPerLane = (Width == 1            ? 32
 template <typename Center, int Width>
 constexpr int kColumns = kWarp * kPerLane<Center, Width>;
 
-// kStreamed: read or written once, not worth a place in the caches. kShared: written by other
-// multiprocessors during this launch, so the first-level cache, which may be stale, is passed by.
-enum class Cache { kNormal, kStreamed, kShared };
+enum class Cache {
+  kNormal,
+  kStreamed,  // read or written once: evicted first
+  kShared,    // written by other multiprocessors during this launch: past the first-level cache
+  kEarly,     // read before it is known whether another warp writes it; then the value is not used
+};
 
 template <typename T>
 using Word = std::conditional_t<sizeof(T) == 2, unsigned short, T>;
@@ -58,6 +58,7 @@ template <Cache cache, typename T>
 __device__ __forceinline__ T LoadWord(const T* address) {
   if constexpr (cache == Cache::kStreamed) return __ldcs(address);
   if constexpr (cache == Cache::kShared) return __ldcg(address);
+  if constexpr (cache == Cache::kEarly) return __ldca(address);
   return *address;
 }
 
@@ -152,21 +153,21 @@ __device__ __forceinline__ void StoreRow(T* row, int64_t column, int64_t dim,
   }
 }
 
-// Asks for a row of D numbers to be brought into the second-level cache; of a long one for as much
-// as there are lanes, since the cache has to hold that of all warps.
-template <typename T>
-__device__ __forceinline__ void PrefetchRow(const T* row, int64_t dim) {
+// Prefetches a row of `bytes` bytes into the second-level cache; of a long row the first 4 KiB,
+// because the cache holds the rows of all warps.
+__device__ __forceinline__ void PrefetchRow(const void* row, int64_t bytes) {
   constexpr int kLine = 128;
   const int64_t at = int64_t{Lane()} * kLine;
-  if (at >= dim * static_cast<int64_t>(sizeof(T))) return;
+  if (at >= bytes) return;
 #if defined(__CUDA_ARCH__)
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(reinterpret_cast<const char*>(row) + at));
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(row) + at));
 #else
   (void)row;
 #endif
 }
 
-// The sum over the lanes, the same in each of them, always added in the same order.
+// The sum over the lanes, the same in each of them, always added in the same order. (cub::WarpReduce
+// leaves it in one lane, in an order that cub does not promise.)
 template <typename T>
 __device__ __forceinline__ T WarpSum(T value) {
 #pragma unroll
@@ -176,7 +177,7 @@ __device__ __forceinline__ T WarpSum(T value) {
   return value;
 }
 
-// The same of several values, side by side: a shuffle takes its time, and hardly any other's.
+// The sums of several values. Their shuffles overlap.
 template <typename T, int Count>
 __device__ __forceinline__ void WarpSums(T (&values)[Count]) {
 #pragma unroll
@@ -186,7 +187,7 @@ __device__ __forceinline__ void WarpSums(T (&values)[Count]) {
   }
 }
 
-// For the lane, the sum over the lanes before it.
+// The sum over the lanes before this one.
 __device__ __forceinline__ int WarpSumBefore(int value) {
   const int lane = Lane();
   int sum = value;
@@ -198,7 +199,8 @@ __device__ __forceinline__ int WarpSumBefore(int value) {
   return sum - value;
 }
 
-// A number that others may read or change meanwhile.
+// Relaxed loads and stores at device scope: other threads may access the number at the same time.
+// (cuda::atomic_ref says the same; the emulator would need a copy of that header.)
 __device__ __forceinline__ int LoadRelaxed(const int* number) {
 #if defined(__CUDA_ARCH__)
   int value;
@@ -227,7 +229,7 @@ __device__ __forceinline__ void StoreRelaxed(uint64_t* number, uint64_t value) {
 #endif
 }
 
-// As LoadRelaxed, and what was written before that number was released is visible behind this.
+// An acquire load: what was written before the number was released is visible after it.
 __device__ __forceinline__ int LoadAcquire(const int* number) {
 #if defined(__CUDA_ARCH__)
   int value;
@@ -239,8 +241,32 @@ __device__ __forceinline__ int LoadAcquire(const int* number) {
   return value;
 }
 
-// Blocks of one launch that meet. ArriveBlock: what the block has written is visible to whoever has
-// waited for it. Only for launches whose blocks are all resident (cooperative launches).
+__device__ __forceinline__ void Sleep(int nanoseconds) {
+  __nanosleep(static_cast<unsigned>(nanoseconds));
+}
+
+// Programmatic dependent launch (sm_90): with CudaTuning::overlap a launch may be set up while the
+// one before it ends. It touches no memory before it has waited for that one.
+__device__ __forceinline__ void OverlapLaunches() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ uint64_t Nanoseconds() {
+#if defined(__CUDA_ARCH__)
+  uint64_t time;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
+  return time;
+#else
+  static uint64_t time = 0;
+  return time += 1000;
+#endif
+}
+
+// A grid barrier in two halves, so that work fits between them: a block arrives, then waits until
+// all blocks have arrived. All blocks must be resident (a cooperative launch).
 __device__ __forceinline__ void ArriveBlock(int* counter) {
   __syncthreads();
   if (threadIdx.x != 0) return;
@@ -252,47 +278,42 @@ __device__ __forceinline__ void ArriveBlock(int* counter) {
 #endif
 }
 
-__device__ __forceinline__ void Await(const int* counter, int arrivals) {
-  while (LoadRelaxed(counter) < arrivals) __nanosleep(64);
+__device__ __forceinline__ void Await(const int* counter, int arrivals, int wait_ns) {
+  while (LoadRelaxed(counter) < arrivals) Sleep(wait_ns);
   LoadAcquire(counter);
 }
 
-__device__ __forceinline__ void WaitAsBlock(const int* counter, int arrivals) {
-  if (threadIdx.x == 0) Await(counter, arrivals);
+__device__ __forceinline__ void WaitAsBlock(const int* counter, int arrivals, int wait_ns) {
+  if (threadIdx.x == 0) Await(counter, arrivals, wait_ns);
   __syncthreads();
 }
 
-__device__ __forceinline__ void WaitAsWarp(const int* counter, int arrivals) {
-  if (Lane() == 0) Await(counter, arrivals);
-  __syncwarp();
-}
-
-// A number that one thread hands to another, and that alone: whatever else it has written may yet
-// be on its way, so nobody waits for that. Every 32 bits of it lie in a word with one that says
-// they are there, and one access brings both. All zero: empty.
+// A flag-and-value mailbox (NCCL's LL protocol): one thread publishes a number, another polls for
+// it, and no fence is needed, because a flag and 32 bits of the value travel in one 8-byte access.
+// All zero: empty.
 template <typename T>
-struct Box {
+struct Mailbox {
   uint64_t words[sizeof(T) / sizeof(uint32_t)];
 };
 
 template <typename T>
-__device__ __forceinline__ void Fill(Box<T>* box, T number) {
+__device__ __forceinline__ void Publish(Mailbox<T>* mailbox, T number) {
   uint32_t halves[sizeof(T) / sizeof(uint32_t)];
   memcpy(halves, &number, sizeof(T));
 #pragma unroll
   for (unsigned k = 0; k < sizeof(T) / sizeof(uint32_t); ++k) {
-    StoreRelaxed(&box->words[k], uint64_t{halves[k]} << 32 | 1);
+    StoreRelaxed(&mailbox->words[k], uint64_t{halves[k]} << 32 | 1);
   }
 }
 
-// Whether there is a number in the box, and which.
+// Reads the number; false while there is none.
 template <typename T>
-__device__ __forceinline__ bool LookInto(const Box<T>* box, T* number) {
+__device__ __forceinline__ bool Poll(const Mailbox<T>* mailbox, T* number) {
   uint32_t halves[sizeof(T) / sizeof(uint32_t)];
   bool there = true;
 #pragma unroll
   for (unsigned k = 0; k < sizeof(T) / sizeof(uint32_t); ++k) {
-    const uint64_t word = LoadRelaxed(&box->words[k]);
+    const uint64_t word = LoadRelaxed(&mailbox->words[k]);
     halves[k] = static_cast<uint32_t>(word >> 32);
     there = there && (word & 1) != 0;
   }
@@ -301,15 +322,15 @@ __device__ __forceinline__ bool LookInto(const Box<T>* box, T* number) {
 }
 
 template <typename T>
-__device__ __forceinline__ void Empty(Box<T>* box) {
+__device__ __forceinline__ void Empty(Mailbox<T>* mailbox) {
 #pragma unroll
   for (unsigned k = 0; k < sizeof(T) / sizeof(uint32_t); ++k) {
-    StoreRelaxed(&box->words[k], uint64_t{0});
+    StoreRelaxed(&mailbox->words[k], uint64_t{0});
   }
 }
 
-// Adds one; returns how many came before. What those wrote is visible to this thread, and what it
-// wrote to those who come later.
+// Adds one; returns how many came before. Acquires what those wrote, and releases what this thread
+// wrote to those that come later.
 __device__ __forceinline__ int CountArrival(int* counter) {
 #if defined(__CUDA_ARCH__)
   int before;
@@ -325,21 +346,17 @@ __device__ __forceinline__ int CountArrival(int* counter) {
   return before;
 }
 
-// At which of the counters that the lanes name this warp is the last of so many, as bits by lane;
-// those are then zero again. What the others wrote before they came is visible to it.
-__device__ __forceinline__ unsigned LastAt(int* counter, int arrivals) {
-  __syncwarp();  // what the other lanes did comes before the arrivals
+// Whether this warp is the last of `arrivals` warps at the counter, which is then zero again. What
+// the other warps wrote before they arrived is visible to the last one.
+__device__ __forceinline__ bool LastWarpToArrive(int* counter, int arrivals) {
+  __syncwarp();  // orders the other lanes' writes before the arrival
   bool last = false;
-  if (counter != nullptr) {
+  if (Lane() == 0) {
     last = arrivals == 1 || CountArrival(counter) == arrivals - 1;
     if (last) *counter = 0;
   }
-  __syncwarp();  // and what they will read comes after them: a vote orders no memory
-  return __ballot_sync(kAllLanes, last);
-}
-
-__device__ __forceinline__ bool LastWarpToArrive(int* counter, int arrivals) {
-  return LastAt(Lane() == 0 ? counter : nullptr, arrivals) != 0;
+  __syncwarp();  // orders the arrival before the other lanes' reads: a vote orders no memory
+  return __any_sync(kAllLanes, last);
 }
 
 }  // namespace

@@ -36,6 +36,7 @@ class _Workspace(ctypes.Structure):
         ("dim", ctypes.c_int64),
         ("center_size", ctypes.c_int64),
         ("atomic", ctypes.c_bool),
+        ("tuning", ctypes.c_int * 9),
     ]
 
 
@@ -48,6 +49,7 @@ class _Step(ctypes.Structure):
         ("alpha", ctypes.c_double),
         ("weight", ctypes.c_double),
         ("workspace", _Workspace),
+        ("clock", ctypes.c_void_p),
         *((name, ctypes.c_int32) for name in ("feature_type", "rule", "reduction")),
         *(
             (name, ctypes.c_bool)
@@ -150,13 +152,46 @@ class EmulatorError(RuntimeError):
 class Workspace:
     """Memory of a launch's bookkeeping, zero at first and kept from launch to launch."""
 
-    def __init__(self, library, batch, dim, dtype, atomic=False):
+    def __init__(self, library, batch, dim, dtype, atomic=False, tuning=None, phases=False):
+        constants = tuning_defaults(library) | (tuning or {})
         self.struct = _Workspace(None, batch, dim, np.dtype(dtype).itemsize, atomic)
+        self.struct.tuning[:] = list(constants.values())
         self.size = library.tcl_emulator_workspace_bytes(ctypes.byref(self.struct))
         self.memory = np.zeros(self.size // 8 + 2, np.uint64)
         address = self.memory.ctypes.data
         self.offset = -address % 16
         self.struct.memory = address + self.offset
+        self.clock = None
+        if phases:
+            names = []
+            while name := library.tcl_emulator_phase(len(names)):
+                names.append(name.decode())
+            blocks = library.tcl_emulator_blocks(ctypes.byref(self.struct), batch)
+            self.phase_names, self.clock = names, np.zeros([blocks, len(names)], np.uint64)
+
+    def phases(self):
+        """(name, first, last): when the first and the last block passed a point of the last launch,
+        in microseconds after the first began."""
+        return phase_times(self.phase_names, self.clock)
+
+
+def phase_times(names, clock):
+    """The same from [blocks, phases] nanoseconds; zero: the block did not pass there."""
+    started = clock[:, 0].min()
+    passed = {name: clock[:, k][clock[:, k] > 0] - started for k, name in enumerate(names)}
+    return [
+        (name, float(times.min()) / 1e3, float(times.max()) / 1e3)
+        for name, times in passed.items()
+        if len(times)
+    ]
+
+
+def tuning_defaults(library):
+    """{name: default} of the launch constants."""
+    value, defaults = ctypes.c_int(), {}
+    while name := library.tcl_emulator_tuning(len(defaults), ctypes.byref(value)):
+        defaults[name.decode()] = value.value
+    return defaults
 
 
 class Emulator:
@@ -169,7 +204,9 @@ class Emulator:
         self._file = library or build()
         self._library = ctypes.CDLL(str(self._file))
         self._library.tcl_emulator_workspace_bytes.restype = ctypes.c_int64
-        self._library.tcl_emulator_error.restype = ctypes.c_char_p
+        self._library.tcl_emulator_blocks.restype = ctypes.c_int64
+        for function in ("error", "tuning", "phase"):
+            getattr(self._library, f"tcl_emulator_{function}").restype = ctypes.c_char_p
         self._schedule = (
             ctypes.c_uint64(seed),
             multiprocessors,
@@ -177,9 +214,14 @@ class Emulator:
             skip.encode(),
         )
 
-    def workspace(self, batch, dim, dtype=np.float32, atomic=False):
+    def workspace(self, batch, dim, dtype=np.float32, atomic=False, tuning=None, phases=False):
         """A workspace for float32 or float64 centers and batches up to this size."""
-        return Workspace(self._library, batch, dim, dtype, atomic)
+        self._configure()
+        return Workspace(self._library, batch, dim, dtype, atomic, tuning, phases)
+
+    def tuning(self):
+        """{name: default} of the launch constants."""
+        return tuning_defaults(self._library)
 
     def memory_of(self, workspace):
         """Its bytes, as a launch has left them."""
@@ -229,6 +271,7 @@ class Emulator:
             alpha=alpha,
             weight=weight,
             workspace=workspace.struct,
+            clock=None if workspace.clock is None else workspace.clock.ctypes.data,
             feature_type=FEATURE_TYPES.index(features.dtype),
             rule=RULES.index(rule),
             reduction=REDUCTIONS.index(reduction),
@@ -258,8 +301,11 @@ class Emulator:
         )
         return gradient
 
-    def _call(self, function, *arguments):
+    def _configure(self):
         self._library.tcl_emulator_configure(*self._schedule)
+
+    def _call(self, function, *arguments):
+        self._configure()
         error = getattr(self._library, function)(*arguments)
         if error:
             text = self._library.tcl_emulator_error(error).decode()

@@ -4,9 +4,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cmath>
+#include <map>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <variant>
 #include <vector>
 
@@ -139,7 +142,8 @@ struct CudaBytes {
 // The steps of batches up to a size, one after the other on one stream.
 class CudaStep {
  public:
-  CudaStep(int64_t batch, int64_t dim, const std::string& dtype, bool atomic) {
+  CudaStep(int64_t batch, int64_t dim, const std::string& dtype, bool atomic,
+           const std::map<std::string, int>& tuning, bool phases) {
     Require(batch >= 0 && dim >= 1, "batch, dim: expected at least 0 and 1, got " +
                                         std::to_string(batch) + ", " + std::to_string(dim));
     Require(dtype == "float32" || dtype == "float64",
@@ -149,14 +153,60 @@ class CudaStep {
     workspace_.dim = dim;
     workspace_.center_size = dtype == "float32" ? 4 : 8;
     workspace_.atomic = atomic;
+    for (const auto& [name, value] : tuning) {
+      const auto* const field = std::find_if(
+          kCudaTuning, kCudaTuning + kCudaTuningFields,
+          [&name = name](const CudaTuningField& one) { return one.name == name; });
+      Require(field != kCudaTuning + kCudaTuningFields, "tuning: unknown constant '" + name + "'");
+      Require(value >= field->least && value <= field->largest,
+              "tuning: expected " + name + " from " + std::to_string(field->least) + " to " +
+                  std::to_string(field->largest) + ", got " + std::to_string(value));
+      workspace_.tuning.*field->value = value;
+    }
     const int64_t bytes = CudaWorkspaceBytes(workspace_);
     Check(AllocateOnCuda(&workspace_.memory, bytes), "allocating the workspace");
     Check(ZeroOnCuda(workspace_.memory, bytes, nullptr), "clearing the workspace");
+    if (phases) {
+      blocks_ = CudaBlocks(workspace_, batch);
+      Check(blocks_ < 0 ? static_cast<int>(-blocks_) : 0, "finding the number of blocks");
+      void* clock;
+      Check(AllocateOnCuda(&clock, ClockBytes()), "allocating the clock");
+      clock_ = static_cast<uint64_t*>(clock);
+      Check(ZeroOnCuda(clock, ClockBytes(), nullptr), "clearing the clock");
+    }
     Check(WaitForCuda(), "clearing the workspace");
   }
-  ~CudaStep() { FreeOnCuda(workspace_.memory); }
+  ~CudaStep() {
+    FreeOnCuda(clock_);
+    FreeOnCuda(workspace_.memory);
+  }
   CudaStep(const CudaStep&) = delete;
   CudaStep& operator=(const CudaStep&) = delete;
+
+  // (point, first, last): when the first and the last block passed it, in microseconds after the
+  // first began.
+  std::vector<std::tuple<std::string, double, double>> Phases() const {
+    Require(clock_ != nullptr, "phases: expected a step that was made with phases=True");
+    std::vector<uint64_t> times(static_cast<size_t>(blocks_) * kCudaPhases);
+    Check(WaitForCuda(), "waiting for the step");
+    Check(CopyFromCuda(times.data(), clock_, ClockBytes()), "copying the clock");
+    uint64_t begun = ~uint64_t{0};
+    for (int64_t b = 0; b < blocks_; ++b) begun = std::min(begun, times[b * kCudaPhases]);
+    std::vector<std::tuple<std::string, double, double>> phases;
+    for (int k = 0; k < kCudaPhases; ++k) {
+      uint64_t first = ~uint64_t{0}, last = 0;
+      for (int64_t b = 0; b < blocks_; ++b) {
+        const uint64_t time = times[b * kCudaPhases + k];
+        if (time == 0) continue;
+        first = std::min(first, time);
+        last = std::max(last, time);
+      }
+      if (last == 0) continue;
+      phases.emplace_back(kCudaPhaseNames[k], 1e-3 * static_cast<double>(first - begun),
+                          1e-3 * static_cast<double>(last - begun));
+    }
+    return phases;
+  }
 
   CudaBytes Workspace() const { return {workspace_.memory, CudaWorkspaceBytes(workspace_)}; }
 
@@ -239,6 +289,7 @@ class CudaStep {
 
     CudaOptions<Center> options;
     options.atomic = workspace_.atomic;
+    options.clock = clock_;
     if (const double* number = std::get_if<double>(&alpha)) {
       Require(std::isfinite(*number) && *number >= 0,
               "alpha: expected a finite number >= 0, got " + std::to_string(*number));
@@ -255,8 +306,14 @@ class CudaStep {
           "launching the center loss step");
   }
 
+  int64_t ClockBytes() const {
+    return blocks_ * kCudaPhases * static_cast<int64_t>(sizeof(uint64_t));
+  }
+
   CudaWorkspace workspace_;
   std::string dtype_;
+  int64_t blocks_ = 0;
+  uint64_t* clock_ = nullptr;  // [blocks, kCudaPhases]
 };
 
 void Backward(const py::object& upstream, const py::object& residual, const py::object& gradient,
@@ -294,9 +351,16 @@ void DefineCuda(py::module_& module) {
 
 Arrays are of any library with DLPack or __cuda_array_interface__. For batches of up to
 [batch, dim], one after the other on one stream. With atomic=True residuals are summed by float
-atomics: the bits of the moved centers differ from run to run.)")
-      .def(py::init<int64_t, int64_t, const std::string&, bool>(), py::arg("batch"), py::arg("dim"),
-           py::arg("dtype") = "float32", py::kw_only(), py::arg("atomic") = false)
+atomics: the bits of the moved centers differ from run to run. `tuning` sets launch constants by name,
+see cuda_tuning(). With phases=True each launch of the whole batch notes the time, see phases().)")
+      .def(py::init<int64_t, int64_t, const std::string&, bool, const std::map<std::string, int>&,
+                    bool>(),
+           py::arg("batch"), py::arg("dim"), py::arg("dtype") = "float32", py::kw_only(),
+           py::arg("atomic") = false, py::arg("tuning") = std::map<std::string, int>(),
+           py::arg("phases") = false)
+      .def("phases", &CudaStep::Phases,
+           "[(point, first, last)] of the last launch: when the first and the last block passed the "
+           "point, in microseconds after the first began. Waits for the device.")
       .def_property_readonly("workspace",
                              py::cpp_function(&CudaStep::Workspace, py::keep_alive<0, 1>()),
                              "The memory that the launches keep their bookkeeping in, as bytes on "
@@ -312,8 +376,18 @@ atomics: the bits of the moved centers differ from run to run.)")
 
 Writes loss ([], or [B] for reduction "none"), residual [B, D] and squared_distance [B] where given,
 in the centers' type, and the centers in place; none of them may overlap another array. alpha and
-weight may be arrays of one number on the device. A label out of range makes its sample's loss and residual NaN. Raises ValueError, with
-nothing written.)");
+weight may be arrays of one number on the device. A label out of range makes its sample's loss and
+residual NaN. Raises ValueError, with nothing written.)");
+  module.def(
+      "cuda_tuning",
+      [] {
+        std::map<std::string, int> defaults;
+        for (const CudaTuningField& field : kCudaTuning) {
+          defaults[field.name] = CudaTuning().*field.value;
+        }
+        return defaults;
+      },
+      "{name: default} of the launch constants (cuda/center_loss_cuda.h).");
   module.def("cuda_backward", Backward, py::arg("upstream"), py::arg("residual"),
              py::arg("gradient"), py::kw_only(), py::arg("stream") = 0,
              "gradient [B, D] = upstream ([] or [B]) times residual [B, D], rounded to its type.");

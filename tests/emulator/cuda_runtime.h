@@ -39,6 +39,9 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(16) longlong2 {
+  long long x, y;
+};
 
 namespace emulator {
 
@@ -96,6 +99,11 @@ template <typename T>
 TCL_SINGLE void __stcg(T* address, T value) {
   ::emulator::Single(address, sizeof(T), false, true, __builtin_return_address(0));
   *address = value;
+}
+// A value that is not used where another thread may write it meanwhile: no access that could race.
+template <typename T>
+TCL_SINGLE T __ldca(const T* address) {
+  return *address;
 }
 template <typename T>
 T __ldcs(const T* address) {
@@ -169,12 +177,16 @@ unsigned __match_any_sync(unsigned, T value) {
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
-enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2 };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeCooperative = 2,
+  cudaLaunchAttributeProgrammaticStreamSerialization = 6
+};
 using cudaStream_t = void*;
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     int cooperative;
+    int programmaticStreamSerializationAllowed;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -194,7 +206,11 @@ inline cudaError_t cudaFree(void* memory) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-enum cudaMemcpyKind { cudaMemcpyDeviceToDevice = 3 };
+enum cudaMemcpyKind { cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
                                    cudaStream_t) {
   std::memcpy(to, from, bytes);
@@ -212,7 +228,8 @@ const char* cudaGetErrorString(cudaError_t error);
 template <typename... Expected, typename... Actual>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...),
                                const Actual&... arguments) {
-  const bool cooperative = config->numAttrs > 0 && config->attrs[0].val.cooperative;
+  bool cooperative = false;
+  for (unsigned k = 0; k < config->numAttrs; ++k) cooperative |= config->attrs[k].val.cooperative;
   return static_cast<cudaError_t>(::emulator::Launch(config->gridDim.x, config->blockDim.x,
                                                      config->dynamicSmemBytes, cooperative,
                                                      [&] { kernel(arguments...); }));

@@ -36,6 +36,7 @@ int Step(const Emulated& e) {
     step.options.weight = weight;
   }
   options.atomic = e.atomic;
+  options.clock = e.clock;
   return tcl::CenterLossOnCuda(step, options, e.workspace, nullptr);
 }
 
@@ -59,6 +60,7 @@ struct TclEmulatedStep {
   int64_t ignore_label;
   double alpha, weight;
   tcl::CudaWorkspace workspace;
+  uint64_t* clock;
   int32_t feature_type, rule, reduction;
   bool long_labels, features_are_residuals, has_ignore_label, update_centers, numbers_in_memory,
       atomic;
@@ -66,6 +68,22 @@ struct TclEmulatedStep {
 
 int64_t tcl_emulator_workspace_bytes(const tcl::CudaWorkspace* workspace) {
   return tcl::CudaWorkspaceBytes(*workspace);
+}
+
+int64_t tcl_emulator_blocks(const tcl::CudaWorkspace* workspace, int64_t batch) {
+  return tcl::CudaBlocks(*workspace, batch);
+}
+
+// The name of launch constant k, null where there is none, and its default.
+const char* tcl_emulator_tuning(int k, int* value) {
+  if (k >= tcl::kCudaTuningFields) return nullptr;
+  *value = tcl::CudaTuning().*tcl::kCudaTuning[k].value;
+  return tcl::kCudaTuning[k].name;
+}
+
+// The name of phase k, null where there is none.
+const char* tcl_emulator_phase(int k) {
+  return k < tcl::kCudaPhases ? tcl::kCudaPhaseNames[k] : nullptr;
 }
 
 int tcl_emulator_step(const TclEmulatedStep* e) {

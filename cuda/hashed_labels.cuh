@@ -1,0 +1,228 @@
+// Large batches: the blocks count the labels together in a hash table, then meet at a grid barrier.
+//
+// A class is known by its *owner*, the sample that entered the label. The others are counted at the
+// owner, and the first of them leave their positions there: enough for a light class. The samples
+// of a heavy class are then sorted tile by tile: a sample's place in its tile is the number of
+// samples there that come before it, by class and then by position. A rank in the batch is the rank
+// in the tile plus the counts of the class in earlier tiles.
+
+#ifndef TF_CENTER_LOSS_OP_CUDA_HASHED_LABELS_CUH_
+#define TF_CENTER_LOSS_OP_CUDA_HASHED_LABELS_CUH_
+
+#include <cstdint>
+
+#include "cuda/device.cuh"
+#include "cuda/scanned_labels.cuh"
+#include "cuda/workspace.cuh"
+
+namespace tcl {
+namespace {
+
+template <typename Feature>
+class HashedLabels {
+ public:
+  __device__ HashedLabels(const Parameters<Feature>& p, int parity)
+      : p_(p),
+        counters_(&p.header->counters[parity]),
+        table_(p.table[parity]),
+        others_(p.others[parity]) {}
+
+  // Enters sample i, a sample in each lane; i >= B: none. `is_member`: its label is a row of the
+  // table whose center moves. Returns the owner of its class, -1 where it has none. With `atomic`
+  // every class of several samples takes a row of the pool.
+  __device__ int Enter(int i, int64_t label, bool is_member, bool atomic) {
+    const unsigned same = __match_any_sync(kAllLanes, is_member ? label : -1 - Lane());
+    const int leader = __ffs(static_cast<int>(same)) - 1;
+    int owner = -1, place = 0;
+    if (is_member && leader == Lane()) {
+      owner = FindOwner(label, i);
+      const int owns = owner == i;
+      const int others = __popc(same) - owns;
+      // The owner itself has no place, so the one behind it takes the first.
+      if (others > 0) place = atomicAdd(&others_[owner], others) - owns;
+    }
+    owner = __shfl_sync(kAllLanes, owner, leader);
+    place = __shfl_sync(kAllLanes, place, leader) + __popc(same & ((1u << Lane()) - 1));
+    if (i < p_.batch) p_.owner_of[i] = owner;
+    if (!is_member) return owner;
+    if (owner == i) {
+      p_.tiles[i] = 0;
+      return owner;
+    }
+    if (place < kLight - 1) p_.members[int64_t{owner} * kLight + place] = i;
+    if (place == kLight - 1) atomicAdd(&counters_->heavy_classes.value, 1);
+    if (atomic && place == 0) {
+      const int row = TakePoolRows(1);
+      p_.first_pool_row[owner] = row;
+      p_.finite_count[row] = 0;
+    }
+    return owner;
+  }
+
+  // Counts the samples of this warp that are not ignored.
+  __device__ void Count(int counted) {
+    counted = WarpSum(counted);
+    if (Lane() == 0 && counted > 0) atomicAdd(&counters_->counted.value, counted);
+  }
+
+  // What follows is known once all blocks have entered their samples.
+  __device__ int Counted() const {
+    return p_.options.has_ignore_label ? __ldcg(&counters_->counted.value) : p_.batch;
+  }
+  __device__ bool HasHeavy() const { return __ldcg(&counters_->heavy_classes.value) != 0; }
+  __device__ int OwnerOf(int i) const { return __ldcg(&p_.owner_of[i]); }
+  __device__ int CountOf(int owner) const { return 1 + __ldcg(&others_[owner]); }
+
+  // The samples of a light class in batch order.
+  __device__ Members LightMembers(int owner, int count) const {
+    const int lane = Lane();
+    int position = owner;
+    if (lane > 0 && lane < count) {
+      position = __ldcg(&p_.members[int64_t{owner} * kLight + lane - 1]);
+    }
+    int rank = 0;
+    for (int k = 0; k < count; ++k) rank += __shfl_sync(kAllLanes, position, k) < position;
+    int sorted = position;
+    for (int k = 0; k < count; ++k) {
+      const int other = __shfl_sync(kAllLanes, position, k);
+      if (__shfl_sync(kAllLanes, rank, k) == lane) sorted = other;
+    }
+    return {count, sorted};
+  }
+
+  // Sorts this block's share of the samples of heavy classes into their tiles, and gives those
+  // classes rows of the pool, one for each chunk.
+  __device__ void RankHeavy() {
+    const int threads = static_cast<int>(gridDim.x * blockDim.x);
+    const int thread = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+    for (int start = thread - Lane(); start < p_.batch; start += threads) {
+      const int i = start + Lane();
+      const int owner = i < p_.batch ? OwnerOf(i) : -1;
+      const int count = owner < 0 ? 0 : CountOf(owner);
+      if (count > kLight) RankInTile(i, owner);
+      GivePoolRows(i, count > kLight && owner == i ? count : 0);
+    }
+  }
+
+  // What follows is known once all blocks have ranked theirs.
+  __device__ int PoolRows() const { return __ldcg(&counters_->pool_rows.value); }
+
+  // From here on the class is the one with a chunk in this row of the pool.
+  __device__ void SetPoolRow(int row) {
+    owner_ = __ldcg(&p_.class_of_row[row]);
+    count_ = CountOf(owner_);
+    first_pool_row_ = __ldcg(&p_.first_pool_row[owner_]);
+    const bool here = __ldcg(&p_.tiles[owner_]) >> Lane() & 1;
+    const int64_t at = int64_t{owner_} * kTiles + Lane();
+    tile_start_ = here ? __ldcg(&p_.tile_start[at]) : 0;
+    tile_rank_ = WarpSumBefore(here ? __ldcg(&p_.tile_count[at]) : 0);
+  }
+
+  __device__ int64_t label() const { return p_.Label(owner_); }
+  __device__ int count() const { return count_; }
+  __device__ int FirstPoolRow() const { return first_pool_row_; }
+
+  // The samples of the class of the ranks first, first + 1, ...
+  __device__ Members Find(int first, int count) const {
+    const int rank = first + Lane();
+    int tile = 0;  // the last that begins with this rank or a smaller one
+#pragma unroll
+    for (int step = kTiles / 2; step > 0; step /= 2) {
+      if (__shfl_sync(kAllLanes, tile_rank_, tile + step) <= rank) tile += step;
+    }
+    const int start = __shfl_sync(kAllLanes, tile_start_, tile);
+    const int begin = __shfl_sync(kAllLanes, tile_rank_, tile);
+    const int at = tile * p_.TileSize() + start + rank - begin;
+    return {count, Lane() < count ? __ldcg(&p_.tile_order[at]) : 0};
+  }
+
+  // Clears this block's share of what the next launch uses.
+  __device__ static void ClearNext(const Parameters<Feature>& p, int parity) {
+    const int thread = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+    const int threads = static_cast<int>(gridDim.x * blockDim.x);
+    if (thread == 0) {
+      Counters& counters = p.header->counters[parity];
+      counters.counted_blocks.value = counters.ranked_blocks.value = 0;
+      counters.heavy_classes.value = counters.pool_rows.value = counters.counted.value = 0;
+    }
+    const int slots = __ldcg(&p.header->slots[parity]);
+    const int samples = __ldcg(&p.header->samples[parity]);
+    for (int k = thread; k < slots; k += threads) p.table[parity][k] = 0;
+    for (int k = thread; k < samples; k += threads) p.others[parity][k] = 0;
+  }
+
+ private:
+  // Finds the owner of the label, or makes it sample i.
+  __device__ int FindOwner(int64_t label, int i) {
+    // Fibonacci hashing: the high bits of label * 2^64 / golden ratio spread strided labels, too.
+    const uint64_t hash = static_cast<uint64_t>(label) * 0x9e3779b97f4a7c15u;
+    int slot = static_cast<int>((hash >> 32) * static_cast<uint64_t>(p_.slots) >> 32);
+    for (;;) {
+      const int entered = atomicCAS(&table_[slot], 0, i + 1);
+      if (entered == 0) return i;
+      if (p_.Label(entered - 1) == label) return entered - 1;
+      slot = slot + 1 == p_.slots ? 0 : slot + 1;
+    }
+  }
+
+  __device__ int TakePoolRows(int rows) { return atomicAdd(&counters_->pool_rows.value, rows); }
+
+  // The place of sample i in its tile, by comparison with all samples there. The first one of its
+  // class stores where the class begins and how many it has.
+  __device__ void RankInTile(int i, int owner) {
+    const int size = p_.TileSize();
+    const int tile = i / size, begin = tile * size, end = min(begin + size, p_.batch);
+    int smaller = 0, same = 0, before = 0;
+#pragma unroll 4
+    for (int j = begin; j < end; j += 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(p_.owner_of + j);
+      const unsigned owners[] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int other = static_cast<int>(owners[e]);
+        smaller += other < owner && j + e < end;
+        same += other == owner && j + e < end;
+        before += other == owner && j + e < i;
+      }
+    }
+    p_.tile_order[begin + smaller + before] = i;
+    if (before > 0) return;
+    p_.tile_start[int64_t{owner} * kTiles + tile] = smaller;
+    p_.tile_count[int64_t{owner} * kTiles + tile] = same;
+    atomicOr(reinterpret_cast<unsigned*>(&p_.tiles[owner]), 1u << tile);
+  }
+
+  // Takes rows of the pool for the lanes that own a class of `count` > 0 samples.
+  __device__ void GivePoolRows(int owner, int count) {
+    const int chunks = (count + p_.tuning.chunk - 1) / p_.tuning.chunk;
+    const int before = WarpSumBefore(chunks);
+    const int all = __shfl_sync(kAllLanes, before + chunks, kWarp - 1);
+    if (all == 0) return;
+    int row = Lane() == 0 ? TakePoolRows(all) : 0;
+    row = __shfl_sync(kAllLanes, row, 0) + before;
+    if (chunks > 0) p_.first_pool_row[owner] = row;
+    for (unsigned left = __ballot_sync(kAllLanes, chunks > 0); left != 0; left &= left - 1) {
+      const int lane = __ffs(static_cast<int>(left)) - 1;
+      const int first = __shfl_sync(kAllLanes, row, lane);
+      const int end = first + __shfl_sync(kAllLanes, chunks, lane);
+      const int its_owner = __shfl_sync(kAllLanes, owner, lane);
+      for (int k = first + Lane(); k < end; k += kWarp) p_.class_of_row[k] = its_owner;
+    }
+  }
+
+  const Parameters<Feature>& p_;
+  Counters* counters_;
+  int* table_;
+  int* others_;
+  int owner_ = 0;
+  int count_ = 0;
+  int first_pool_row_ = 0;
+  // Of the tile that is this lane's number: the first rank in it, and its place.
+  int tile_rank_ = 0;
+  int tile_start_ = 0;
+};
+
+}  // namespace
+}  // namespace tcl
+
+#endif  // TF_CENTER_LOSS_OP_CUDA_HASHED_LABELS_CUH_

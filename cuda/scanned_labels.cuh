@@ -1,0 +1,115 @@
+// Small batches: each warp scans the labels of the batch in shared memory for those of its class.
+// No hash table and no grid barrier.
+
+#ifndef TF_CENTER_LOSS_OP_CUDA_SCANNED_LABELS_CUH_
+#define TF_CENTER_LOSS_OP_CUDA_SCANNED_LABELS_CUH_
+
+#include <cstdint>
+
+#include "cuda/device.cuh"
+#include "cuda/workspace.cuh"
+
+namespace tcl {
+namespace {
+
+// Samples of one class, of consecutive ranks, one in each lane.
+struct Members {
+  int count;     // lanes that hold one
+  int position;  // in the batch
+};
+
+template <typename Feature>
+class ScannedLabels {
+ public:
+  __device__ ScannedLabels(const Parameters<Feature>& p, unsigned char* shared)
+      : p_(p), labels_(reinterpret_cast<int64_t*>(shared)) {
+    found_ = reinterpret_cast<int*>(labels_ + Padded(p.batch)) + WarpOfBlock() * kWarp;
+    constexpr int kLoads = 8;  // in flight
+    const int threads = static_cast<int>(blockDim.x);
+#pragma unroll 1
+    for (int first = static_cast<int>(threadIdx.x); first < p.batch; first += kLoads * threads) {
+      int64_t labels[kLoads];
+#pragma unroll
+      for (int k = 0; k < kLoads; ++k) labels[k] = p.Label(min(first + k * threads, p.batch - 1));
+#pragma unroll
+      for (int k = 0; k < kLoads; ++k) {
+        if (first + k * threads < p.batch) labels_[first + k * threads] = labels[k];
+      }
+    }
+    if (threadIdx.x == 0 && p.batch % 2 == 1) labels_[p.batch] = -1;  // equals no class
+    __syncthreads();
+  }
+
+  static int64_t SharedBytes(int64_t batch, int threads) {
+    return Padded(batch) * static_cast<int64_t>(sizeof(int64_t)) +
+           threads * static_cast<int64_t>(sizeof(int));
+  }
+
+  __device__ int64_t LabelAt(int i) const { return labels_[i]; }
+
+  __device__ int Counted() const {
+    if (!p_.options.has_ignore_label) return p_.batch;
+    int counted = 0;
+    for (int i = Lane(); i < p_.batch; i += kWarp) counted += !p_.Ignored(labels_[i]);
+    return WarpSum(counted);
+  }
+
+  // From here on the class is that of sample i.
+  __device__ void SetClass(int i) {
+    label_ = labels_[i];
+    int all = 0, before = 0;
+#pragma unroll 4
+    for (int j = 2 * Lane(); j < p_.batch; j += 2 * kWarp) {
+      const longlong2 two = *reinterpret_cast<const longlong2*>(labels_ + j);
+      all += (two.x == label_) + (two.y == label_);
+      before += (two.x == label_ && j < i) + (two.y == label_ && j + 1 < i);
+    }
+    const int both = WarpSum(all << 16 | before);  // a batch that is scanned has less than 2^15
+    count_ = both >> 16;
+    rank_ = both & 0xffff;
+  }
+
+  __device__ int64_t label() const { return label_; }
+  __device__ int count() const { return count_; }
+  __device__ int rank() const { return rank_; }  // of sample i: how many of its class come before it
+
+  // The samples of the class of the ranks first, first + 1, ...
+  __device__ Members Find(int first, int count) {
+    int before = 0;
+    for (int start = 0; start < p_.batch && before < first + count; start += kWarp) {
+      const int j = start + Lane();
+      const bool same = j < p_.batch && labels_[j] == label_;
+      const unsigned all = __ballot_sync(kAllLanes, same);
+      const int rank = before + __popc(all & ((1u << Lane()) - 1));
+      if (same && rank >= first && rank < first + count) found_[rank - first] = j;
+      before += __popc(all);
+    }
+    __syncwarp();
+    const Members members = {count, Lane() < count ? found_[Lane()] : 0};
+    __syncwarp();
+    return members;
+  }
+
+  // The class's first row of the pool: from where its samples would lie in the sorted batch, so that
+  // no two classes of several chunks share one.
+  __device__ int FirstPoolRow() const {
+    int smaller = 0;
+    for (int j = Lane(); j < p_.batch; j += kWarp) smaller += labels_[j] < label_;
+    return WarpSum(smaller) / (p_.tuning.chunk / 2);
+  }
+
+ private:
+  static __host__ __device__ int64_t Padded(int64_t batch) { return (batch + 1) / 2 * 2; }
+
+  const Parameters<Feature>& p_;
+  int64_t* labels_;  // [B], padded to pairs
+  int* found_;       // [kWarp] of this warp
+  int64_t label_ = 0;
+  int count_ = 0;
+  int rank_ = 0;
+};
+
+}  // namespace
+}  // namespace tcl
+
+#endif  // TF_CENTER_LOSS_OP_CUDA_SCANNED_LABELS_CUH_
