@@ -24,22 +24,28 @@
 #include "cuda/device.cuh"
 #include "cuda/hashed_labels.cuh"
 #include "cuda/loss_sum.cuh"
+#include "cuda/reduction_tree.cuh"
 #include "cuda/scanned_labels.cuh"
 #include "cuda/warp_step.cuh"
 #include "cuda/workspace.cuh"
 
 namespace tcl {
+namespace {
+
+// A block of the scanned form is small, to spread a small batch over all multiprocessors.
+constexpr int kMostScanThreads = 128, kMostHashThreads = 256;
+
+}  // namespace
 
 constexpr CudaTuningField kCudaTuning[] = {
-    {"chunk", &CudaTuning::chunk, 8, 32},
     {"fan_in", &CudaTuning::fan_in, 8, 32},
     {"scan_batch", &CudaTuning::scan_batch, 0, 4096},
-    {"scan_threads", &CudaTuning::scan_threads, 64, 256},
-    {"hash_threads", &CudaTuning::hash_threads, 64, 256},
+    {"scan_threads", &CudaTuning::scan_threads, 64, kMostScanThreads},
+    {"hash_threads", &CudaTuning::hash_threads, 64, kMostHashThreads},
     {"hash_blocks", &CudaTuning::hash_blocks, 1, 8},
     {"lookahead", &CudaTuning::lookahead, 0, 8},
     {"wait_ns", &CudaTuning::wait_ns, 0, 1000},
-    {"overlap", &CudaTuning::overlap, 0, 2},
+    {"overlap", &CudaTuning::overlap, 0, 1},
 };
 
 const char* const kCudaPhaseNames[] = {"begun",        "labels here", "labels counted",
@@ -50,78 +56,91 @@ namespace {
 
 enum Phase { kBegun, kLabelsHere, kCounted, kRanked, kOwnDone, kAllRanked, kHeavyDone, kLossDone };
 
-constexpr int kMostThreads = 256;
-constexpr int kMostSamples = 1 << 24;  // positions are ints, and so is a count of slots
+constexpr int kMostSamples = 1 << 22;  // those of a tile have to fit into 16 bits
 
-// Does one chunk of the class that `labels` is set to.
+// Does one chunk of a heavy class, the one that `labels` is set to. Returns the leaf of the reduction
+// tree that it is.
 template <typename Feature, int Width, typename Labels>
-__device__ void DoChunkOfClass(const Parameters<Feature>& p, WarpStep<Feature, Width>& step,
-                               Labels& labels, int chunk) {
+__device__ Node DoChunk(WarpStep<Feature, Width>& step, Labels& labels, int chunk) {
   using Sum = typename WarpStep<Feature, Width>::Sum;
-  const int size = p.tuning.chunk;
-  const int chunks = (labels.count() + size - 1) / size;
-  const int first = chunk * size;
-  const Members members = labels.Find(first, min(labels.count() - first, size));
-  if (chunks == 1) {
-    step.DoChunk(labels.label(), members, Sum::kMovesCenter, 0);
-    return;
-  }
-  const int row = labels.FirstPoolRow();
-  const int finite = step.DoChunk(labels.label(), members, Sum::kStored, row + chunk);
-  step.ReduceUpwards(labels.label(), chunks, chunk, row, finite);
+  Node leaf;
+  leaf.label = labels.label();
+  leaf.chunks = (labels.count() + kChunk - 1) / kChunk;
+  leaf.first_pool_row = labels.FirstPoolRow();
+  leaf.chunk = chunk;
+  const int first = chunk * kChunk, count = min(labels.count() - first, kChunk);
+  labels.Find(first, count, step.members());
+  leaf.finite = step.DoMembers(leaf.label, count, Sum::kStored, leaf.first_pool_row + chunk);
+  return leaf;
 }
 
 template <typename Feature, int Width>
-__global__ void __launch_bounds__(kMostThreads, 2)
+__global__ void __launch_bounds__(kMostScanThreads, 3)
     ScanStep(const __grid_constant__ Parameters<Feature> p) {
-  TCL_DYNAMIC_SHARED(shared);
+  TCL_DYNAMIC_SHARED(memory);
+  unsigned char* shared = memory;
   OverlapLaunches();
   p.Stamp(kBegun);
   using Step = WarpStep<Feature, Width>;
-  Step step(p);
-  const int block_warps = static_cast<int>(blockDim.x) / kWarp;
+  const int threads = static_cast<int>(blockDim.x);
+  Step step(p, shared);
+  shared += Step::SharedBytes(threads);
+  ReductionTree<Feature, Width> tree(p, step, shared);
+  shared += ReductionTree<Feature, Width>::SharedBytes(threads);
+  const int block_warps = threads / kWarp;
   const int warps = static_cast<int>(gridDim.x) * block_warps;
   const int warp = static_cast<int>(blockIdx.x) * block_warps + WarpOfBlock();
   // The first sample's rows are on their way while the labels are scanned.
-  int i = warp;
   int64_t label = 0;
   typename Step::Loaded loaded;
-  if (i < p.batch) {
-    label = p.Label(i);
-    step.template Load<true>(i, label, &loaded);
+  if (warp < p.batch) {
+    label = p.Label(warp);
+    step.template Load<true>(warp, label, 0, &loaded);
   }
   ScannedLabels<Feature> labels(p, shared);
   p.Stamp(kLabelsHere);
   step.SetCounted(labels.Counted());
-  while (i < p.batch) {
-    const bool is_member = step.IsMember(label);
-    if (is_member) labels.SetClass(i);
-    if (!is_member || labels.count() == 1) {
-      step.DoAlone(i, label, loaded, is_member ? Step::Sum::kMovesCenter : Step::Sum::kUnused);
-    } else if (labels.rank() % p.tuning.chunk == 0) {
-      DoChunkOfClass(p, step, labels, labels.rank() / p.tuning.chunk);
+  for (int first = warp - WarpOfBlock(); first < p.batch; first += warps) {  // of the block
+    const int i = first + WarpOfBlock();
+    Node node;
+    if (i < p.batch) {
+      const bool is_member = step.IsMember(label);
+      if (is_member) labels.SetClass(i);
+      if (!is_member || labels.count() == 1) {
+        step.DoAlone(i, label, loaded, is_member ? Step::Sum::kMovesCenter : Step::Sum::kUnused);
+      } else if (labels.count() > kLight) {
+        if (labels.rank() % kChunk == 0) node = DoChunk(step, labels, labels.rank() / kChunk);
+      } else if (labels.rank() == 0) {
+        labels.Find(0, labels.count(), step.members());
+        step.DoMembers(label, labels.count(), Step::Sum::kMovesCenter, 0);
+      }
     }
-    i += warps;
-    if (i >= p.batch) break;
-    label = labels.LabelAt(i);
-    step.template Load<true>(i, label, &loaded);
+    if (__syncthreads_or(node.chunks > 0)) tree.Reduce(node);
+    if (i + warps < p.batch) {
+      label = labels.LabelAt(i + warps);
+      step.template Load<true>(i + warps, label, 0, &loaded);
+    }
   }
   p.Stamp(kOwnDone);
   if (!step.reduces_loss() || !IsLastBlock()) return;
-  const double loss = SumOfMailboxes(p.sample_loss, p.batch, p.tuning.wait_ns, shared);
+  const double loss = SumOfMailboxes(p.sample_loss, p.batch, p.tuning.wait_ns, memory);
   if (threadIdx.x == 0) step.StoreLossSum(loss);
   p.Stamp(kLossDone);
 }
 
 template <typename Feature, int Width, bool kAtomic>
-__global__ void __launch_bounds__(kMostThreads, 2)
+__global__ void __launch_bounds__(kMostHashThreads, 2)
     HashStep(const __grid_constant__ Parameters<Feature> p) {
-  TCL_DYNAMIC_SHARED(shared);
+  TCL_DYNAMIC_SHARED(memory);
+  unsigned char* shared = memory;
   OverlapLaunches();
   p.Stamp(kBegun);
   using Step = WarpStep<Feature, Width>;
   using Sum = typename Step::Sum;
-  Step step(p);
+  const int threads = static_cast<int>(blockDim.x);
+  Step step(p, shared);
+  shared += Step::SharedBytes(threads);
+  ReductionTree<Feature, Width> tree(p, step, shared);
   const int parity = __ldcg(&p.header->parity);
   HashedLabels<Feature> labels(p, parity);
   Counters& counters = p.header->counters[parity];
@@ -129,14 +148,10 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   const int lookahead = p.tuning.lookahead, wait_ns = p.tuning.wait_ns;
   // A round is kWarp samples for each warp, one in each lane. They lie warps + 1 apart: neighbors,
   // and labels that come again after a while, are for different warps.
-  const int warps = blocks * static_cast<int>(blockDim.x) / kWarp;
+  const int warps = blocks * threads / kWarp;
   const int warp = WarpOfBlock() * blocks + static_cast<int>(blockIdx.x);
   const int round = kWarp * warps;
   const int own = Lane() * warps + (warp + Lane()) % warps;
-  for (int k = 0; k < lookahead; ++k) {
-    const int i = __shfl_sync(kAllLanes, own, k);
-    if (i < p.batch) step.PrefetchFeatures(i);
-  }
   const auto prefetch = [&](int i, int64_t label, int lane) {
     const int j = __shfl_sync(kAllLanes, i, lane);
     const int64_t its_label = __shfl_sync(kAllLanes, label, lane);
@@ -151,11 +166,9 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     const int i = first + own;
     const int64_t label = i < p.batch ? p.Label(i) : 0;
     if (first == 0) {
+      // Behind the labels, which the counting waits for.
       own_label = label;
-      for (int k = 0; k < lookahead; ++k) {
-        const int64_t its_label = __shfl_sync(kAllLanes, label, k);
-        if (__shfl_sync(kAllLanes, i, k) < p.batch) step.PrefetchCenter(its_label);
-      }
+      for (int k = 0; k < lookahead; ++k) prefetch(i, label, k);
     }
     const int owner = labels.Enter(i, label, i < p.batch && step.IsMember(label), kAtomic);
     if (first == 0) own_owner = owner;
@@ -198,13 +211,14 @@ __global__ void __launch_bounds__(kMostThreads, 2)
       const int its_owner = __shfl_sync(kAllLanes, owner, lane);
       typename Step::Loaded loaded;
       if (its_count == 1) {
-        step.template Load<false>(j, its_label, &loaded);
+        step.template Load<false>(j, its_label, 0, &loaded);
         step.DoAlone(j, its_label, loaded, its_owner < 0 ? Sum::kUnused : Sum::kMovesCenter);
       } else if (kAtomic) {
-        step.template Load<false>(j, its_label, &loaded);
+        step.template Load<false>(j, its_label, 0, &loaded);
         step.AddAtomically(j, its_label, loaded, its_count, p.first_pool_row[its_owner]);
       } else {
-        step.DoChunk(its_label, labels.LightMembers(j, its_count), Sum::kMovesCenter, 0);
+        labels.FindLight(j, its_count, step.members());
+        step.DoMembers(its_label, its_count, Sum::kMovesCenter, 0);
       }
     }
   }
@@ -213,13 +227,18 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     WaitAsBlock(&counters.ranked_blocks.value, blocks, wait_ns);
     p.Stamp(kAllRanked);
     const int rows = labels.PoolRows();
-    for (int row = warp; row < rows; row += warps) {
-      labels.SetPoolRow(row);
-      DoChunkOfClass(p, step, labels, row - labels.FirstPoolRow());
+    for (int first = static_cast<int>(blockIdx.x); first < rows; first += warps) {  // of the block
+      const int row = first + WarpOfBlock() * blocks;
+      Node node;
+      if (row < rows) {
+        labels.SetPoolRow(row);
+        node = DoChunk(step, labels, row - labels.FirstPoolRow());
+      }
+      if (__syncthreads_or(node.chunks > 0)) tree.Reduce(node);
     }
     p.Stamp(kHeavyDone);
   }
-  const double loss = step.reduces_loss() ? SumOfUnits(p, shared) : 0;
+  const double loss = step.reduces_loss() ? SumOfUnits(p, memory) : 0;
   if (!IsLastBlock() || threadIdx.x != 0) return;
   if (step.reduces_loss()) step.StoreLossSum(loss);
   p.Stamp(kLossDone);
@@ -305,7 +324,7 @@ cudaError_t Launch(void (*kernel)(Parameters<Feature>), const Shape& shape, int6
     attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
     attributes[config.numAttrs++].val.cooperative = 1;
   }
-  if (p.tuning.overlap > (shape.scans ? 0 : 1)) {
+  if (p.tuning.overlap != 0) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
@@ -319,10 +338,12 @@ cudaError_t LaunchStep(const Parameters<Feature>& p, void* stream) {
       error != cudaSuccess) {
     return error;
   }
-  const int64_t shared = LossSharedBytes(shape.threads);
+  // The losses are added up last, in memory that the rest needs no more.
+  int64_t shared = WarpStep<Feature, Width>::SharedBytes(shape.threads) +
+                   ReductionTree<Feature, Width>::SharedBytes(shape.threads);
   if (shape.scans) {
-    const int64_t labels = ScannedLabels<Feature>::SharedBytes(p.batch, shape.threads);
-    return Launch(ScanStep<Feature, Width>, shape, Largest(labels, shared), p, stream);
+    shared += ScannedLabels<Feature>::SharedBytes(p.batch);
+    return Launch(ScanStep<Feature, Width>, shape, shared, p, stream);
   }
   if (p.cuda.atomic) return Launch(HashStep<Feature, Width, true>, shape, shared, p, stream);
   return Launch(HashStep<Feature, Width, false>, shape, shared, p, stream);
@@ -335,7 +356,7 @@ bool IsValid(const CudaTuning& tuning) {
     const int value = tuning.*field.value;
     if (value < field.least || value > field.largest) return false;
   }
-  return IsPowerOfTwo(tuning.chunk) && IsPowerOfTwo(tuning.fan_in) &&
+  return IsPowerOfTwo(tuning.fan_in) &&
          IsPowerOfTwo(tuning.scan_threads) && IsPowerOfTwo(tuning.hash_threads);
 }
 
@@ -387,9 +408,8 @@ int CenterLossOnCuda(const StepArguments<Feature, Label>& step,
   p.slots = static_cast<int>(Layout::SlotsFor(step.batch));
   p.members = static_cast<int*>(at(layout.members));
   p.owner_of = static_cast<int*>(at(layout.owner_of));
-  p.tiles = static_cast<int*>(at(layout.tiles));
-  p.tile_count = static_cast<int*>(at(layout.tile_count));
-  p.tile_start = static_cast<int*>(at(layout.tile_start));
+  p.heavy_class = static_cast<int*>(at(layout.heavy_class));
+  p.tile_part = static_cast<unsigned*>(at(layout.tile_part));
   p.tile_order = static_cast<int*>(at(layout.tile_order));
   p.first_pool_row = static_cast<int*>(at(layout.first_pool_row));
   p.class_of_row = static_cast<int*>(at(layout.class_of_row));

@@ -10,10 +10,9 @@
 namespace tcl {
 
 // Launch constants. The defaults are what an H200 measured best (python -m bench.gpu --tune). The
-// first five also decide the order of the sums, and so the bits of the results.
+// first four also decide the order of the sums, and so the bits of the results.
 struct CudaTuning {
-  int chunk = 16;         // samples that one warp adds up: 8, 16 or 32
-  int fan_in = 16;        // partial sums below a node of the reduction tree: 8, 16 or 32
+  int fan_in = 32;         // partial sums below a node of the reduction tree: 8, 16 or 32
   int scan_batch = 2048;  // the largest batch whose labels are scanned; larger ones are hashed
   int scan_threads = 128;  // threads of a block of the scanned form: 64, 128 or 256
   int hash_threads = 256;  // the same of the hashed form
@@ -30,7 +29,7 @@ struct CudaTuningField {
   int least;
   int largest;
 };
-constexpr int kCudaTuningFields = 9;
+constexpr int kCudaTuningFields = 8;
 extern const CudaTuningField kCudaTuning[kCudaTuningFields];
 
 // Device memory that the kernel keeps its bookkeeping in, from one launch to the next. All of it
@@ -45,7 +44,7 @@ struct CudaWorkspace {
   CudaTuning tuning;        // the same for all launches
 };
 
-// O(B) bytes, and D numbers for every eighth sample (every second one where `atomic`). Nothing
+// O(B) bytes, and D numbers for every fourth sample (every second one where `atomic`). Nothing
 // depends on the number of classes.
 int64_t CudaWorkspaceBytes(const CudaWorkspace& workspace);
 

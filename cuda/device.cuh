@@ -177,14 +177,26 @@ __device__ __forceinline__ T WarpSum(T value) {
   return value;
 }
 
-// The sums of several values. Their shuffles overlap.
+// The sums over the lanes of several values, a power of two: lane l gets that of values[l % Count].
+// In each step a lane hands on half of what it holds, so that takes no more than kWarp shuffles.
 template <typename T, int Count>
-__device__ __forceinline__ void WarpSums(T (&values)[Count]) {
+__device__ __forceinline__ T WarpSums(T (&values)[Count]) {
 #pragma unroll
-  for (int other = kWarp / 2; other > 0; other /= 2) {
+  for (int n = Count / 2; n > 0; n /= 2) {
+    const bool upper = (Lane() & n) != 0;
 #pragma unroll
-    for (int k = 0; k < Count; ++k) values[k] += __shfl_xor_sync(kAllLanes, values[k], other);
+    for (int k = 0; k < n; ++k) {
+      const T kept = upper ? values[k + n] : values[k];
+      const T given = upper ? values[k] : values[k + n];
+      values[k] = kept + __shfl_xor_sync(kAllLanes, given, n);
+    }
   }
+  T sum = values[0];
+#pragma unroll
+  for (int other = Count; other < kWarp; other *= 2) {
+    sum += __shfl_xor_sync(kAllLanes, sum, other);
+  }
+  return sum;
 }
 
 // The sum over the lanes before this one.

@@ -12,7 +12,6 @@
 #include <cstdint>
 
 #include "cuda/device.cuh"
-#include "cuda/scanned_labels.cuh"
 #include "cuda/workspace.cuh"
 
 namespace tcl {
@@ -44,13 +43,9 @@ class HashedLabels {
     owner = __shfl_sync(kAllLanes, owner, leader);
     place = __shfl_sync(kAllLanes, place, leader) + __popc(same & ((1u << Lane()) - 1));
     if (i < p_.batch) p_.owner_of[i] = owner;
-    if (!is_member) return owner;
-    if (owner == i) {
-      p_.tiles[i] = 0;
-      return owner;
-    }
+    if (!is_member || owner == i) return owner;
     if (place < kLight - 1) p_.members[int64_t{owner} * kLight + place] = i;
-    if (place == kLight - 1) atomicAdd(&counters_->heavy_classes.value, 1);
+    if (place == kLight - 1) NumberHeavyClass(owner);
     if (atomic && place == 0) {
       const int row = TakePoolRows(1);
       p_.first_pool_row[owner] = row;
@@ -73,8 +68,8 @@ class HashedLabels {
   __device__ int OwnerOf(int i) const { return __ldcg(&p_.owner_of[i]); }
   __device__ int CountOf(int owner) const { return 1 + __ldcg(&others_[owner]); }
 
-  // The samples of a light class in batch order.
-  __device__ Members LightMembers(int owner, int count) const {
+  // Finds the samples of a light class in batch order.
+  __device__ void FindLight(int owner, int count, int* members) const {
     const int lane = Lane();
     int position = owner;
     if (lane > 0 && lane < count) {
@@ -82,12 +77,7 @@ class HashedLabels {
     }
     int rank = 0;
     for (int k = 0; k < count; ++k) rank += __shfl_sync(kAllLanes, position, k) < position;
-    int sorted = position;
-    for (int k = 0; k < count; ++k) {
-      const int other = __shfl_sync(kAllLanes, position, k);
-      if (__shfl_sync(kAllLanes, rank, k) == lane) sorted = other;
-    }
-    return {count, sorted};
+    if (lane < count) members[rank] = position;
   }
 
   // Sorts this block's share of the samples of heavy classes into their tiles, and gives those
@@ -112,28 +102,38 @@ class HashedLabels {
     owner_ = __ldcg(&p_.class_of_row[row]);
     count_ = CountOf(owner_);
     first_pool_row_ = __ldcg(&p_.first_pool_row[owner_]);
-    const bool here = __ldcg(&p_.tiles[owner_]) >> Lane() & 1;
-    const int64_t at = int64_t{owner_} * kTiles + Lane();
-    tile_start_ = here ? __ldcg(&p_.tile_start[at]) : 0;
-    tile_rank_ = WarpSumBefore(here ? __ldcg(&p_.tile_count[at]) : 0);
+    const unsigned* const parts = p_.tile_part + int64_t{__ldcg(&p_.heavy_class[owner_])} * kTiles;
+    parts_ = __ldcg(reinterpret_cast<const uint4*>(parts) + Lane());
+    rank_ = WarpSumBefore(static_cast<int>((parts_.x >> 16) + (parts_.y >> 16) +
+                                           (parts_.z >> 16) + (parts_.w >> 16)));
   }
 
   __device__ int64_t label() const { return p_.Label(owner_); }
   __device__ int count() const { return count_; }
   __device__ int FirstPoolRow() const { return first_pool_row_; }
 
-  // The samples of the class of the ranks first, first + 1, ...
-  __device__ Members Find(int first, int count) const {
-    const int rank = first + Lane();
-    int tile = 0;  // the last that begins with this rank or a smaller one
+  // Finds the samples of the class of the ranks first, first + 1, ... in batch order.
+  __device__ void Find(int first, int count, int* members) const {
+    int rank = first + min(Lane(), count - 1);
+    int lane = 0;  // the last whose tiles begin with this rank or a smaller one
 #pragma unroll
-    for (int step = kTiles / 2; step > 0; step /= 2) {
-      if (__shfl_sync(kAllLanes, tile_rank_, tile + step) <= rank) tile += step;
+    for (int step = kWarp / 2; step > 0; step /= 2) {
+      if (__shfl_sync(kAllLanes, rank_, lane + step) <= rank) lane += step;
     }
-    const int start = __shfl_sync(kAllLanes, tile_start_, tile);
-    const int begin = __shfl_sync(kAllLanes, tile_rank_, tile);
-    const int at = tile * p_.TileSize() + start + rank - begin;
-    return {count, Lane() < count ? __ldcg(&p_.tile_order[at]) : 0};
+    rank -= __shfl_sync(kAllLanes, rank_, lane);
+    const unsigned parts[] = {
+        __shfl_sync(kAllLanes, parts_.x, lane), __shfl_sync(kAllLanes, parts_.y, lane),
+        __shfl_sync(kAllLanes, parts_.z, lane), __shfl_sync(kAllLanes, parts_.w, lane)};
+    int at = 0;
+    bool found = false;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int here = static_cast<int>(parts[e] >> 16);
+      if (!found) at = (4 * lane + e) * p_.TileSize() + static_cast<int>(parts[e] & 0xffff) + rank;
+      found = found || rank < here;
+      if (!found) rank -= here;
+    }
+    if (Lane() < count) members[Lane()] = __ldcg(&p_.tile_order[at]);
   }
 
   // Clears this block's share of what the next launch uses.
@@ -167,8 +167,17 @@ class HashedLabels {
 
   __device__ int TakePoolRows(int rows) { return atomicAdd(&counters_->pool_rows.value, rows); }
 
-  // The place of sample i in its tile, by comparison with all samples there. The first one of its
-  // class stores where the class begins and how many it has.
+  // Gives the owner's class a number, and no samples in any tile yet.
+  __device__ void NumberHeavyClass(int owner) {
+    const int number = atomicAdd(&counters_->heavy_classes.value, 1);
+    p_.heavy_class[owner] = number;
+    uint4* const parts = reinterpret_cast<uint4*>(p_.tile_part + int64_t{number} * kTiles);
+    for (int k = 0; k < kTiles / 4; ++k) parts[k] = uint4{0, 0, 0, 0};
+  }
+
+  // Finds the place of sample i in its tile by comparison with all samples there: those of owners
+  // that come first, and those of its own class at earlier positions. The first one of a class
+  // stores where the class begins and how many it has.
   __device__ void RankInTile(int i, int owner) {
     const int size = p_.TileSize();
     const int tile = i / size, begin = tile * size, end = min(begin + size, p_.batch);
@@ -187,14 +196,14 @@ class HashedLabels {
     }
     p_.tile_order[begin + smaller + before] = i;
     if (before > 0) return;
-    p_.tile_start[int64_t{owner} * kTiles + tile] = smaller;
-    p_.tile_count[int64_t{owner} * kTiles + tile] = same;
-    atomicOr(reinterpret_cast<unsigned*>(&p_.tiles[owner]), 1u << tile);
+    const int number = __ldcg(&p_.heavy_class[owner]);
+    p_.tile_part[int64_t{number} * kTiles + tile] =
+        static_cast<unsigned>(same) << 16 | static_cast<unsigned>(smaller);
   }
 
   // Takes rows of the pool for the lanes that own a class of `count` > 0 samples.
   __device__ void GivePoolRows(int owner, int count) {
-    const int chunks = (count + p_.tuning.chunk - 1) / p_.tuning.chunk;
+    const int chunks = (count + kChunk - 1) / kChunk;
     const int before = WarpSumBefore(chunks);
     const int all = __shfl_sync(kAllLanes, before + chunks, kWarp - 1);
     if (all == 0) return;
@@ -217,9 +226,9 @@ class HashedLabels {
   int owner_ = 0;
   int count_ = 0;
   int first_pool_row_ = 0;
-  // Of the tile that is this lane's number: the first rank in it, and its place.
-  int tile_rank_ = 0;
-  int tile_start_ = 0;
+  // Of the four tiles that are this lane's: their parts, and the first rank there.
+  uint4 parts_;
+  int rank_ = 0;
 };
 
 }  // namespace

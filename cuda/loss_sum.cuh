@@ -20,12 +20,8 @@ namespace {
 // do not depend on it.
 __device__ __forceinline__ bool IsLastBlock() { return blockIdx.x == gridDim.x - 1; }
 
-inline int64_t LossSharedBytes(int threads) {
-  return threads / kWarp * static_cast<int64_t>(sizeof(double));
-}
-
 // The sum of the numbers in `count` mailboxes, which are then empty again. By all threads of a
-// block; the first thread has the sum.
+// block, with a double for each warp in `shared`; the first thread has the sum.
 template <typename T>
 __device__ double SumOfMailboxes(Mailbox<T>* mailboxes, int count, int wait_ns,
                                  unsigned char* shared) {

@@ -12,18 +12,11 @@
 namespace tcl {
 namespace {
 
-// Samples of one class, of consecutive ranks, one in each lane.
-struct Members {
-  int count;     // lanes that hold one
-  int position;  // in the batch
-};
-
 template <typename Feature>
 class ScannedLabels {
  public:
   __device__ ScannedLabels(const Parameters<Feature>& p, unsigned char* shared)
       : p_(p), labels_(reinterpret_cast<int64_t*>(shared)) {
-    found_ = reinterpret_cast<int*>(labels_ + Padded(p.batch)) + WarpOfBlock() * kWarp;
     constexpr int kLoads = 8;  // in flight
     const int threads = static_cast<int>(blockDim.x);
 #pragma unroll 1
@@ -40,9 +33,8 @@ class ScannedLabels {
     __syncthreads();
   }
 
-  static int64_t SharedBytes(int64_t batch, int threads) {
-    return Padded(batch) * static_cast<int64_t>(sizeof(int64_t)) +
-           threads * static_cast<int64_t>(sizeof(int));
+  static int64_t SharedBytes(int64_t batch) {
+    return (batch + 1) / 2 * 2 * static_cast<int64_t>(sizeof(int64_t));
   }
 
   __device__ int64_t LabelAt(int i) const { return labels_[i]; }
@@ -73,21 +65,17 @@ class ScannedLabels {
   __device__ int count() const { return count_; }
   __device__ int rank() const { return rank_; }  // of sample i: how many of its class come before it
 
-  // The samples of the class of the ranks first, first + 1, ...
-  __device__ Members Find(int first, int count) {
+  // Finds the samples of the class of the ranks first, first + 1, ... in batch order.
+  __device__ void Find(int first, int count, int* members) const {
     int before = 0;
     for (int start = 0; start < p_.batch && before < first + count; start += kWarp) {
       const int j = start + Lane();
       const bool same = j < p_.batch && labels_[j] == label_;
       const unsigned all = __ballot_sync(kAllLanes, same);
       const int rank = before + __popc(all & ((1u << Lane()) - 1));
-      if (same && rank >= first && rank < first + count) found_[rank - first] = j;
+      if (same && rank >= first && rank < first + count) members[rank - first] = j;
       before += __popc(all);
     }
-    __syncwarp();
-    const Members members = {count, Lane() < count ? found_[Lane()] : 0};
-    __syncwarp();
-    return members;
   }
 
   // The class's first row of the pool: from where its samples would lie in the sorted batch, so that
@@ -95,15 +83,12 @@ class ScannedLabels {
   __device__ int FirstPoolRow() const {
     int smaller = 0;
     for (int j = Lane(); j < p_.batch; j += kWarp) smaller += labels_[j] < label_;
-    return WarpSum(smaller) / (p_.tuning.chunk / 2);
+    return WarpSum(smaller) / kSamplesPerPoolRow;
   }
 
  private:
-  static __host__ __device__ int64_t Padded(int64_t batch) { return (batch + 1) / 2 * 2; }
-
   const Parameters<Feature>& p_;
   int64_t* labels_;  // [B], padded to pairs
-  int* found_;       // [kWarp] of this warp
   int64_t label_ = 0;
   int count_ = 0;
   int rank_ = 0;

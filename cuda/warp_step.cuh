@@ -7,7 +7,6 @@
 
 #include "csrc/center_loss_math.h"
 #include "cuda/device.cuh"
-#include "cuda/scanned_labels.cuh"
 #include "cuda/workspace.cuh"
 
 namespace tcl {
@@ -21,16 +20,27 @@ class WarpStep {
   static constexpr int kPass = kColumns<Center, Width>;
   static constexpr int kVectors = kLane / Width;
   static constexpr int kStride = kWarp * Width;  // columns of which a warp has one vector each
-  // Samples of a class that are done side by side, so that their loads are in flight together.
-  static constexpr int kSide = sizeof(Center) == 8 ? 4 : 8;
-  // Partial sums that are loaded together.
-  static constexpr int kSumLoads = sizeof(Center) == 8 ? 8 : 16;
   using Share = Center[kLane];  // of a pass over the columns, this lane's numbers
 
-  __device__ explicit WarpStep(const Parameters<Feature>& p) : p_(p) {
+  // Each warp has one of these in shared memory, for the chunk that it does.
+  struct Shared {
+    Center sum[kPass];      // of the residuals, where rows have no more columns
+    Center weight[kLight];  // of each member
+    int members[kLight];    // positions in the batch
+  };
+
+  __device__ WarpStep(const Parameters<Feature>& p, unsigned char* shared)
+      : p_(p), shared_(reinterpret_cast<Shared*>(shared)[WarpOfBlock()]) {
     const Center alpha = Alpha();
     moves_ = p.options.update_centers && IsFinite(alpha) && alpha > 0;
   }
+
+  static __host__ __device__ int64_t SharedBytes(int threads) {
+    return threads / kWarp * static_cast<int64_t>(sizeof(Shared));
+  }
+
+  // Where the members of a chunk go, for DoChunk.
+  __device__ int* members() { return shared_.members; }
 
   // Whether any center moves. With alpha = 0 none does, so none is written.
   __device__ bool moves() const { return moves_; }
@@ -58,125 +68,162 @@ class WarpStep {
     PrefetchRow(p_.CenterRow(label), p_.dim * static_cast<int64_t>(sizeof(Center)));
   }
 
-  // A sample's features and center in the first pass.
+  // A sample's features and center in one pass over the columns.
   struct Loaded {
     Share row;
     Share center;
   };
 
-  // `early`: it is not known yet whether another warp moves this center.
+  // kEarly: it is not known yet whether another warp moves this center.
   template <bool kEarly>
-  __device__ void Load(int i, int64_t label, Loaded* loaded) const {
-    LoadRow<Width, Cache::kStreamed>(p_.Features(i), 0, p_.dim, loaded->row);
-    LoadCenter<kEarly ? Cache::kEarly : Cache::kNormal>(label, 0, loaded->center);
+  __device__ void Load(int i, int64_t label, int64_t column, Loaded* loaded) const {
+    LoadRow<Width, Cache::kStreamed>(p_.Features(i), column, p_.dim, loaded->row);
+    const bool subtracts = !p_.features_are_residuals && p_.InTable(label);
+    LoadRow<Width, kEarly ? Cache::kEarly : Cache::kNormal>(
+        subtracts ? p_.CenterRow(label) : nullptr, column, subtracts ? p_.dim : 0, loaded->center);
   }
 
   // What becomes of a sum of residuals.
   enum class Sum { kUnused, kMovesCenter, kStored, kAddedAtomically };
 
   // A sample by itself: the only one of its class; or of no class; or one of many where no center
-  // moves or atomics add them up in `pool_row`. Returns how many finite samples it is.
+  // moves or atomics add them up in `pool_row`. `loaded`: its first pass. Returns how many finite
+  // samples it is.
   __device__ int DoAlone(int i, int64_t label, Loaded& loaded, Sum use, int pool_row = 0) {
     if (p_.Ignored(label)) return DoWithout(i, 0);
     if (!p_.InTable(label)) return DoWithout(i, NotANumber());
     const Center weight = p_.sample_weight == nullptr ? Center{1} : p_.sample_weight[i];
+    const Center scale = weight * sample_scale_;
     Center square = 0;
+#pragma unroll 1
     for (int64_t column = 0;;) {
+      Share scaled;
 #pragma unroll
       for (int e = 0; e < kLane; ++e) {
         loaded.row[e] -= loaded.center[e];
         square += loaded.row[e] * loaded.row[e];
+        scaled[e] = loaded.row[e] * scale;
       }
-      if (p_.residual != nullptr) StoreResidual(i, column, weight, loaded.row);
+      if (p_.residual != nullptr) {
+        StoreRow<Width, Cache::kStreamed>(p_.residual + i * p_.dim, column, p_.dim, scaled);
+      }
       column += kPass;
       if (column >= p_.dim) break;
-      LoadRow<Width, Cache::kStreamed>(p_.Features(i), column, p_.dim, loaded.row);
-      LoadCenter<Cache::kNormal>(label, column, loaded.center);
+      Load<false>(i, label, column, &loaded);
     }
     square = WarpSum(square);
     if (Lane() == 0) StoreLoss(i, weight * (square / 2), square);
-    if (use == Sum::kUnused) return 0;
-    const Members members = {1, i};
-    const unsigned finite = FiniteMembers(members, square);
-    if (finite == 0) return 0;
+    if (use == Sum::kUnused || !(IsFinite(square) || RowIsFinite(i))) return 0;
     if (p_.dim <= kPass) {
-      UseSum(use, label, 1, 0, loaded.row, loaded.center, pool_row);
-    } else {
-      UseSumAgain(use, label, members, finite, pool_row);
+      UseShare(use, label, 0, loaded, pool_row);
+      return 1;
+    }
+#pragma unroll 1
+    for (int64_t column = 0; column < p_.dim; column += kPass) {
+      Load<false>(i, label, column, &loaded);
+#pragma unroll
+      for (int e = 0; e < kLane; ++e) loaded.row[e] -= loaded.center[e];
+      UseShare(use, label, column, loaded, pool_row);
     }
     return 1;
   }
 
-  // A chunk: up to kWarp samples of one class. Returns how many of them are finite.
-  __device__ int DoChunk(int64_t label, Members members, Sum use, int pool_row) {
-    Center weight = 1;  // of the sample in this lane, and so is `squares`
-    if (p_.sample_weight != nullptr && Lane() < members.count) {
-      weight = p_.sample_weight[members.position];
-    }
-    Center squares = 0;
-    const bool one_pass = p_.dim <= kPass;
-    Share sum = {};
+  // The `count` samples of one class in members(), up to kLight. kChunk of them are done side by side,
+  // so that their loads are in flight together. Their sum moves the center or is stored in
+  // `pool_row`. Returns how many of them are finite.
+  __device__ int DoMembers(int64_t label, int count, Sum use, int pool_row) {
+    __syncwarp();  // the members are there
+    const int own = shared_.members[min(Lane(), count - 1)];
+    const Center weight = p_.sample_weight == nullptr ? Center{1} : p_.sample_weight[own];
+    if (Lane() < kLight) shared_.weight[Lane()] = weight;
+    __syncwarp();
+    const bool keeps_sum = p_.dim <= kPass;
+    Center squares = 0;  // of the member in this lane
 #pragma unroll 1
-    for (int first = 0; first < members.count; first += kSide) {
-      Center square[kSide] = {};
+    for (int first = 0; first < count; first += kChunk) {
+      Center square[kChunk] = {};
 #pragma unroll 1
-      for (int64_t column = 0; column < p_.dim; column += kPass) {
+      for (int64_t at = ColumnOf<Width>(0, 0); at < p_.dim; at += kStride) {
+        Center rows[kChunk][Width], center[Width] = {}, sum[Width] = {};
+        LoadMembers(first, count, at, rows);
+        LoadCenter(label, at, center);
+        if (keeps_sum && first > 0) LoadSum(at, sum);
 #pragma unroll
-        for (int v = 0; v < kVectors; ++v) {
-          DoVectors(label, members, first, ColumnOf<Width>(column, v), weight, sum + v * Width,
-                    square);
+        for (int m = 0; m < kChunk; ++m) {
+          const bool adds = first + m < count;
+#pragma unroll
+          for (int e = 0; e < Width; ++e) {
+            rows[m][e] -= center[e];
+            square[m] += rows[m][e] * rows[m][e];
+            sum[e] += adds ? rows[m][e] : Center{0};
+          }
+        }
+        if (keeps_sum) StoreSum(at, sum);
+        if (p_.residual == nullptr) continue;
+#pragma unroll
+        for (int m = 0; m < kChunk; ++m) {
+          if (first + m >= count) continue;
+          const Center scale = shared_.weight[first + m] * sample_scale_;
+          Center* const residual = p_.residual + shared_.members[first + m] * p_.dim;
+#pragma unroll
+          for (int e = 0; e < Width; ++e) rows[m][e] *= scale;
+          StoreVector<Width, Cache::kStreamed>(residual + at, rows[m]);
         }
       }
-      WarpSums(square);
-#pragma unroll
-      for (int s = 0; s < kSide; ++s) {
-        if (Lane() == first + s) squares = square[s];
+      const Center all = WarpSums(square);
+      if (Lane() / kChunk == first / kChunk) squares = all;
+    }
+    if (Lane() < count) StoreLoss(own, weight * (squares / 2), squares);
+
+    const unsigned finite = FiniteMembers(count, squares);
+    const int finite_count = __popc(finite);
+    const bool has_sum = keeps_sum && finite_count == count;
+#pragma unroll 1
+    for (int64_t at = ColumnOf<Width>(0, 0); at < p_.dim; at += kStride) {
+      Center sum[Width] = {};
+      if (has_sum) {
+        LoadSum(at, sum);
+      } else {
+        AddUp(label, count, finite, at, sum);
+      }
+      if (use == Sum::kStored) {
+        StoreVector<Width, Cache::kNormal>(p_.PoolRow(pool_row) + at, sum);
+      } else if (finite_count > 0) {
+        MoveCenter(label, at, Scale(finite_count), sum);
       }
     }
-    if (Lane() < members.count) StoreLoss(members.position, weight * (squares / 2), squares);
-    const unsigned finite = FiniteMembers(members, squares);
-    if (one_pass && __popc(finite) == members.count) {
-      Share center;
-      LoadCenter<Cache::kNormal>(label, 0, center);
-      UseSum(use, label, members.count, 0, sum, center, pool_row);
-    } else {
-      UseSumAgain(use, label, members, finite, pool_row);
-    }
-    return __popc(finite);
-  }
-
-  // Hands on the sum of chunk number `chunk` of `chunks`, of `finite` samples, in its row of the
-  // pool: up the reduction tree, as far as this warp is the last to arrive at a node. The warp that
-  // gets to the root moves the center; by then all others have read it.
-  __device__ void ReduceUpwards(int64_t label, int chunks, int chunk, int first_pool_row,
-                                int finite) {
-    const int fan_in = p_.tuning.fan_in;
-    int level = 0;
-#pragma unroll 1
-    for (int width = 1; width < chunks; width *= fan_in, ++level) {
-      const int own_row = first_pool_row + chunk / width * width;
-      if (Lane() == 0) p_.finite_count[own_row] = finite;
-      const int node = chunk / width / fan_in * fan_in * width;
-      const int row = first_pool_row + node;
-      const int children = min((chunks - node + width - 1) / width, fan_in);
-      if (!LastWarpToArrive(p_.arrivals + level * p_.pool_rows + row, children)) return;
-      finite = WarpSum(Lane() < children ? __ldcg(&p_.finite_count[row + Lane() * width]) : 0);
-      const bool is_root = node == 0 && width * fan_in >= chunks;
-      ReduceRows(row, children, width, is_root ? p_.CenterRow(label) : nullptr, finite);
-    }
+    __syncwarp();  // the next members may come
+    return finite_count;
   }
 
   // One sample of a class of `count` whose sum is a row of the pool; the last one moves the center
   // and clears the row.
   __device__ void AddAtomically(int i, int64_t label, Loaded& loaded, int count, int row) {
-    const int finite = DoAlone(i, label, loaded, Sum::kAddedAtomically, row);
-    if (Lane() == 0 && finite > 0) atomicAdd(&p_.finite_count[row], finite);
+    const int added = DoAlone(i, label, loaded, Sum::kAddedAtomically, row);
+    if (Lane() == 0 && added > 0) atomicAdd(&p_.finite_count[row], added);
     if (!LastWarpToArrive(p_.arrivals + row, count)) return;
-    ReduceRows(row, 1, 1, p_.CenterRow(label), __ldcg(&p_.finite_count[row]));
-    const Share zeros = {};
-    for (int64_t column = 0; column < p_.dim; column += kPass) {
-      StoreRow<Width, Cache::kNormal>(p_.PoolRow(row), column, p_.dim, zeros);
+    const int finite = __ldcg(&p_.finite_count[row]);
+    for (int64_t at = ColumnOf<Width>(0, 0); at < p_.dim; at += kStride) {
+      Center sum[Width];
+      const Center zeros[Width] = {};
+      LoadVector<Width, Cache::kShared>(p_.PoolRow(row) + at, sum);
+      StoreVector<Width, Cache::kNormal>(p_.PoolRow(row) + at, zeros);
+      if (finite > 0) MoveCenter(label, at, Scale(finite), sum);
     }
+  }
+
+  // Moves this lane's vector of a center at column `at`.
+  __device__ void MoveCenter(int64_t label, int64_t at, Center scale, const Center (&sum)[Width]) {
+    Center center[Width];
+    LoadVector<Width, Cache::kNormal>(p_.CenterRow(label) + at, center);
+#pragma unroll
+    for (int e = 0; e < Width; ++e) center[e] += scale * sum[e];
+    StoreVector<Width, Cache::kNormal>(p_.CenterRow(label) + at, center);
+  }
+
+  // What the sum of the residuals of a class of `finite` samples is multiplied by.
+  __device__ Center Scale(int finite) const {
+    return StepScale(p_.options.rule, Alpha(), finite, counted_);
   }
 
   // The loss, of the sum of the samples' losses; by one thread.
@@ -216,153 +263,92 @@ class WarpStep {
     return 0;
   }
 
-  // The center that is subtracted: none where the features are residuals.
-  template <Cache cache>
-  __device__ void LoadCenter(int64_t label, int64_t column, Share& center) const {
-    const bool subtracts = !p_.features_are_residuals && p_.InTable(label);
-    LoadRow<Width, cache>(subtracts ? p_.CenterRow(label) : nullptr, column,
-                          subtracts ? p_.dim : 0, center);
+  // This lane's vector at column `at` of kChunk members, from `first` on. Beyond the last member the
+  // last again, so that no load has a condition.
+  __device__ void LoadMembers(int first, int count, int64_t at,
+                              Center (&rows)[kChunk][Width]) const {
+#pragma unroll
+    for (int m = 0; m < kChunk; ++m) {
+      const int i = shared_.members[min(first + m, count - 1)];
+      LoadVector<Width, Cache::kNormal>(p_.Features(i) + at, rows[m]);
+    }
   }
 
-  __device__ void StoreResidual(int i, int64_t column, Center weight, const Share& row) const {
-    const Center scale = weight * sample_scale_;
-    Share scaled;
-#pragma unroll
-    for (int e = 0; e < kLane; ++e) scaled[e] = row[e] * scale;
-    StoreRow<Width, Cache::kStreamed>(p_.residual + i * p_.dim, column, p_.dim, scaled);
+  // The center that is subtracted: zeros where the features are residuals.
+  __device__ void LoadCenter(int64_t label, int64_t at, Center (&center)[Width]) const {
+    if (p_.features_are_residuals) return;
+    LoadVector<Width, Cache::kNormal>(p_.CenterRow(label) + at, center);
   }
 
-  // This lane's vector at column `at` of kSide members, from `first` on: residuals, their squares
-  // and their sum. Beyond the last member the last again, so that no load has a condition.
-  __device__ void DoVectors(int64_t label, Members members, int first, int64_t at, Center weight,
-                            Center* sum, Center (&square)[kSide]) const {
-    const bool in_row = at < p_.dim;
-    if (!__any_sync(kAllLanes, in_row)) return;
-    const int64_t column = in_row ? at : 0;
-    Center rows[kSide][Width], center[Width] = {};
-    if (!p_.features_are_residuals) {
-      LoadVector<Width, Cache::kNormal>(p_.CenterRow(label) + column, center);
-    }
+  __device__ void LoadSum(int64_t at, Center (&sum)[Width]) const {
 #pragma unroll
-    for (int s = 0; s < kSide; ++s) {
-      const int i = __shfl_sync(kAllLanes, members.position, min(first + s, members.count - 1));
-      LoadVector<Width, Cache::kNormal>(p_.Features(i) + column, rows[s]);
-    }
+    for (int e = 0; e < Width; ++e) sum[e] = shared_.sum[at + e];
+  }
+  __device__ void StoreSum(int64_t at, const Center (&sum)[Width]) {
 #pragma unroll
-    for (int s = 0; s < kSide; ++s) {
-      const bool adds = in_row && first + s < members.count;
+    for (int e = 0; e < Width; ++e) shared_.sum[at + e] = sum[e];
+  }
+
+  // The same sum, of the finite members alone or of a longer row, from the features again.
+  __device__ void AddUp(int64_t label, int count, unsigned finite, int64_t at,
+                        Center (&sum)[Width]) const {
+    Center center[Width] = {};
+    LoadCenter(label, at, center);
+#pragma unroll 1
+    for (int first = 0; first < count; first += kChunk) {
+      Center rows[kChunk][Width];
+      LoadMembers(first, count, at, rows);
 #pragma unroll
-      for (int e = 0; e < Width; ++e) {
-        rows[s][e] -= center[e];
-        if (adds) square[s] += rows[s][e] * rows[s][e];
-        if (adds) sum[e] += rows[s][e];
-      }
-    }
-    if (p_.residual == nullptr) return;
+      for (int m = 0; m < kChunk; ++m) {
+        const bool adds = (finite >> (first + m) & 1) != 0;
 #pragma unroll
-    for (int s = 0; s < kSide; ++s) {
-      const int lane = min(first + s, members.count - 1);
-      const int i = __shfl_sync(kAllLanes, members.position, lane);
-      const Center scale = __shfl_sync(kAllLanes, weight, lane) * sample_scale_;
-#pragma unroll
-      for (int e = 0; e < Width; ++e) rows[s][e] *= scale;
-      if (in_row && first + s < members.count) {
-        StoreVector<Width, Cache::kStreamed>(p_.residual + i * p_.dim + at, rows[s]);
+        for (int e = 0; e < Width; ++e) sum[e] += adds ? rows[m][e] - center[e] : Center{0};
       }
     }
   }
 
-  // The lanes whose member has finite features, as bits. `squares`: of this lane's member, or of
-  // all lanes'. Where that is finite so are the features, so only the rest is looked at again.
-  __device__ unsigned FiniteMembers(Members members, Center squares) const {
-    const unsigned all = members.count == kWarp ? kAllLanes : (1u << members.count) - 1;
+  __device__ bool RowIsFinite(int i) const {
+    bool finite = true;
+#pragma unroll 1
+    for (int64_t column = 0; column < p_.dim; column += kPass) {
+      Share row;
+      LoadRow<Width, Cache::kNormal>(p_.Features(i), column, p_.dim, row);
+#pragma unroll
+      for (int e = 0; e < kLane; ++e) finite = finite && IsFinite(row[e]);
+    }
+    return __all_sync(kAllLanes, finite);
+  }
+
+  // The lanes whose member has finite features, as bits. Where the squares are finite so are the
+  // features, so that only the other rows are read again.
+  __device__ unsigned FiniteMembers(int count, Center squares) const {
+    const unsigned all = (1u << count) - 1;
     unsigned finite = all & __ballot_sync(kAllLanes, IsFinite(squares));
+#pragma unroll 1
     for (unsigned left = all & ~finite; left != 0; left &= left - 1) {
       const int lane = __ffs(static_cast<int>(left)) - 1;
-      const int i = __shfl_sync(kAllLanes, members.position, lane);
-      bool row_is_finite = true;
-      for (int64_t column = 0; column < p_.dim; column += kPass) {
-        Share row;
-        LoadRow<Width, Cache::kNormal>(p_.Features(i), column, p_.dim, row);
-#pragma unroll
-        for (int e = 0; e < kLane; ++e) row_is_finite = row_is_finite && IsFinite(row[e]);
-      }
-      if (__all_sync(kAllLanes, row_is_finite)) finite |= 1u << lane;
+      if (RowIsFinite(shared_.members[lane])) finite |= 1u << lane;
     }
     return finite;
   }
 
-  // Adds up the residuals of the finite members anew: of rows that are longer than a pass, or that
-  // are not all finite.
-  __device__ void UseSumAgain(Sum use, int64_t label, Members members, unsigned finite,
-                              int pool_row) {
-#pragma unroll 1
-    for (int64_t column = 0; column < p_.dim; column += kPass) {
-      Share center, row, sum = {};
-      LoadCenter<Cache::kNormal>(label, column, center);
-#pragma unroll 1
-      for (unsigned left = finite; left != 0; left &= left - 1) {
-        const int lane = __ffs(static_cast<int>(left)) - 1;
-        const int i = __shfl_sync(kAllLanes, members.position, lane);
-        LoadRow<Width, Cache::kNormal>(p_.Features(i), column, p_.dim, row);
-#pragma unroll
-        for (int e = 0; e < kLane; ++e) sum[e] += row[e] - center[e];
-      }
-      UseSum(use, label, __popc(finite), column, sum, center, pool_row);
-    }
-  }
-
-  // A pass of a sum of `finite` residuals, and the center that was subtracted there.
-  __device__ void UseSum(Sum use, int64_t label, int finite, int64_t column, const Share& sum,
-                         Share& center, int pool_row) {
-    if (use == Sum::kStored) {
-      StoreRow<Width, Cache::kNormal>(p_.PoolRow(pool_row), column, p_.dim, sum);
-    } else if (use == Sum::kAddedAtomically) {
+  // A pass of the residual of a sample alone, and the center that was subtracted there.
+  __device__ void UseShare(Sum use, int64_t label, int64_t column, Loaded& loaded, int pool_row) {
+    if (use == Sum::kAddedAtomically) {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         const int64_t at = ColumnOf<Width>(column, v);
-        if (at < p_.dim) AddVector<Width>(p_.PoolRow(pool_row) + at, sum + v * Width);
+        if (at < p_.dim) AddVector<Width>(p_.PoolRow(pool_row) + at, loaded.row + v * Width);
       }
-    } else if (finite > 0) {
-      const Center scale = StepScale(p_.options.rule, Alpha(), finite, counted_);
-      if (p_.features_are_residuals) {
-        LoadRow<Width, Cache::kNormal>(p_.CenterRow(label), column, p_.dim, center);
-      }
-#pragma unroll
-      for (int e = 0; e < kLane; ++e) center[e] += scale * sum[e];
-      StoreRow<Width, Cache::kNormal>(p_.CenterRow(label), column, p_.dim, center);
+      return;
     }
-  }
-
-  // Adds up `count` rows of the pool, `step` apart, into the first of them; or, at the root, moves
-  // the center by their sum, of `finite` residuals.
-  __device__ void ReduceRows(int row, int count, int step, Center* center_row, int finite) {
-    const bool is_root = center_row != nullptr;
-    if (is_root && finite == 0) return;
-    const Center scale = is_root ? StepScale(p_.options.rule, Alpha(), finite, counted_) : Center{1};
-    Center* const into = is_root ? center_row : p_.PoolRow(row);
-#pragma unroll 1
-    for (int64_t at = ColumnOf<Width>(0, 0); at < p_.dim; at += kStride) {
-      Center sum[Width] = {}, center[Width] = {};
-      if (is_root) LoadVector<Width, Cache::kNormal>(center_row + at, center);
-#pragma unroll 1
-      for (int k = 0; k < count; k += kSumLoads) {
-        Center rows[kSumLoads][Width];
-#pragma unroll
-        for (int s = 0; s < kSumLoads; ++s) {  // without a condition, see DoVectors
-          const Center* const from = p_.PoolRow(row + min(k + s, count - 1) * step);
-          LoadVector<Width, Cache::kShared>(from + at, rows[s]);
-        }
-#pragma unroll
-        for (int s = 0; s < kSumLoads; ++s) {
-#pragma unroll
-          for (int e = 0; e < Width; ++e) sum[e] += k + s < count ? rows[s][e] : Center{0};
-        }
-      }
-#pragma unroll
-      for (int e = 0; e < Width; ++e) center[e] += scale * sum[e];
-      StoreVector<Width, Cache::kNormal>(into + at, center);
+    if (p_.features_are_residuals) {
+      LoadRow<Width, Cache::kNormal>(p_.CenterRow(label), column, p_.dim, loaded.center);
     }
+    const Center scale = Scale(1);
+#pragma unroll
+    for (int e = 0; e < kLane; ++e) loaded.center[e] += scale * loaded.row[e];
+    StoreRow<Width, Cache::kNormal>(p_.CenterRow(label), column, p_.dim, loaded.center);
   }
 
   __device__ void StoreLoss(int i, Center loss, Center squares) {
@@ -375,6 +361,7 @@ class WarpStep {
   }
 
   const Parameters<Feature>& p_;
+  Shared& shared_;
   Center sample_scale_ = 0;
   int counted_ = 0;
   bool moves_;

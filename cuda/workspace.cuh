@@ -11,12 +11,19 @@
 namespace tcl {
 namespace {
 
-// A class of up to so many samples is light: one warp does all of them, without ranks. The hash
-// table lists their positions: the owner is one, the others fit into 32 bytes, a sector of memory.
-constexpr int kLight = 8;
+// Samples of a class that one warp does side by side.
+constexpr int kChunk = 8;
 
-// Tiles of the batch for the ranks of heavy classes: as many as a warp has lanes.
-constexpr int kTiles = kWarp;
+// A class of up to so many samples is light: one warp does all of it, chunk after chunk, and a hashed
+// launch needs no ranks for it. The owner of the class is one, the others have a list.
+constexpr int kLight = 2 * kChunk;
+
+// A heavy class has a partial sum for each chunk: at most one for so many of its samples.
+constexpr int kSamplesPerPoolRow = 5;
+static_assert((kLight + kChunk) / kChunk <= (kLight + 1) / kSamplesPerPoolRow, "rows for each chunk");
+
+// Tiles of the batch for the ranks of heavy classes, four for each lane.
+constexpr int kTiles = 4 * kWarp;
 
 // Hash slots for each sample: at most a quarter full, so that probes are short.
 constexpr int kSlotsPerSample = 4;
@@ -52,7 +59,7 @@ struct Layout {
   int64_t pool_rows = 0;  // partial sums
   int64_t bytes = 0;
 
-  int64_t header, table[2], others[2], members, owner_of, tiles, tile_count, tile_start, tile_order,
+  int64_t header, table[2], others[2], members, owner_of, heavy_class, tile_part, tile_order,
       first_pool_row, class_of_row, finite_count, arrivals, sample_loss, unit_loss, pool;
 
   explicit Layout(const CudaWorkspace& workspace) {
@@ -60,17 +67,15 @@ struct Layout {
     const int64_t batch = workspace.batch;
     constexpr int64_t kInt = sizeof(int);
     slots = SlotsFor(batch);
-    for (int64_t covered = tuning.chunk; covered < batch; covered *= tuning.fan_in) ++levels;
-    // A class of n > chunk / 2 samples has ceil(n / chunk) <= n / (chunk / 2) chunks.
-    pool_rows = workspace.atomic ? batch / 2 + 1 : batch / (tuning.chunk / 2) + 1;
+    for (int64_t covered = kChunk; covered < batch; covered *= tuning.fan_in) ++levels;
+    pool_rows = batch / (workspace.atomic ? 2 : kSamplesPerPoolRow) + 1;
     header = Take(sizeof(Header));
     for (int k = 0; k < 2; ++k) table[k] = Take(slots * kInt);
     for (int k = 0; k < 2; ++k) others[k] = Take(batch * kInt);
     members = Take(batch * kLight * kInt);
     owner_of = Take(batch * kInt);
-    tiles = Take(batch * kInt);
-    tile_count = Take(batch * kTiles * kInt);
-    tile_start = Take(batch * kTiles * kInt);
+    heavy_class = Take(batch * kInt);
+    tile_part = Take((batch / kLight + 1) * kTiles * kInt);
     tile_order = Take(batch * kInt);
     first_pool_row = Take(batch * kInt);
     class_of_row = Take(pool_rows * kInt);
@@ -124,9 +129,10 @@ struct Parameters {
   int slots;            // of the table, for this batch
   int* members;         // [B, kLight] of an owner: positions of the first others to arrive
   int* owner_of;        // [B] the owner of the sample's class, -1: of no class
-  int* tiles;           // [B] of an owner: bit mask of the tiles with samples of its class
-  int* tile_count;      // [B, kTiles] of an owner: samples of its class in a tile
-  int* tile_start;      // [B, kTiles] and where they begin in the tile's part of tile_order
+  int* heavy_class;     // [B] of the owner of a heavy class: its number among them
+  // [heavy classes, kTiles] of the samples of a class in a tile: where they begin in the tile's part
+  // of tile_order, and in the upper half how many there are.
+  unsigned* tile_part;
   int* tile_order;      // [B] each tile's samples, by class and then by position
   int* first_pool_row;  // [B] of an owner
   int* class_of_row;    // [pool_rows] the owner of the class whose chunk the row is

@@ -24,6 +24,7 @@
 #define __grid_constant__
 #define __nanosleep(nanoseconds) ::emulator::Spin()
 #define __syncthreads() ::emulator::SyncThreads(__FILE__, __LINE__)
+#define __syncthreads_or(vote) ::emulator::SyncThreadsOr(vote, __FILE__, __LINE__)
 #define __syncwarp() ::emulator::SyncWarp(__FILE__, __LINE__)
 #define TCL_RELEASE() ::emulator::Release(__FILE__, __LINE__)
 #define TCL_ACQUIRE() ::emulator::Acquire(__FILE__, __LINE__)
@@ -48,6 +49,7 @@ namespace emulator {
 constexpr int kWarp = 32;
 
 void SyncThreads(const char* file, int line);
+int SyncThreadsOr(int vote, const char* file, int line);
 void SyncWarp(const char* file, int line);
 void Release(const char* file, int line);
 void Acquire(const char* file, int line);

@@ -58,6 +58,7 @@ struct Warp {
 
 struct Block {
   std::vector<Fiber*> waiting;
+  bool votes[3] = {};  // of this turn, the one before and the next
   int exited = 0;
   std::vector<Warp> warps;
   std::unique_ptr<unsigned char[]> shared;
@@ -77,6 +78,7 @@ struct Fiber {
   jmp_buf point;
   bool started = false;
   bool slow = false;
+  unsigned votes = 0;  // turns of __syncthreads_or
   void* fake_stack = nullptr;
 };
 
@@ -389,6 +391,15 @@ void SyncThreads(const char* file, int line) {
   if (block->exited > 0) Fail("a thread left its block before a barrier of the others");
   if (block->waiting.size() + 1 == run->block) Order(block->waiting);
   if (Meet(&block->waiting, run->block) && settings.seed != 0) Yield();
+}
+
+int SyncThreadsOr(int vote, const char* file, int line) {
+  bool* const votes = run->fiber->in_block->votes;
+  const unsigned turn = run->fiber->votes++;
+  if (vote) votes[turn % 3] = true;
+  SyncThreads(file, line);
+  votes[(turn + 2) % 3] = false;
+  return votes[turn % 3];
 }
 
 void SyncWarp(const char* file, int line) {
