@@ -58,11 +58,17 @@ enum Phase { kBegun, kLabelsHere, kCounted, kRanked, kOwnDone, kAllRanked, kHeav
 
 constexpr int kMostSamples = 1 << 22;  // those of a tile have to fit into 16 bits
 
+// A scanned launch has fewer warps on a multiprocessor, and so more registers for loads in flight.
+template <typename Feature, int Width>
+using ScanWarpStep = WarpStep<Feature, Width, kChunk>;
+template <typename Feature, int Width>
+using HashWarpStep = WarpStep<Feature, Width, kChunk>;
+
 // Does one chunk of a heavy class, the one that `labels` is set to. Returns the leaf of the reduction
 // tree that it is.
-template <typename Feature, int Width, typename Labels>
-__device__ Node DoChunk(WarpStep<Feature, Width>& step, Labels& labels, int chunk) {
-  using Sum = typename WarpStep<Feature, Width>::Sum;
+template <typename Step, typename Labels>
+__device__ Node DoChunk(Step& step, Labels& labels, int chunk) {
+  using Sum = typename Step::Sum;
   Node leaf;
   leaf.label = labels.label();
   leaf.chunks = (labels.count() + kChunk - 1) / kChunk;
@@ -81,12 +87,12 @@ __global__ void __launch_bounds__(kMostScanThreads, 3)
   unsigned char* shared = memory;
   OverlapLaunches();
   p.Stamp(kBegun);
-  using Step = WarpStep<Feature, Width>;
+  using Step = ScanWarpStep<Feature, Width>;
   const int threads = static_cast<int>(blockDim.x);
   Step step(p, shared);
   shared += Step::SharedBytes(threads);
-  ReductionTree<Feature, Width> tree(p, step, shared);
-  shared += ReductionTree<Feature, Width>::SharedBytes(threads);
+  ReductionTree<Feature, Width, Step> tree(p, step, shared);
+  shared += ReductionTree<Feature, Width, Step>::SharedBytes(threads);
   const int block_warps = threads / kWarp;
   const int warps = static_cast<int>(gridDim.x) * block_warps;
   const int warp = static_cast<int>(blockIdx.x) * block_warps + WarpOfBlock();
@@ -135,12 +141,12 @@ __global__ void __launch_bounds__(kMostHashThreads, 2)
   unsigned char* shared = memory;
   OverlapLaunches();
   p.Stamp(kBegun);
-  using Step = WarpStep<Feature, Width>;
+  using Step = HashWarpStep<Feature, Width>;
   using Sum = typename Step::Sum;
   const int threads = static_cast<int>(blockDim.x);
   Step step(p, shared);
   shared += Step::SharedBytes(threads);
-  ReductionTree<Feature, Width> tree(p, step, shared);
+  ReductionTree<Feature, Width, Step> tree(p, step, shared);
   const int parity = __ldcg(&p.header->parity);
   HashedLabels<Feature> labels(p, parity);
   Counters& counters = p.header->counters[parity];
@@ -152,14 +158,6 @@ __global__ void __launch_bounds__(kMostHashThreads, 2)
   const int warp = WarpOfBlock() * blocks + static_cast<int>(blockIdx.x);
   const int round = kWarp * warps;
   const int own = Lane() * warps + (warp + Lane()) % warps;
-  const auto prefetch = [&](int i, int64_t label, int lane) {
-    const int j = __shfl_sync(kAllLanes, i, lane);
-    const int64_t its_label = __shfl_sync(kAllLanes, label, lane);
-    if (j >= p.batch) return;
-    step.PrefetchFeatures(j);
-    step.PrefetchCenter(its_label);
-  };
-
   int64_t own_label = 0;  // of the first round, and its owner
   int own_owner = -1, counted = 0;
   for (int first = 0; first < p.batch; first += round) {
@@ -168,7 +166,7 @@ __global__ void __launch_bounds__(kMostHashThreads, 2)
     if (first == 0) {
       // Behind the labels, which the counting waits for.
       own_label = label;
-      for (int k = 0; k < lookahead; ++k) prefetch(i, label, k);
+      if (Lane() < lookahead && i < p.batch) step.Prefetch(i, label);
     }
     const int owner = labels.Enter(i, label, i < p.batch && step.IsMember(label), kAtomic);
     if (first == 0) own_owner = owner;
@@ -177,6 +175,10 @@ __global__ void __launch_bounds__(kMostHashThreads, 2)
   if (p.options.has_ignore_label) labels.Count(counted);
   p.Stamp(kLabelsHere);
   ArriveBlock(&counters.counted_blocks.value);
+  // The rows of the first sample come while the blocks wait for each other.
+  typename Step::Loaded loaded;
+  const int64_t first_label = __shfl_sync(kAllLanes, own_label, 0);
+  if (warp < p.batch) step.template Load<true>(warp, first_label, 0, &loaded);
   HashedLabels<Feature>::ClearNext(p, 1 - parity);
   WaitAsBlock(&counters.counted_blocks.value, blocks, wait_ns);
   p.Stamp(kCounted);
@@ -187,39 +189,44 @@ __global__ void __launch_bounds__(kMostHashThreads, 2)
     labels.RankHeavy();
     p.Stamp(kRanked);
     ArriveBlock(&counters.ranked_blocks.value);
+    // Again: there were no registers to keep them in.
+    if (warp < p.batch) step.template Load<true>(warp, first_label, 0, &loaded);
   }
   for (int first = 0; first < p.batch; first += round) {
     const int i = first + own;
     const int64_t label = first == 0 ? own_label : i < p.batch ? p.Label(i) : 0;
     const int owner = first == 0 ? own_owner : i < p.batch ? labels.OwnerOf(i) : -1;
-    if (first > 0) {
-      for (int k = 0; k < lookahead; ++k) prefetch(i, label, k);
-    }
+    if (first > 0 && Lane() < lookahead && i < p.batch) step.Prefetch(i, label);
     // A light class is for its owner's warp.
     const bool asks = owner >= 0 && (kAtomic || owner == i);
     const int count = asks ? labels.CountOf(owner) : 1;
     const bool does = i < p.batch && (owner < 0 || (asks && (kAtomic || count <= kLight)));
     unsigned left = __ballot_sync(kAllLanes, does);
     unsigned ahead = left >> lookahead << lookahead;  // the lanes before are prefetched
-    for (; left != 0; left &= left - 1) {
-      if (lookahead > 0 && ahead != 0) prefetch(i, label, __ffs(static_cast<int>(ahead)) - 1);
+    const auto load_next = [&] {
+      const int lane = __ffs(static_cast<int>(left)) - 1;
+      const int j = __shfl_sync(kAllLanes, i, lane);
+      step.template Load<true>(j, __shfl_sync(kAllLanes, label, lane), 0, &loaded);
+    };
+    if (left != 0 && ((left & 1) == 0 || first > 0)) load_next();
+    while (left != 0) {
+      if (lookahead > 0 && Lane() == __ffs(static_cast<int>(ahead)) - 1) step.Prefetch(i, label);
       ahead &= ahead - 1;
       const int lane = __ffs(static_cast<int>(left)) - 1;
       const int j = __shfl_sync(kAllLanes, i, lane);
       const int64_t its_label = __shfl_sync(kAllLanes, label, lane);
       const int its_count = __shfl_sync(kAllLanes, count, lane);
       const int its_owner = __shfl_sync(kAllLanes, owner, lane);
-      typename Step::Loaded loaded;
       if (its_count == 1) {
-        step.template Load<false>(j, its_label, 0, &loaded);
         step.DoAlone(j, its_label, loaded, its_owner < 0 ? Sum::kUnused : Sum::kMovesCenter);
       } else if (kAtomic) {
-        step.template Load<false>(j, its_label, 0, &loaded);
         step.AddAtomically(j, its_label, loaded, its_count, p.first_pool_row[its_owner]);
       } else {
         labels.FindLight(j, its_count, step.members());
         step.DoMembers(its_label, its_count, Sum::kMovesCenter, 0);
       }
+      left &= left - 1;
+      if (left != 0) load_next();
     }
   }
   p.Stamp(kOwnDone);
@@ -339,8 +346,9 @@ cudaError_t LaunchStep(const Parameters<Feature>& p, void* stream) {
     return error;
   }
   // The losses are added up last, in memory that the rest needs no more.
-  int64_t shared = WarpStep<Feature, Width>::SharedBytes(shape.threads) +
-                   ReductionTree<Feature, Width>::SharedBytes(shape.threads);
+  using Step = HashWarpStep<Feature, Width>;
+  int64_t shared = Step::SharedBytes(shape.threads) +
+                   ReductionTree<Feature, Width, Step>::SharedBytes(shape.threads);
   if (shape.scans) {
     shared += ScannedLabels<Feature>::SharedBytes(p.batch);
     return Launch(ScanStep<Feature, Width>, shape, shared, p, stream);
@@ -402,7 +410,7 @@ int CenterLossOnCuda(const StepArguments<Feature, Label>& step,
   p.tuning = workspace.tuning;
   p.header = static_cast<Header*>(at(layout.header));
   for (int k = 0; k < 2; ++k) {
-    p.table[k] = static_cast<int*>(at(layout.table[k]));
+    p.table[k] = static_cast<unsigned long long*>(at(layout.table[k]));
     p.others[k] = static_cast<int*>(at(layout.others[k]));
   }
   p.slots = static_cast<int>(Layout::SlotsFor(step.batch));

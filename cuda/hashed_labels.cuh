@@ -157,10 +157,15 @@ class HashedLabels {
     // Fibonacci hashing: the high bits of label * 2^64 / golden ratio spread strided labels, too.
     const uint64_t hash = static_cast<uint64_t>(label) * 0x9e3779b97f4a7c15u;
     int slot = static_cast<int>((hash >> 32) * static_cast<uint64_t>(p_.slots) >> 32);
+    const auto own = static_cast<unsigned long long>(label) << 32 | static_cast<unsigned>(i + 1);
     for (;;) {
-      const int entered = atomicCAS(&table_[slot], 0, i + 1);
+      const unsigned long long entered = atomicCAS(&table_[slot], 0ull, own);
       if (entered == 0) return i;
-      if (p_.Label(entered - 1) == label) return entered - 1;
+      const int owner = static_cast<int>(entered & 0xffffffff) - 1;
+      // Half a label is a whole one in any table of less than 2^32 rows.
+      if (entered >> 32 == own >> 32 && (p_.classes >> 32 == 0 || p_.Label(owner) == label)) {
+        return owner;
+      }
       slot = slot + 1 == p_.slots ? 0 : slot + 1;
     }
   }
@@ -221,7 +226,7 @@ class HashedLabels {
 
   const Parameters<Feature>& p_;
   Counters* counters_;
-  int* table_;
+  unsigned long long* table_;
   int* others_;
   int owner_ = 0;
   int count_ = 0;

@@ -34,9 +34,9 @@ __device__ double SumOfMailboxes(Mailbox<T>* mailboxes, int count, int wait_ns,
     for (;;) {
       bool all = true;
 #pragma unroll
-      for (int k = 0; k < kLoads; ++k) {  // beyond the end the first again: no load has a condition
+      for (int k = 0; k < kLoads; ++k) {
         const int i = first + k * threads;
-        all &= Poll(&mailboxes[i < count ? i : first], &numbers[k]);
+        if (i < count) all &= Poll(&mailboxes[i], &numbers[k]);
       }
       if (all) break;
       Sleep(wait_ns);

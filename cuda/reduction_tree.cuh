@@ -9,7 +9,6 @@
 #include <cstdint>
 
 #include "cuda/device.cuh"
-#include "cuda/warp_step.cuh"
 #include "cuda/workspace.cuh"
 
 namespace tcl {
@@ -25,13 +24,12 @@ struct Node {
   bool complete = false;   // whether this block arrived last at its parent
 };
 
-template <typename Feature, int Width>
+template <typename Feature, int Width, typename Step>
 class ReductionTree {
  public:
   using Center = CenterType<Feature>;
 
-  __device__ ReductionTree(const Parameters<Feature>& p, WarpStep<Feature, Width>& step,
-                           unsigned char* shared)
+  __device__ ReductionTree(const Parameters<Feature>& p, Step& step, unsigned char* shared)
       : p_(p), step_(step), nodes_(reinterpret_cast<Node*>(shared)) {}
 
   static __host__ __device__ int64_t SharedBytes(int threads) {
@@ -97,7 +95,6 @@ class ReductionTree {
     const int row = node.first_pool_row + Parent(node, width), count = Children(node, width);
     const bool is_root = ParentIsRoot(node, width);
     const int finite = is_root ? Finite(node, width) : 0;
-    if (is_root && finite == 0) return;
 #pragma unroll 1
     for (int64_t at = int64_t{threadIdx.x} * Width; at < p_.dim; at += blockDim.x * Width) {
       Center sum[Width] = {};
@@ -116,7 +113,7 @@ class ReductionTree {
         }
       }
       if (is_root) {
-        step_.MoveCenter(node.label, at, step_.Scale(finite), sum);
+        if (finite > 0) step_.MoveCenter(node.label, at, step_.Scale(finite), sum);
       } else {
         StoreVector<Width, Cache::kNormal>(p_.PoolRow(row) + at, sum);
       }
@@ -137,7 +134,7 @@ class ReductionTree {
   }
 
   const Parameters<Feature>& p_;
-  WarpStep<Feature, Width>& step_;
+  Step& step_;
   Node* nodes_;  // one for each warp, in shared memory
 };
 

@@ -12,7 +12,8 @@
 namespace tcl {
 namespace {
 
-template <typename Feature, int Width>
+// kLoads: vectors of members whose loads are in flight together.
+template <typename Feature, int Width, int kLoads>
 class WarpStep {
  public:
   using Center = CenterType<Feature>;
@@ -60,12 +61,12 @@ class WarpStep {
     return p_.loss != nullptr && p_.options.reduction != Reduction::kNone;
   }
 
-  __device__ void PrefetchFeatures(int i) const {
-    PrefetchRow(p_.Features(i), p_.dim * static_cast<int64_t>(sizeof(Feature)));
-  }
-  __device__ void PrefetchCenter(int64_t label) const {
+  // Prefetches what a sample needs; a sample for each lane.
+  __device__ void Prefetch(int i, int64_t label) const {
+    constexpr bool kVectorRows = Width > 1;
+    PrefetchRow<kVectorRows>(p_.Features(i), p_.dim * static_cast<int64_t>(sizeof(Feature)));
     if (!p_.InTable(label)) return;
-    PrefetchRow(p_.CenterRow(label), p_.dim * static_cast<int64_t>(sizeof(Center)));
+    PrefetchRow<kVectorRows>(p_.CenterRow(label), p_.dim * static_cast<int64_t>(sizeof(Center)));
   }
 
   // A sample's features and center in one pass over the columns.
@@ -128,69 +129,40 @@ class WarpStep {
     return 1;
   }
 
-  // The `count` samples of one class in members(), up to kLight. kChunk of them are done side by side,
-  // so that their loads are in flight together. Their sum moves the center or is stored in
-  // `pool_row`. Returns how many of them are finite.
+  // The `count` samples of one class in members(), up to kLight: residuals and losses. Their sum moves
+  // the center or is stored in `pool_row`. Returns how many of them are finite.
   __device__ int DoMembers(int64_t label, int count, Sum use, int pool_row) {
     __syncwarp();  // the members are there
     const int own = shared_.members[min(Lane(), count - 1)];
     const Center weight = p_.sample_weight == nullptr ? Center{1} : p_.sample_weight[own];
     if (Lane() < kLight) shared_.weight[Lane()] = weight;
     __syncwarp();
-    const bool keeps_sum = p_.dim <= kPass;
-    Center squares = 0;  // of the member in this lane
-#pragma unroll 1
-    for (int first = 0; first < count; first += kChunk) {
-      Center square[kChunk] = {};
-#pragma unroll 1
-      for (int64_t at = ColumnOf<Width>(0, 0); at < p_.dim; at += kStride) {
-        Center rows[kChunk][Width], center[Width] = {}, sum[Width] = {};
-        LoadMembers(first, count, at, rows);
-        LoadCenter(label, at, center);
-        if (keeps_sum && first > 0) LoadSum(at, sum);
-#pragma unroll
-        for (int m = 0; m < kChunk; ++m) {
-          const bool adds = first + m < count;
-#pragma unroll
-          for (int e = 0; e < Width; ++e) {
-            rows[m][e] -= center[e];
-            square[m] += rows[m][e] * rows[m][e];
-            sum[e] += adds ? rows[m][e] : Center{0};
-          }
-        }
-        if (keeps_sum) StoreSum(at, sum);
-        if (p_.residual == nullptr) continue;
-#pragma unroll
-        for (int m = 0; m < kChunk; ++m) {
-          if (first + m >= count) continue;
-          const Center scale = shared_.weight[first + m] * sample_scale_;
-          Center* const residual = p_.residual + shared_.members[first + m] * p_.dim;
-#pragma unroll
-          for (int e = 0; e < Width; ++e) rows[m][e] *= scale;
-          StoreVector<Width, Cache::kStreamed>(residual + at, rows[m]);
-        }
-      }
-      const Center all = WarpSums(square);
-      if (Lane() / kChunk == first / kChunk) squares = all;
-    }
+    // A pair, the most common class of several, is done in as few passes as a sample alone.
+    const Center squares = count <= 2 ? DoSideBySide<2>(label, count) : DoSideBySide<kChunk>(label, count);
     if (Lane() < count) StoreLoss(own, weight * (squares / 2), squares);
 
     const unsigned finite = FiniteMembers(count, squares);
     const int finite_count = __popc(finite);
-    const bool has_sum = keeps_sum && finite_count == count;
+    const bool has_sum = p_.dim <= kPass && finite_count == count;
+    if (use == Sum::kMovesCenter && finite_count == 0) return 0;
 #pragma unroll 1
-    for (int64_t at = ColumnOf<Width>(0, 0); at < p_.dim; at += kStride) {
-      Center sum[Width] = {};
-      if (has_sum) {
-        LoadSum(at, sum);
-      } else {
-        AddUp(label, count, finite, at, sum);
+    for (int64_t column = 0; column < p_.dim; column += kPass) {
+#pragma unroll 1
+      for (int v = 0; v < kVectors && !has_sum; ++v) {
+        const int64_t at = ColumnOf<Width>(column, v);
+        if (at < p_.dim) AddUp(label, count, finite, at, at - column);
       }
+      Share sum, center = {};
+      LoadRow<Width, Cache::kNormal>(shared_.sum, 0, p_.dim - column, sum);
       if (use == Sum::kStored) {
-        StoreVector<Width, Cache::kNormal>(p_.PoolRow(pool_row) + at, sum);
-      } else if (finite_count > 0) {
-        MoveCenter(label, at, Scale(finite_count), sum);
+        StoreRow<Width, Cache::kNormal>(p_.PoolRow(pool_row), column, p_.dim, sum);
+        continue;
       }
+      LoadRow<Width, Cache::kNormal>(p_.CenterRow(label), column, p_.dim, center);
+      const Center scale = Scale(finite_count);
+#pragma unroll
+      for (int e = 0; e < kLane; ++e) center[e] += scale * sum[e];
+      StoreRow<Width, Cache::kNormal>(p_.CenterRow(label), column, p_.dim, center);
     }
     __syncwarp();  // the next members may come
     return finite_count;
@@ -263,12 +235,70 @@ class WarpStep {
     return 0;
   }
 
-  // This lane's vector at column `at` of kChunk members, from `first` on. Beyond the last member the
-  // last again, so that no load has a condition.
-  __device__ void LoadMembers(int first, int count, int64_t at,
-                              Center (&rows)[kChunk][Width]) const {
+  // Residuals of the members, kSide of them side by side; their sum, where a row is one pass, in
+  // shared memory. Returns the squares of the member in this lane.
+  template <int kSide>
+  __device__ Center DoSideBySide(int64_t label, int count) {
+    constexpr int kVec = kLoads / kSide < 2 ? 1 : 2;
+    const bool keeps_sum = p_.dim <= kPass;
+    Center squares = 0;
+#pragma unroll 1
+    for (int first = 0; first < count; first += kSide) {
+      Center square[kSide] = {};
+#pragma unroll 1
+      for (int64_t column = 0; column < p_.dim; column += kVec * kStride) {
+        Center rows[kVec][kSide][Width], center[kVec][Width] = {};
+        int64_t at[kVec];
+        bool in_row[kVec];
 #pragma unroll
-    for (int m = 0; m < kChunk; ++m) {
+        for (int v = 0; v < kVec; ++v) {
+          // Beyond the end of the row its begin again, and beyond the last member the last again:
+          // no load has a condition, so all are in flight together.
+          at[v] = ColumnOf<Width>(column, v);
+          in_row[v] = at[v] < p_.dim;
+          if (!in_row[v]) at[v] = 0;
+          LoadMembers<kSide>(first, count, at[v], rows[v]);
+          LoadCenter(label, at[v], center[v]);
+        }
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) {
+          Center sum[Width] = {};
+          if (keeps_sum && first > 0) LoadSum(at[v], sum);
+#pragma unroll
+          for (int m = 0; m < kSide; ++m) {
+            const bool adds = first + m < count;
+#pragma unroll
+            for (int e = 0; e < Width; ++e) {
+              rows[v][m][e] -= center[v][e];
+              if (in_row[v]) square[m] += rows[v][m][e] * rows[v][m][e];
+              sum[e] += adds ? rows[v][m][e] : Center{0};
+            }
+          }
+          if (keeps_sum && in_row[v]) StoreSum(at[v], sum);
+          if (p_.residual == nullptr || !in_row[v]) continue;
+#pragma unroll
+          for (int m = 0; m < kSide; ++m) {
+            if (first + m >= count) continue;
+            const Center scale = shared_.weight[first + m] * sample_scale_;
+            Center* const residual = p_.residual + shared_.members[first + m] * p_.dim;
+#pragma unroll
+            for (int e = 0; e < Width; ++e) rows[v][m][e] *= scale;
+            StoreVector<Width, Cache::kStreamed>(residual + at[v], rows[v][m]);
+          }
+        }
+      }
+      const Center all = WarpSums(square);
+      if (Lane() / kSide == first / kSide) squares = all;
+    }
+    return squares;
+  }
+
+  // This lane's vector at column `at` of kSide members, from `first` on.
+  template <int kSide>
+  __device__ void LoadMembers(int first, int count, int64_t at,
+                              Center (&rows)[kSide][Width]) const {
+#pragma unroll
+    for (int m = 0; m < kSide; ++m) {
       const int i = shared_.members[min(first + m, count - 1)];
       LoadVector<Width, Cache::kNormal>(p_.Features(i) + at, rows[m]);
     }
@@ -289,15 +319,15 @@ class WarpStep {
     for (int e = 0; e < Width; ++e) shared_.sum[at + e] = sum[e];
   }
 
-  // The same sum, of the finite members alone or of a longer row, from the features again.
-  __device__ void AddUp(int64_t label, int count, unsigned finite, int64_t at,
-                        Center (&sum)[Width]) const {
-    Center center[Width] = {};
+  // The same sum, of the finite members alone or of a longer row, from the features again: of this
+  // lane's vector at column `at`, into place `into` of shared memory.
+  __device__ void AddUp(int64_t label, int count, unsigned finite, int64_t at, int64_t into) {
+    Center center[Width] = {}, sum[Width] = {};
     LoadCenter(label, at, center);
 #pragma unroll 1
     for (int first = 0; first < count; first += kChunk) {
       Center rows[kChunk][Width];
-      LoadMembers(first, count, at, rows);
+      LoadMembers<kChunk>(first, count, at, rows);
 #pragma unroll
       for (int m = 0; m < kChunk; ++m) {
         const bool adds = (finite >> (first + m) & 1) != 0;
@@ -305,6 +335,7 @@ class WarpStep {
         for (int e = 0; e < Width; ++e) sum[e] += adds ? rows[m][e] - center[e] : Center{0};
       }
     }
+    StoreSum(into, sum);
   }
 
   __device__ bool RowIsFinite(int i) const {

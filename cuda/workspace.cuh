@@ -25,8 +25,9 @@ static_assert((kLight + kChunk) / kChunk <= (kLight + 1) / kSamplesPerPoolRow, "
 // Tiles of the batch for the ranks of heavy classes, four for each lane.
 constexpr int kTiles = 4 * kWarp;
 
-// Hash slots for each sample: at most a quarter full, so that probes are short.
-constexpr int kSlotsPerSample = 4;
+// Hash slots for each sample. A small batch, which waits for its longest chain of probes, has more.
+constexpr int kSlotsPerSample = 4, kMostSlotsPerSample = 16;
+constexpr int64_t kManySlots = 1 << 17;
 
 // Neighboring samples whose losses one block of a hashed launch adds up.
 constexpr int kLossUnit = 4096;
@@ -70,7 +71,7 @@ struct Layout {
     for (int64_t covered = kChunk; covered < batch; covered *= tuning.fan_in) ++levels;
     pool_rows = batch / (workspace.atomic ? 2 : kSamplesPerPoolRow) + 1;
     header = Take(sizeof(Header));
-    for (int k = 0; k < 2; ++k) table[k] = Take(slots * kInt);
+    for (int k = 0; k < 2; ++k) table[k] = Take(slots * static_cast<int64_t>(sizeof(uint64_t)));
     for (int k = 0; k < 2; ++k) others[k] = Take(batch * kInt);
     members = Take(batch * kLight * kInt);
     owner_of = Take(batch * kInt);
@@ -88,7 +89,10 @@ struct Layout {
 
   static int64_t SlotsFor(int64_t batch) {
     int64_t slots = 1;
-    while (slots < kSlotsPerSample * batch) slots *= 2;
+    while (slots < kSlotsPerSample * batch ||
+           (slots < kMostSlotsPerSample * batch && slots < kManySlots)) {
+      slots *= 2;
+    }
     return slots;
   }
 
@@ -124,7 +128,9 @@ struct Parameters {
 
   // Of hashed launches.
   Header* header;
-  int* table[2];        // [slots] position of a class's owner, plus one; 0: free. Zero
+  // [slots] the lower half of a label, and in the lower half the position of its owner, plus one; 0:
+  // free. Zero.
+  unsigned long long* table[2];
   int* others[2];       // [B] of an owner: samples of its class beside it. Zero
   int slots;            // of the table, for this batch
   int* members;         // [B, kLight] of an owner: positions of the first others to arrive

@@ -136,9 +136,10 @@ TCL_SINGLE inline unsigned atomicOr(unsigned* address, unsigned value) {
   *address |= value;
   return before;
 }
-TCL_SINGLE inline int atomicCAS(int* address, int expected, int value) {
-  ::emulator::Single(address, sizeof(int), true, true, __builtin_return_address(0));
-  const int before = *address;
+template <typename T>
+TCL_SINGLE T atomicCAS(T* address, T expected, T value) {
+  ::emulator::Single(address, sizeof(T), true, true, __builtin_return_address(0));
+  const T before = *address;
   if (before == expected) *address = value;
   return before;
 }
