@@ -21,10 +21,10 @@
 #include <cstdint>
 
 #include "cuda/center_loss_cuda.h"
+#include "cuda/class_sums.cuh"
 #include "cuda/device.cuh"
 #include "cuda/hashed_labels.cuh"
 #include "cuda/loss_sum.cuh"
-#include "cuda/reduction_tree.cuh"
 #include "cuda/scanned_labels.cuh"
 #include "cuda/warp_step.cuh"
 #include "cuda/workspace.cuh"
@@ -38,98 +38,89 @@ constexpr int kMostScanThreads = 128, kMostHashThreads = 256;
 }  // namespace
 
 constexpr CudaTuningField kCudaTuning[] = {
-    {"fan_in", &CudaTuning::fan_in, 8, 32},
     {"scan_batch", &CudaTuning::scan_batch, 0, 4096},
     {"scan_threads", &CudaTuning::scan_threads, 64, kMostScanThreads},
     {"hash_threads", &CudaTuning::hash_threads, 64, kMostHashThreads},
     {"hash_blocks", &CudaTuning::hash_blocks, 1, 8},
-    {"lookahead", &CudaTuning::lookahead, 0, 8},
     {"wait_ns", &CudaTuning::wait_ns, 0, 1000},
     {"overlap", &CudaTuning::overlap, 0, 1},
 };
 
-const char* const kCudaPhaseNames[] = {"begun",        "labels here", "labels counted",
-                                       "ranks known",  "own samples", "all ranks known",
-                                       "heavy classes", "loss"};
+const char* const kCudaPhaseNames[] = {"begun",     "labels here", "labels counted", "ranks known",
+                                       "own samples", "all samples", "class sums",     "loss"};
 
 namespace {
 
-enum Phase { kBegun, kLabelsHere, kCounted, kRanked, kOwnDone, kAllRanked, kHeavyDone, kLossDone };
+enum Phase { kBegun, kLabelsHere, kCounted, kRanked, kOwnDone, kAllDone, kSumsDone, kLossDone };
 
 constexpr int kMostSamples = 1 << 22;  // those of a tile have to fit into 16 bits
 
-// A scanned launch has fewer warps on a multiprocessor, and so more registers for loads in flight.
-template <typename Feature, int Width>
-using ScanWarpStep = WarpStep<Feature, Width, kChunk>;
-template <typename Feature, int Width>
-using HashWarpStep = WarpStep<Feature, Width, kChunk>;
-
-// Does one chunk of a heavy class, the one that `labels` is set to. Returns the leaf of the reduction
-// tree that it is.
-template <typename Step, typename Labels>
-__device__ Node DoChunk(Step& step, Labels& labels, int chunk) {
-  using Sum = typename Step::Sum;
-  Node leaf;
-  leaf.label = labels.label();
-  leaf.chunks = (labels.count() + kChunk - 1) / kChunk;
-  leaf.first_pool_row = labels.FirstPoolRow();
-  leaf.chunk = chunk;
-  const int first = chunk * kChunk, count = min(labels.count() - first, kChunk);
-  labels.Find(first, count, step.members());
-  leaf.finite = step.DoMembers(leaf.label, count, Sum::kStored, leaf.first_pool_row + chunk);
-  return leaf;
-}
-
+// A launch of a small batch. Each warp has one sample.
 template <typename Feature, int Width>
 __global__ void __launch_bounds__(kMostScanThreads, 3)
     ScanStep(const __grid_constant__ Parameters<Feature> p) {
-  TCL_DYNAMIC_SHARED(memory);
-  unsigned char* shared = memory;
+  TCL_DYNAMIC_SHARED(shared);
   OverlapLaunches();
   p.Stamp(kBegun);
-  using Step = ScanWarpStep<Feature, Width>;
-  const int threads = static_cast<int>(blockDim.x);
-  Step step(p, shared);
-  shared += Step::SharedBytes(threads);
-  ReductionTree<Feature, Width, Step> tree(p, step, shared);
-  shared += ReductionTree<Feature, Width, Step>::SharedBytes(threads);
-  const int block_warps = threads / kWarp;
+  using Step = WarpStep<Feature, Width>;
+  using Sum = typename Step::Sum;
+  Step step(p);
+  const int block_warps = static_cast<int>(blockDim.x) / kWarp;
   const int warps = static_cast<int>(gridDim.x) * block_warps;
   const int warp = static_cast<int>(blockIdx.x) * block_warps + WarpOfBlock();
-  // The first sample's rows are on their way while the labels are scanned.
-  int64_t label = 0;
+  int* const completed = reinterpret_cast<int*>(shared);  // [block_warps], see below
+  int* const members = completed + 4 * block_warps;
+  // The sample's rows are on their way while the labels are scanned.
   typename Step::Loaded loaded;
+  int64_t label = 0;
   if (warp < p.batch) {
     label = p.Label(warp);
-    step.template Load<true>(warp, label, 0, &loaded);
+    step.Load(warp, label, 0, &loaded);
   }
-  ScannedLabels<Feature> labels(p, shared);
+  ScannedLabels<Feature> labels(p, reinterpret_cast<unsigned char*>(members + kChunk * block_warps));
+  ClassSums<Feature, Width> sums(p, step, members + kChunk * WarpOfBlock());
   p.Stamp(kLabelsHere);
   step.SetCounted(labels.Counted());
   for (int first = warp - WarpOfBlock(); first < p.batch; first += warps) {  // of the block
     const int i = first + WarpOfBlock();
-    Node node;
+    bool completes = false;  // whether this warp is the last of the chunk of its sample
     if (i < p.batch) {
       const bool is_member = step.IsMember(label);
       if (is_member) labels.SetClass(i);
-      if (!is_member || labels.count() == 1) {
-        step.DoAlone(i, label, loaded, is_member ? Step::Sum::kMovesCenter : Step::Sum::kUnused);
-      } else if (labels.count() > kLight) {
-        if (labels.rank() % kChunk == 0) node = DoChunk(step, labels, labels.rank() / kChunk);
-      } else if (labels.rank() == 0) {
-        labels.Find(0, labels.count(), step.members());
-        step.DoMembers(label, labels.count(), Step::Sum::kMovesCenter, 0);
+      const int count = is_member ? labels.count() : 0;
+      if (count <= 1) {
+        step.DoSample(i, -1, label, loaded, is_member ? Sum::kMovesCenter : Sum::kUnused);
+      } else if (count == 2) {
+        if (labels.rank() == 0) {
+          step.LoadPartner(labels.other(), 0, &loaded);
+          step.DoSample(i, labels.other(), label, loaded, Sum::kMovesCenter);
+        }
+      } else {
+        step.DoSample(i, -1, label, loaded, Sum::kLeft);
+        const int chunk = labels.rank() / kChunk;
+        completes = LastWarpToArrive(p.chunk_arrivals + labels.SortedPlace() + chunk,
+                                     min(count - chunk * kChunk, kChunk));
       }
     }
-    if (__syncthreads_or(node.chunks > 0)) tree.Reduce(node);
+    if (Lane() == 0) completed[WarpOfBlock()] = completes ? i : -1;
+    if (__syncthreads_or(completes)) {
+      const int slices = Slices<Feature, Width>(p.dim);
+      for (int task = WarpOfBlock(); task < block_warps * slices; task += block_warps) {
+        const int sample = completed[task / slices];
+        if (sample < 0) continue;
+        labels.SetClass(sample);
+        sums.DoSlice(labels, labels.rank() / kChunk, task % slices);
+      }
+      __syncthreads();  // all warps have read what was completed
+    }
     if (i + warps < p.batch) {
       label = labels.LabelAt(i + warps);
-      step.template Load<true>(i + warps, label, 0, &loaded);
+      step.Load(i + warps, label, 0, &loaded);
     }
   }
   p.Stamp(kOwnDone);
   if (!step.reduces_loss() || !IsLastBlock()) return;
-  const double loss = SumOfMailboxes(p.sample_loss, p.batch, p.tuning.wait_ns, memory);
+  const double loss = SumOfMailboxes(p.sample_loss, p.batch, p.tuning.wait_ns, shared);
   if (threadIdx.x == 0) step.StoreLossSum(loss);
   p.Stamp(kLossDone);
 }
@@ -137,24 +128,19 @@ __global__ void __launch_bounds__(kMostScanThreads, 3)
 template <typename Feature, int Width, bool kAtomic>
 __global__ void __launch_bounds__(kMostHashThreads, 2)
     HashStep(const __grid_constant__ Parameters<Feature> p) {
-  TCL_DYNAMIC_SHARED(memory);
-  unsigned char* shared = memory;
+  TCL_DYNAMIC_SHARED(shared);
   OverlapLaunches();
   p.Stamp(kBegun);
-  using Step = HashWarpStep<Feature, Width>;
+  using Step = WarpStep<Feature, Width>;
   using Sum = typename Step::Sum;
-  const int threads = static_cast<int>(blockDim.x);
-  Step step(p, shared);
-  shared += Step::SharedBytes(threads);
-  ReductionTree<Feature, Width, Step> tree(p, step, shared);
+  Step step(p);
   const int parity = __ldcg(&p.header->parity);
   HashedLabels<Feature> labels(p, parity);
   Counters& counters = p.header->counters[parity];
   const int blocks = static_cast<int>(gridDim.x);
-  const int lookahead = p.tuning.lookahead, wait_ns = p.tuning.wait_ns;
   // A round is kWarp samples for each warp, one in each lane. They lie warps + 1 apart: neighbors,
   // and labels that come again after a while, are for different warps.
-  const int warps = blocks * threads / kWarp;
+  const int warps = blocks * static_cast<int>(blockDim.x) / kWarp;
   const int warp = WarpOfBlock() * blocks + static_cast<int>(blockIdx.x);
   const int round = kWarp * warps;
   const int own = Lane() * warps + (warp + Lane()) % warps;
@@ -163,12 +149,8 @@ __global__ void __launch_bounds__(kMostHashThreads, 2)
   for (int first = 0; first < p.batch; first += round) {
     const int i = first + own;
     const int64_t label = i < p.batch ? p.Label(i) : 0;
-    if (first == 0) {
-      // Behind the labels, which the counting waits for.
-      own_label = label;
-      if (Lane() < lookahead && i < p.batch) step.Prefetch(i, label);
-    }
     const int owner = labels.Enter(i, label, i < p.batch && step.IsMember(label), kAtomic);
+    if (first == 0) own_label = label;
     if (first == 0) own_owner = owner;
     counted += i < p.batch && !p.Ignored(label);
   }
@@ -178,74 +160,66 @@ __global__ void __launch_bounds__(kMostHashThreads, 2)
   // The rows of the first sample come while the blocks wait for each other.
   typename Step::Loaded loaded;
   const int64_t first_label = __shfl_sync(kAllLanes, own_label, 0);
-  if (warp < p.batch) step.template Load<true>(warp, first_label, 0, &loaded);
+  if (warp < p.batch) step.Load(warp, first_label, 0, &loaded);
   HashedLabels<Feature>::ClearNext(p, 1 - parity);
-  WaitAsBlock(&counters.counted_blocks.value, blocks, wait_ns);
+  WaitAsBlock(&counters.counted_blocks.value, blocks, p.tuning.wait_ns);
   p.Stamp(kCounted);
   step.SetCounted(labels.Counted());
 
-  const bool has_heavy = !kAtomic && labels.HasHeavy();
-  if (has_heavy) {
+  const bool has_large = !kAtomic && labels.HasLarge();
+  if (has_large && labels.HasHeavy()) {
     labels.RankHeavy();
     p.Stamp(kRanked);
-    ArriveBlock(&counters.ranked_blocks.value);
-    // Again: there were no registers to keep them in.
-    if (warp < p.batch) step.template Load<true>(warp, first_label, 0, &loaded);
+    if (warp < p.batch) step.Load(warp, first_label, 0, &loaded);  // again, to spare the registers
   }
   for (int first = 0; first < p.batch; first += round) {
     const int i = first + own;
     const int64_t label = first == 0 ? own_label : i < p.batch ? p.Label(i) : 0;
     const int owner = first == 0 ? own_owner : i < p.batch ? labels.OwnerOf(i) : -1;
-    if (first > 0 && Lane() < lookahead && i < p.batch) step.Prefetch(i, label);
-    // A light class is for its owner's warp.
-    const bool asks = owner >= 0 && (kAtomic || owner == i);
-    const int count = asks ? labels.CountOf(owner) : 1;
-    const bool does = i < p.batch && (owner < 0 || (asks && (kAtomic || count <= kLight)));
+    const int count = owner < 0 ? 0 : labels.CountOf(owner);
+    const int partner = owner == i ? labels.PartnerOf(i) : -1;  // of a pair
+    if (has_large) labels.ListChunks(i, owner == i ? count : 0);
+    // A pair is for its owner's warp.
+    const bool does = i < p.batch && (kAtomic || count != 2 || owner == i);
     unsigned left = __ballot_sync(kAllLanes, does);
-    unsigned ahead = left >> lookahead << lookahead;  // the lanes before are prefetched
-    const auto load_next = [&] {
-      const int lane = __ffs(static_cast<int>(left)) - 1;
-      const int j = __shfl_sync(kAllLanes, i, lane);
-      step.template Load<true>(j, __shfl_sync(kAllLanes, label, lane), 0, &loaded);
-    };
-    if (left != 0 && ((left & 1) == 0 || first > 0)) load_next();
+    bool is_loaded = first == 0 && (left & 1) != 0;
     while (left != 0) {
-      if (lookahead > 0 && Lane() == __ffs(static_cast<int>(ahead)) - 1) step.Prefetch(i, label);
-      ahead &= ahead - 1;
       const int lane = __ffs(static_cast<int>(left)) - 1;
       const int j = __shfl_sync(kAllLanes, i, lane);
       const int64_t its_label = __shfl_sync(kAllLanes, label, lane);
       const int its_count = __shfl_sync(kAllLanes, count, lane);
+      const int its_partner = !kAtomic && its_count == 2 ? __shfl_sync(kAllLanes, partner, lane) : -1;
       const int its_owner = __shfl_sync(kAllLanes, owner, lane);
-      if (its_count == 1) {
-        step.DoAlone(j, its_label, loaded, its_owner < 0 ? Sum::kUnused : Sum::kMovesCenter);
-      } else if (kAtomic) {
+      if (!is_loaded) step.Load(j, its_label, 0, &loaded);
+      if (its_partner >= 0) step.LoadPartner(its_partner, 0, &loaded);
+      is_loaded = false;
+      if (kAtomic && its_count > 1) {
         step.AddAtomically(j, its_label, loaded, its_count, p.first_pool_row[its_owner]);
+      } else if (its_count > 2) {
+        const int finite = step.DoSample(j, -1, its_label, loaded, Sum::kLeft);
+        if (finite == 0 && Lane() == 0) labels.CountNotFinite(its_owner);
       } else {
-        labels.FindLight(j, its_count, step.members());
-        step.DoMembers(its_label, its_count, Sum::kMovesCenter, 0);
+        step.DoSample(j, its_partner, its_label, loaded,
+                      its_count == 0 ? Sum::kUnused : Sum::kMovesCenter);
       }
       left &= left - 1;
-      if (left != 0) load_next();
     }
   }
   p.Stamp(kOwnDone);
-  if (has_heavy) {
-    WaitAsBlock(&counters.ranked_blocks.value, blocks, wait_ns);
-    p.Stamp(kAllRanked);
-    const int rows = labels.PoolRows();
-    for (int first = static_cast<int>(blockIdx.x); first < rows; first += warps) {  // of the block
-      const int row = first + WarpOfBlock() * blocks;
-      Node node;
-      if (row < rows) {
-        labels.SetPoolRow(row);
-        node = DoChunk(step, labels, row - labels.FirstPoolRow());
-      }
-      if (__syncthreads_or(node.chunks > 0)) tree.Reduce(node);
+  if (has_large) {
+    ArriveBlock(&counters.done_blocks.value);
+    WaitAsBlock(&counters.done_blocks.value, blocks, p.tuning.wait_ns);
+    p.Stamp(kAllDone);
+    ClassSums<Feature, Width> sums(p, step, reinterpret_cast<int*>(shared) + kChunk * WarpOfBlock());
+    const int slices = Slices<Feature, Width>(p.dim);
+    const int tasks = labels.Chunks() * slices;
+    for (int task = warp; task < tasks; task += warps) {
+      const int chunk = labels.SetChunk(task / slices);
+      sums.DoSlice(labels, chunk, task % slices);
     }
-    p.Stamp(kHeavyDone);
+    p.Stamp(kSumsDone);
   }
-  const double loss = step.reduces_loss() ? SumOfUnits(p, memory) : 0;
+  const double loss = step.reduces_loss() ? SumOfUnits(p, shared) : 0;
   if (!IsLastBlock() || threadIdx.x != 0) return;
   if (step.reduces_loss()) step.StoreLossSum(loss);
   p.Stamp(kLossDone);
@@ -345,12 +319,12 @@ cudaError_t LaunchStep(const Parameters<Feature>& p, void* stream) {
       error != cudaSuccess) {
     return error;
   }
+  const int64_t warps = shape.threads / kWarp;
+  constexpr int64_t kInt = sizeof(int);
   // The losses are added up last, in memory that the rest needs no more.
-  using Step = HashWarpStep<Feature, Width>;
-  int64_t shared = Step::SharedBytes(shape.threads) +
-                   ReductionTree<Feature, Width, Step>::SharedBytes(shape.threads);
+  int64_t shared = warps * kChunk * kInt;
   if (shape.scans) {
-    shared += ScannedLabels<Feature>::SharedBytes(p.batch);
+    shared += 4 * warps * kInt + ScannedLabels<Feature>::SharedBytes(p.batch);
     return Launch(ScanStep<Feature, Width>, shape, shared, p, stream);
   }
   if (p.cuda.atomic) return Launch(HashStep<Feature, Width, true>, shape, shared, p, stream);
@@ -364,8 +338,7 @@ bool IsValid(const CudaTuning& tuning) {
     const int value = tuning.*field.value;
     if (value < field.least || value > field.largest) return false;
   }
-  return IsPowerOfTwo(tuning.fan_in) &&
-         IsPowerOfTwo(tuning.scan_threads) && IsPowerOfTwo(tuning.hash_threads);
+  return IsPowerOfTwo(tuning.scan_threads) && IsPowerOfTwo(tuning.hash_threads);
 }
 
 bool Aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -419,12 +392,15 @@ int CenterLossOnCuda(const StepArguments<Feature, Label>& step,
   p.heavy_class = static_cast<int*>(at(layout.heavy_class));
   p.tile_part = static_cast<unsigned*>(at(layout.tile_part));
   p.tile_order = static_cast<int*>(at(layout.tile_order));
+  p.first_chunk = static_cast<int*>(at(layout.first_chunk));
   p.first_pool_row = static_cast<int*>(at(layout.first_pool_row));
-  p.class_of_row = static_cast<int*>(at(layout.class_of_row));
+  p.class_of_chunk = static_cast<int*>(at(layout.class_of_chunk));
+  p.not_finite = static_cast<int*>(at(layout.not_finite));
   p.pool_rows = layout.pool_rows;
   p.pool = static_cast<Center*>(at(layout.pool));
-  p.finite_count = static_cast<int*>(at(layout.finite_count));
+  p.finite = static_cast<int*>(at(layout.finite));
   p.arrivals = static_cast<int*>(at(layout.arrivals));
+  p.chunk_arrivals = static_cast<int*>(at(layout.chunk_arrivals));
   p.sample_loss = static_cast<Mailbox<Center>*>(at(layout.sample_loss));
   p.unit_loss = static_cast<Mailbox<double>*>(at(layout.unit_loss));
 

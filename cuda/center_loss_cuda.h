@@ -10,14 +10,12 @@
 namespace tcl {
 
 // Launch constants. The defaults are what an H200 measured best (python -m bench.gpu --tune). The
-// first four also decide the order of the sums, and so the bits of the results.
+// first three also decide the order in which losses are added up.
 struct CudaTuning {
-  int fan_in = 32;         // partial sums below a node of the reduction tree: 8, 16 or 32
-  int scan_batch = 2048;  // the largest batch whose labels are scanned; larger ones are hashed
-  int scan_threads = 128;  // threads of a block of the scanned form: 64, 128 or 256
-  int hash_threads = 256;  // the same of the hashed form
+  int scan_batch = 1024;   // the largest batch whose labels are scanned; larger ones are hashed
+  int scan_threads = 128;  // threads of a block of the scanned form: 64 or 128
+  int hash_threads = 256;  // the same of the hashed form: 64, 128 or 256
   int hash_blocks = 2;     // blocks of the hashed form on a multiprocessor
-  int lookahead = 2;       // samples whose rows a warp prefetches ahead of the one it does: 0 to 8
   int wait_ns = 20;        // sleep between two looks at a counter or a mailbox
   int overlap = 1;         // whether a launch may be set up while the one before it ends
 };
@@ -29,7 +27,7 @@ struct CudaTuningField {
   int least;
   int largest;
 };
-constexpr int kCudaTuningFields = 8;
+constexpr int kCudaTuningFields = 6;
 extern const CudaTuningField kCudaTuning[kCudaTuningFields];
 
 // Device memory that the kernel keeps its bookkeeping in, from one launch to the next. All of it
@@ -44,7 +42,7 @@ struct CudaWorkspace {
   CudaTuning tuning;        // the same for all launches
 };
 
-// O(B) bytes, and D numbers for every fourth sample (every second one where `atomic`). Nothing
+// O(B) bytes, and D numbers for every 16th sample (every second one where `atomic`). Nothing
 // depends on the number of classes.
 int64_t CudaWorkspaceBytes(const CudaWorkspace& workspace);
 

@@ -153,29 +153,6 @@ __device__ __forceinline__ void StoreRow(T* row, int64_t column, int64_t dim,
   }
 }
 
-// Prefetches a row into the second-level cache; each lane may name one. kVectorRows: it begins on a
-// vector and is made of whole ones.
-template <bool kVectorRows>
-__device__ __forceinline__ void PrefetchRow(const void* row, int64_t bytes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if (kVectorRows) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(row),
-                 "r"(static_cast<unsigned>(bytes))
-                 : "memory");
-    return;
-  }
-#endif
-#if defined(__CUDA_ARCH__)
-  constexpr int kSector = 32;
-  for (int64_t at = 0; at < bytes; at += kSector) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(row) + at));
-  }
-#else
-  (void)row;
-  (void)bytes;
-#endif
-}
-
 // The sum over the lanes, the same in each of them, always added in the same order. (cub::WarpReduce
 // leaves it in one lane, in an order that cub does not promise.)
 template <typename T>

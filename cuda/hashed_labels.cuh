@@ -1,8 +1,8 @@
 // Large batches: the blocks count the labels together in a hash table, then meet at a grid barrier.
 //
 // A class is known by its *owner*, the sample that entered the label. The others are counted at the
-// owner, and the first of them leave their positions there: enough for a light class. The samples
-// of a heavy class are then sorted tile by tile: a sample's place in its tile is the number of
+// owner, and the first of them leave their positions there: enough for a class of one chunk. The
+// samples of a heavy class are sorted tile by tile: a sample's place in its tile is the number of
 // samples there that come before it, by class and then by position. A rank in the batch is the rank
 // in the tile plus the counts of the class in earlier tiles.
 
@@ -43,13 +43,15 @@ class HashedLabels {
     owner = __shfl_sync(kAllLanes, owner, leader);
     place = __shfl_sync(kAllLanes, place, leader) + __popc(same & ((1u << Lane()) - 1));
     if (i < p_.batch) p_.owner_of[i] = owner;
+    if (owner == i) p_.not_finite[i] = 0;
     if (!is_member || owner == i) return owner;
-    if (place < kLight - 1) p_.members[int64_t{owner} * kLight + place] = i;
-    if (place == kLight - 1) NumberHeavyClass(owner);
+    if (place < kChunk - 1) p_.members[int64_t{owner} * kChunk + place] = i;
+    if (place == 1) atomicAdd(&counters_->large_classes.value, 1);
+    if (place == kChunk - 1) NumberHeavyClass(owner);
     if (atomic && place == 0) {
-      const int row = TakePoolRows(1);
+      const int row = atomicAdd(&counters_->pool_rows.value, 1);
       p_.first_pool_row[owner] = row;
-      p_.finite_count[row] = 0;
+      p_.finite[row] = 0;
     }
     return owner;
   }
@@ -64,56 +66,64 @@ class HashedLabels {
   __device__ int Counted() const {
     return p_.options.has_ignore_label ? __ldcg(&counters_->counted.value) : p_.batch;
   }
+  __device__ bool HasLarge() const { return __ldcg(&counters_->large_classes.value) != 0; }
   __device__ bool HasHeavy() const { return __ldcg(&counters_->heavy_classes.value) != 0; }
   __device__ int OwnerOf(int i) const { return __ldcg(&p_.owner_of[i]); }
   __device__ int CountOf(int owner) const { return 1 + __ldcg(&others_[owner]); }
 
-  // Finds the samples of a light class in batch order.
-  __device__ void FindLight(int owner, int count, int* members) const {
-    const int lane = Lane();
-    int position = owner;
-    if (lane > 0 && lane < count) {
-      position = __ldcg(&p_.members[int64_t{owner} * kLight + lane - 1]);
+  // The sample of the class beside its owner, where it has two.
+  __device__ int PartnerOf(int owner) const { return __ldcg(&p_.members[int64_t{owner} * kChunk]); }
+  __device__ void CountNotFinite(int owner) { atomicAdd(&p_.not_finite[owner], 1); }
+
+  // Lists the chunks of the classes that the lanes own, of `count` samples; 0: none.
+  __device__ void ListChunks(int owner, int count) {
+    const int chunks = count < 3 ? 0 : (count + kChunk - 1) / kChunk;
+    const int place = Take(&counters_->chunks.value, chunks);
+    const int row = Take(&counters_->pool_rows.value, chunks > 1 ? chunks : 0);
+    if (chunks > 0) p_.first_chunk[owner] = place;
+    if (chunks > 1) p_.first_pool_row[owner] = row;
+    for (unsigned left = __ballot_sync(kAllLanes, chunks > 0); left != 0; left &= left - 1) {
+      const int lane = __ffs(static_cast<int>(left)) - 1;
+      const int first = __shfl_sync(kAllLanes, place, lane);
+      const int end = first + __shfl_sync(kAllLanes, chunks, lane);
+      const int its_owner = __shfl_sync(kAllLanes, owner, lane);
+      for (int k = first + Lane(); k < end; k += kWarp) p_.class_of_chunk[k] = its_owner;
     }
-    int rank = 0;
-    for (int k = 0; k < count; ++k) rank += __shfl_sync(kAllLanes, position, k) < position;
-    if (lane < count) members[rank] = position;
   }
 
-  // Sorts this block's share of the samples of heavy classes into their tiles, and gives those
-  // classes rows of the pool, one for each chunk.
+  // Sorts this block's share of the samples of heavy classes into their tiles.
   __device__ void RankHeavy() {
     const int threads = static_cast<int>(gridDim.x * blockDim.x);
     const int thread = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
-    for (int start = thread - Lane(); start < p_.batch; start += threads) {
-      const int i = start + Lane();
-      const int owner = i < p_.batch ? OwnerOf(i) : -1;
-      const int count = owner < 0 ? 0 : CountOf(owner);
-      if (count > kLight) RankInTile(i, owner);
-      GivePoolRows(i, count > kLight && owner == i ? count : 0);
+    for (int i = thread; i < p_.batch; i += threads) {
+      const int owner = OwnerOf(i);
+      if (owner >= 0 && CountOf(owner) > kChunk) RankInTile(i, owner);
     }
   }
 
-  // What follows is known once all blocks have ranked theirs.
-  __device__ int PoolRows() const { return __ldcg(&counters_->pool_rows.value); }
+  // What follows is known once all blocks have listed and ranked theirs.
+  __device__ int Chunks() const { return __ldcg(&counters_->chunks.value); }
 
-  // From here on the class is the one with a chunk in this row of the pool.
-  __device__ void SetPoolRow(int row) {
-    owner_ = __ldcg(&p_.class_of_row[row]);
+  // From here on the class is that of a chunk in the list. Returns which of its chunks that is.
+  __device__ int SetChunk(int place) {
+    owner_ = __ldcg(&p_.class_of_chunk[place]);
     count_ = CountOf(owner_);
-    first_pool_row_ = __ldcg(&p_.first_pool_row[owner_]);
+    if (count_ <= kChunk) return 0;
     const unsigned* const parts = p_.tile_part + int64_t{__ldcg(&p_.heavy_class[owner_])} * kTiles;
     parts_ = __ldcg(reinterpret_cast<const uint4*>(parts) + Lane());
     rank_ = WarpSumBefore(static_cast<int>((parts_.x >> 16) + (parts_.y >> 16) +
                                            (parts_.z >> 16) + (parts_.w >> 16)));
+    return place - __ldcg(&p_.first_chunk[owner_]);
   }
 
   __device__ int64_t label() const { return p_.Label(owner_); }
   __device__ int count() const { return count_; }
-  __device__ int FirstPoolRow() const { return first_pool_row_; }
+  __device__ int FirstPoolRow() const { return __ldcg(&p_.first_pool_row[owner_]); }
+  __device__ int FiniteCount() const { return count_ - __ldcg(&p_.not_finite[owner_]); }
 
   // Finds the samples of the class of the ranks first, first + 1, ... in batch order.
   __device__ void Find(int first, int count, int* members) const {
+    if (count_ <= kChunk) return FindAll(members);
     int rank = first + min(Lane(), count - 1);
     int lane = 0;  // the last whose tiles begin with this rank or a smaller one
 #pragma unroll
@@ -142,8 +152,9 @@ class HashedLabels {
     const int threads = static_cast<int>(gridDim.x * blockDim.x);
     if (thread == 0) {
       Counters& counters = p.header->counters[parity];
-      counters.counted_blocks.value = counters.ranked_blocks.value = 0;
-      counters.heavy_classes.value = counters.pool_rows.value = counters.counted.value = 0;
+      counters.counted_blocks.value = counters.done_blocks.value = 0;
+      counters.large_classes.value = counters.heavy_classes.value = 0;
+      counters.chunks.value = counters.pool_rows.value = counters.counted.value = 0;
     }
     const int slots = __ldcg(&p.header->slots[parity]);
     const int samples = __ldcg(&p.header->samples[parity]);
@@ -170,7 +181,25 @@ class HashedLabels {
     }
   }
 
-  __device__ int TakePoolRows(int rows) { return atomicAdd(&counters_->pool_rows.value, rows); }
+  // Takes as many numbers as each lane wants from a counter; the first of the lane's.
+  __device__ int Take(int* counter, int wanted) {
+    const int before = WarpSumBefore(wanted);
+    const int all = __shfl_sync(kAllLanes, before + wanted, kWarp - 1);
+    const int first = Lane() == 0 && all > 0 ? atomicAdd(counter, all) : 0;
+    return __shfl_sync(kAllLanes, first, 0) + before;
+  }
+
+  // The samples of a class of one chunk: the owner and those that are listed there, sorted.
+  __device__ void FindAll(int* members) const {
+    const int lane = Lane();
+    int position = owner_;
+    if (lane > 0 && lane < count_) {
+      position = __ldcg(&p_.members[int64_t{owner_} * kChunk + lane - 1]);
+    }
+    int rank = 0;
+    for (int k = 0; k < count_; ++k) rank += __shfl_sync(kAllLanes, position, k) < position;
+    if (lane < count_) members[rank] = position;
+  }
 
   // Gives the owner's class a number, and no samples in any tile yet.
   __device__ void NumberHeavyClass(int owner) {
@@ -206,31 +235,12 @@ class HashedLabels {
         static_cast<unsigned>(same) << 16 | static_cast<unsigned>(smaller);
   }
 
-  // Takes rows of the pool for the lanes that own a class of `count` > 0 samples.
-  __device__ void GivePoolRows(int owner, int count) {
-    const int chunks = (count + kChunk - 1) / kChunk;
-    const int before = WarpSumBefore(chunks);
-    const int all = __shfl_sync(kAllLanes, before + chunks, kWarp - 1);
-    if (all == 0) return;
-    int row = Lane() == 0 ? TakePoolRows(all) : 0;
-    row = __shfl_sync(kAllLanes, row, 0) + before;
-    if (chunks > 0) p_.first_pool_row[owner] = row;
-    for (unsigned left = __ballot_sync(kAllLanes, chunks > 0); left != 0; left &= left - 1) {
-      const int lane = __ffs(static_cast<int>(left)) - 1;
-      const int first = __shfl_sync(kAllLanes, row, lane);
-      const int end = first + __shfl_sync(kAllLanes, chunks, lane);
-      const int its_owner = __shfl_sync(kAllLanes, owner, lane);
-      for (int k = first + Lane(); k < end; k += kWarp) p_.class_of_row[k] = its_owner;
-    }
-  }
-
   const Parameters<Feature>& p_;
   Counters* counters_;
   unsigned long long* table_;
   int* others_;
   int owner_ = 0;
   int count_ = 0;
-  int first_pool_row_ = 0;
   // Of the four tiles that are this lane's: their parts, and the first rank there.
   uint4 parts_;
   int rank_ = 0;

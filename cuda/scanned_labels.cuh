@@ -49,21 +49,26 @@ class ScannedLabels {
   // From here on the class is that of sample i.
   __device__ void SetClass(int i) {
     label_ = labels_[i];
-    int all = 0, before = 0;
+    int all = 0, before = 0, other = -1;
 #pragma unroll 4
     for (int j = 2 * Lane(); j < p_.batch; j += 2 * kWarp) {
       const longlong2 two = *reinterpret_cast<const longlong2*>(labels_ + j);
       all += (two.x == label_) + (two.y == label_);
       before += (two.x == label_ && j < i) + (two.y == label_ && j + 1 < i);
+      if (two.x == label_ && j != i) other = j;
+      if (two.y == label_ && j + 1 != i) other = j + 1;
     }
     const int both = WarpSum(all << 16 | before);  // a batch that is scanned has less than 2^15
     count_ = both >> 16;
     rank_ = both & 0xffff;
+    const unsigned others = __ballot_sync(kAllLanes, other >= 0);
+    other_ = others == 0 ? -1 : __shfl_sync(kAllLanes, other, __ffs(static_cast<int>(others)) - 1);
   }
 
   __device__ int64_t label() const { return label_; }
   __device__ int count() const { return count_; }
-  __device__ int rank() const { return rank_; }  // of sample i: how many of its class come before it
+  __device__ int rank() const { return rank_; }    // of sample i: how many of its class come before
+  __device__ int other() const { return other_; }  // another sample of the class, -1: none
 
   // Finds the samples of the class of the ranks first, first + 1, ... in batch order.
   __device__ void Find(int first, int count, int* members) const {
@@ -78,12 +83,23 @@ class ScannedLabels {
     }
   }
 
-  // The class's first row of the pool: from where its samples would lie in the sorted batch, so that
-  // no two classes of several chunks share one.
-  __device__ int FirstPoolRow() const {
+  // Where the samples of the class would begin if the batch was sorted: no two classes share what is
+  // numbered from there.
+  __device__ int SortedPlace() const {
     int smaller = 0;
     for (int j = Lane(); j < p_.batch; j += kWarp) smaller += labels_[j] < label_;
-    return WarpSum(smaller) / kSamplesPerPoolRow;
+    return WarpSum(smaller);
+  }
+  __device__ int FirstPoolRow() const { return SortedPlace() / kSamplesPerPoolRow; }
+
+  // Once all samples of the class have arrived.
+  __device__ int FiniteCount() const {
+    int finite = 0;
+#pragma unroll 4
+    for (int j = Lane(); j < p_.batch; j += kWarp) {
+      if (labels_[j] == label_) finite += __ldcg(&p_.finite[j]);
+    }
+    return WarpSum(finite);
   }
 
  private:
@@ -92,6 +108,7 @@ class ScannedLabels {
   int64_t label_ = 0;
   int count_ = 0;
   int rank_ = 0;
+  int other_ = -1;
 };
 
 }  // namespace

@@ -11,16 +11,12 @@
 namespace tcl {
 namespace {
 
-// Samples of a class that one warp does side by side.
-constexpr int kChunk = 8;
+// A class of several chunks is heavy. A chunk is as many samples as a warp has lanes; so are the
+// partial sums below a node of the reduction tree.
+constexpr int kChunk = kWarp;
 
-// A class of up to so many samples is light: one warp does all of it, chunk after chunk, and a hashed
-// launch needs no ranks for it. The owner of the class is one, the others have a list.
-constexpr int kLight = 2 * kChunk;
-
-// A heavy class has a partial sum for each chunk: at most one for so many of its samples.
-constexpr int kSamplesPerPoolRow = 5;
-static_assert((kLight + kChunk) / kChunk <= (kLight + 1) / kSamplesPerPoolRow, "rows for each chunk");
+// A heavy class has a partial sum, a row of the pool, for each chunk: at most one for so many samples.
+constexpr int kSamplesPerPoolRow = kChunk / 2;
 
 // Tiles of the batch for the ranks of heavy classes, four for each lane.
 constexpr int kTiles = 4 * kWarp;
@@ -39,8 +35,10 @@ struct Counters {
     int padding[31];
   };
   Counter counted_blocks;  // grid barrier: blocks that have counted their labels
-  Counter ranked_blocks;   // grid barrier: blocks that have ranked the samples of heavy classes
-  Counter heavy_classes;   // how many classes are heavy
+  Counter done_blocks;     // grid barrier: blocks whose samples have read their centers
+  Counter large_classes;   // classes of three samples or more
+  Counter heavy_classes;   // classes of several chunks
+  Counter chunks;          // of all large classes
   Counter pool_rows;       // rows of the pool that are taken
   Counter counted;         // N, with an ignore label
 };
@@ -61,27 +59,31 @@ struct Layout {
   int64_t bytes = 0;
 
   int64_t header, table[2], others[2], members, owner_of, heavy_class, tile_part, tile_order,
-      first_pool_row, class_of_row, finite_count, arrivals, sample_loss, unit_loss, pool;
+      first_chunk, first_pool_row, class_of_chunk, finite, not_finite, arrivals, chunk_arrivals,
+      sample_loss, unit_loss, pool;
 
   explicit Layout(const CudaWorkspace& workspace) {
-    const CudaTuning& tuning = workspace.tuning;
     const int64_t batch = workspace.batch;
     constexpr int64_t kInt = sizeof(int);
     slots = SlotsFor(batch);
-    for (int64_t covered = kChunk; covered < batch; covered *= tuning.fan_in) ++levels;
+    for (int64_t covered = kChunk; covered < batch; covered *= kChunk) ++levels;
     pool_rows = batch / (workspace.atomic ? 2 : kSamplesPerPoolRow) + 1;
     header = Take(sizeof(Header));
     for (int k = 0; k < 2; ++k) table[k] = Take(slots * static_cast<int64_t>(sizeof(uint64_t)));
     for (int k = 0; k < 2; ++k) others[k] = Take(batch * kInt);
-    members = Take(batch * kLight * kInt);
+    members = Take(batch * kChunk * kInt);
     owner_of = Take(batch * kInt);
     heavy_class = Take(batch * kInt);
-    tile_part = Take((batch / kLight + 1) * kTiles * kInt);
+    tile_part = Take((batch / kChunk + 1) * kTiles * kInt);
     tile_order = Take(batch * kInt);
+    first_chunk = Take(batch * kInt);
     first_pool_row = Take(batch * kInt);
-    class_of_row = Take(pool_rows * kInt);
-    finite_count = Take(pool_rows * kInt);
-    arrivals = Take((levels + 1) * pool_rows * kInt);
+    class_of_chunk = Take((batch / 3 + 1) * kInt);
+    finite = Take(batch * kInt);
+    not_finite = Take(batch * kInt);
+    // A slice of the narrowest kind has a warp's width of single numbers.
+    arrivals = Take((levels + 1) * pool_rows * ((workspace.dim + kWarp - 1) / kWarp) * kInt);
+    chunk_arrivals = Take(batch * kInt);
     sample_loss = Take(batch * 2 * workspace.center_size);
     unit_loss = Take((batch / kLossUnit + 1) * static_cast<int64_t>(sizeof(Mailbox<double>)));
     pool = Take(pool_rows * workspace.dim * workspace.center_size);
@@ -133,21 +135,23 @@ struct Parameters {
   unsigned long long* table[2];
   int* others[2];       // [B] of an owner: samples of its class beside it. Zero
   int slots;            // of the table, for this batch
-  int* members;         // [B, kLight] of an owner: positions of the first others to arrive
+  int* members;         // [B, kChunk] of an owner: positions of the first others to arrive
   int* owner_of;        // [B] the owner of the sample's class, -1: of no class
   int* heavy_class;     // [B] of the owner of a heavy class: its number among them
   // [heavy classes, kTiles] of the samples of a class in a tile: where they begin in the tile's part
   // of tile_order, and in the upper half how many there are.
   unsigned* tile_part;
   int* tile_order;      // [B] each tile's samples, by class and then by position
-  int* first_pool_row;  // [B] of an owner
-  int* class_of_row;    // [pool_rows] the owner of the class whose chunk the row is
+  int* first_chunk;     // [B] of the owner of a large class: its first place in class_of_chunk
+  int* first_pool_row;  // [B] of the owner of a heavy class, or of any with `atomic`
+  int* class_of_chunk;  // [chunks] the owner of the class
+  int* not_finite;      // [B] of an owner: samples of its class that are not finite
 
-  // A row of the pool is the sum of a chunk, and then of the nodes of the tree that begin with it.
   int64_t pool_rows;
-  Center* pool;       // [pool_rows, D]
-  int* finite_count;  // [pool_rows] samples in that sum
-  int* arrivals;      // [levels, pool_rows] children of a node that have arrived. Zero
+  Center* pool;   // [pool_rows, D] partial sums
+  int* finite;    // [B] whether a sample of a large class is finite; with `atomic`, [pool_rows] counts
+  int* arrivals;  // [levels, pool_rows, slices] children of a node that have arrived. Zero
+  int* chunk_arrivals;  // [B] of a scanned launch: samples of a chunk that have arrived. Zero
 
   Mailbox<Center>* sample_loss;  // [B]. Zero
   Mailbox<double>* unit_loss;    // [B / kLossUnit], rounded up. Zero

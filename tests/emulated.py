@@ -36,7 +36,7 @@ class _Workspace(ctypes.Structure):
         ("dim", ctypes.c_int64),
         ("center_size", ctypes.c_int64),
         ("atomic", ctypes.c_bool),
-        ("tuning", ctypes.c_int * 8),
+        ("tuning", ctypes.c_int * 6),
     ]
 
 
