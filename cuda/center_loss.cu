@@ -33,7 +33,7 @@ namespace tcl {
 namespace {
 
 // A block of the scanned form is small, to spread a small batch over all multiprocessors.
-constexpr int kMostScanThreads = 128, kMostHashThreads = 256;
+constexpr int kMostScanThreads = 256, kMostHashThreads = 256;
 
 }  // namespace
 
@@ -55,9 +55,31 @@ enum Phase { kBegun, kLabelsHere, kCounted, kRanked, kOwnDone, kAllDone, kSumsDo
 
 constexpr int kMostSamples = 1 << 22;  // those of a tile have to fit into 16 bits
 
+// A chunk that a warp of a scanned launch is the last to arrive at.
+struct Completed {
+  int sample;  // the one that the warp arrived with, -1: the chunk is not complete
+  bool all_finite;
+};
+
+// Arrives at the chunk of a sample for this warp. The center may move once all samples of the class
+// have arrived. The arrival depends on what the warp has read of the center, by way of `finite`, so
+// it needs no release: no read returns a value that depends on itself.
+__device__ __forceinline__ Completed ArriveAtChunk(Arrivals* counter, int members, int finite,
+                                                   int sample) {
+  Arrivals now = 0;
+  if (Lane() == 0) {
+    const Arrivals own = kOneArrival + (1 - finite) * kOneSummed;
+    now = atomicAdd(counter, own) + own;
+    if (static_cast<int>(now & 0xffffffff) == members) *counter = 0;
+  }
+  now = __shfl_sync(kAllLanes, now, 0);
+  const bool completes = static_cast<int>(now & 0xffffffff) == members;
+  return {completes ? sample : -1, now >> 32 == 0};
+}
+
 // A launch of a small batch. Each warp has one sample.
 template <typename Feature, int Width>
-__global__ void __launch_bounds__(kMostScanThreads, 3)
+__global__ void __launch_bounds__(kMostScanThreads, 1)
     ScanStep(const __grid_constant__ Parameters<Feature> p) {
   TCL_DYNAMIC_SHARED(shared);
   OverlapLaunches();
@@ -68,8 +90,8 @@ __global__ void __launch_bounds__(kMostScanThreads, 3)
   const int block_warps = static_cast<int>(blockDim.x) / kWarp;
   const int warps = static_cast<int>(gridDim.x) * block_warps;
   const int warp = static_cast<int>(blockIdx.x) * block_warps + WarpOfBlock();
-  int* const completed = reinterpret_cast<int*>(shared);  // [block_warps], see below
-  int* const members = completed + 4 * block_warps;
+  auto* const completed = reinterpret_cast<Completed*>(shared);  // [block_warps]
+  int* const members = reinterpret_cast<int*>(completed + 2 * block_warps);
   // The sample's rows are on their way while the labels are scanned.
   typename Step::Loaded loaded;
   int64_t label = 0;
@@ -83,7 +105,7 @@ __global__ void __launch_bounds__(kMostScanThreads, 3)
   step.SetCounted(labels.Counted());
   for (int first = warp - WarpOfBlock(); first < p.batch; first += warps) {  // of the block
     const int i = first + WarpOfBlock();
-    bool completes = false;  // whether this warp is the last of the chunk of its sample
+    Completed own = {-1, true};
     if (i < p.batch) {
       const bool is_member = step.IsMember(label);
       if (is_member) labels.SetClass(i);
@@ -96,20 +118,20 @@ __global__ void __launch_bounds__(kMostScanThreads, 3)
           step.DoSample(i, labels.other(), label, loaded, Sum::kMovesCenter);
         }
       } else {
-        step.DoSample(i, -1, label, loaded, Sum::kLeft);
         const int chunk = labels.rank() / kChunk;
-        completes = LastWarpToArrive(p.chunk_arrivals + labels.SortedPlace() + chunk,
-                                     min(count - chunk * kChunk, kChunk));
+        Arrivals* const counter = p.chunk_arrivals + labels.SortedPlace() + chunk;
+        const int finite = step.DoSample(i, -1, label, loaded, Sum::kLeft);
+        own = ArriveAtChunk(counter, min(count - chunk * kChunk, kChunk), finite, i);
       }
     }
-    if (Lane() == 0) completed[WarpOfBlock()] = completes ? i : -1;
-    if (__syncthreads_or(completes)) {
+    if (Lane() == 0) completed[WarpOfBlock()] = own;
+    if (__syncthreads_or(own.sample >= 0)) {
       const int slices = Slices<Feature, Width>(p.dim);
       for (int task = WarpOfBlock(); task < block_warps * slices; task += block_warps) {
-        const int sample = completed[task / slices];
-        if (sample < 0) continue;
-        labels.SetClass(sample);
-        sums.DoSlice(labels, labels.rank() / kChunk, task % slices);
+        const Completed chunk = completed[task / slices];
+        if (chunk.sample < 0) continue;
+        labels.SetClass(chunk.sample);
+        sums.DoSlice(labels, labels.rank() / kChunk, task % slices, chunk.all_finite);
       }
       __syncthreads();  // all warps have read what was completed
     }
@@ -144,23 +166,24 @@ __global__ void __launch_bounds__(kMostHashThreads, 2)
   const int warp = WarpOfBlock() * blocks + static_cast<int>(blockIdx.x);
   const int round = kWarp * warps;
   const int own = Lane() * warps + (warp + Lane()) % warps;
+  typename Step::Loaded loaded;
   int64_t own_label = 0;  // of the first round, and its owner
   int own_owner = -1, counted = 0;
   for (int first = 0; first < p.batch; first += round) {
     const int i = first + own;
     const int64_t label = i < p.batch ? p.Label(i) : 0;
+    if (first == 0 && warp < p.batch) {
+      // The rows of the first sample come while the labels are counted.
+      own_label = label;
+      step.Load(warp, __shfl_sync(kAllLanes, label, 0), 0, &loaded);
+    }
     const int owner = labels.Enter(i, label, i < p.batch && step.IsMember(label), kAtomic);
-    if (first == 0) own_label = label;
     if (first == 0) own_owner = owner;
     counted += i < p.batch && !p.Ignored(label);
   }
   if (p.options.has_ignore_label) labels.Count(counted);
   p.Stamp(kLabelsHere);
   ArriveBlock(&counters.counted_blocks.value);
-  // The rows of the first sample come while the blocks wait for each other.
-  typename Step::Loaded loaded;
-  const int64_t first_label = __shfl_sync(kAllLanes, own_label, 0);
-  if (warp < p.batch) step.Load(warp, first_label, 0, &loaded);
   HashedLabels<Feature>::ClearNext(p, 1 - parity);
   WaitAsBlock(&counters.counted_blocks.value, blocks, p.tuning.wait_ns);
   p.Stamp(kCounted);
@@ -170,7 +193,8 @@ __global__ void __launch_bounds__(kMostHashThreads, 2)
   if (has_large && labels.HasHeavy()) {
     labels.RankHeavy();
     p.Stamp(kRanked);
-    if (warp < p.batch) step.Load(warp, first_label, 0, &loaded);  // again, to spare the registers
+    // Again, to spare the registers.
+    if (warp < p.batch) step.Load(warp, __shfl_sync(kAllLanes, own_label, 0), 0, &loaded);
   }
   for (int first = 0; first < p.batch; first += round) {
     const int i = first + own;
@@ -206,8 +230,9 @@ __global__ void __launch_bounds__(kMostHashThreads, 2)
     }
   }
   p.Stamp(kOwnDone);
+  if (has_large) ArriveBlock(&counters.done_blocks.value);
+  const double loss = step.reduces_loss() ? SumOfUnits(p, shared) : 0;
   if (has_large) {
-    ArriveBlock(&counters.done_blocks.value);
     WaitAsBlock(&counters.done_blocks.value, blocks, p.tuning.wait_ns);
     p.Stamp(kAllDone);
     ClassSums<Feature, Width> sums(p, step, reinterpret_cast<int*>(shared) + kChunk * WarpOfBlock());
@@ -215,11 +240,10 @@ __global__ void __launch_bounds__(kMostHashThreads, 2)
     const int tasks = labels.Chunks() * slices;
     for (int task = warp; task < tasks; task += warps) {
       const int chunk = labels.SetChunk(task / slices);
-      sums.DoSlice(labels, chunk, task % slices);
+      sums.DoSlice(labels, chunk, task % slices, labels.NotFinite() == 0);
     }
     p.Stamp(kSumsDone);
   }
-  const double loss = step.reduces_loss() ? SumOfUnits(p, shared) : 0;
   if (!IsLastBlock() || threadIdx.x != 0) return;
   if (step.reduces_loss()) step.StoreLossSum(loss);
   p.Stamp(kLossDone);
@@ -324,7 +348,8 @@ cudaError_t LaunchStep(const Parameters<Feature>& p, void* stream) {
   // The losses are added up last, in memory that the rest needs no more.
   int64_t shared = warps * kChunk * kInt;
   if (shape.scans) {
-    shared += 4 * warps * kInt + ScannedLabels<Feature>::SharedBytes(p.batch);
+    shared += 2 * warps * static_cast<int64_t>(sizeof(Completed)) +
+              ScannedLabels<Feature>::SharedBytes(p.batch);
     return Launch(ScanStep<Feature, Width>, shape, shared, p, stream);
   }
   if (p.cuda.atomic) return Launch(HashStep<Feature, Width, true>, shape, shared, p, stream);
@@ -398,9 +423,8 @@ int CenterLossOnCuda(const StepArguments<Feature, Label>& step,
   p.not_finite = static_cast<int*>(at(layout.not_finite));
   p.pool_rows = layout.pool_rows;
   p.pool = static_cast<Center*>(at(layout.pool));
-  p.finite = static_cast<int*>(at(layout.finite));
-  p.arrivals = static_cast<int*>(at(layout.arrivals));
-  p.chunk_arrivals = static_cast<int*>(at(layout.chunk_arrivals));
+  p.arrivals = static_cast<Arrivals*>(at(layout.arrivals));
+  p.chunk_arrivals = static_cast<Arrivals*>(at(layout.chunk_arrivals));
   p.sample_loss = static_cast<Mailbox<Center>*>(at(layout.sample_loss));
   p.unit_loss = static_cast<Mailbox<double>*>(at(layout.unit_loss));
 

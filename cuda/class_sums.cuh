@@ -35,9 +35,10 @@ class ClassSums {
                        int* members)
       : p_(p), step_(step), members_(members) {}
 
-  // Does one slice of one chunk of the class that `labels` is set to.
+  // Does one slice of one chunk of the class that `labels` is set to. `all_finite`: so are all of the
+  // chunk's samples.
   template <typename Labels>
-  __device__ void DoSlice(Labels& labels, int chunk, int slice) {
+  __device__ void DoSlice(Labels& labels, int chunk, int slice, bool all_finite) {
     const int chunks = (labels.count() + kChunk - 1) / kChunk;
     const int count = min(labels.count() - chunk * kChunk, kChunk);
     const int64_t label = labels.label();
@@ -46,16 +47,23 @@ class ClassSums {
     __syncwarp();  // the members of the slice before have been read
     labels.Find(chunk * kChunk, count, members_);
     __syncwarp();
+    unsigned finite = count == kWarp ? kAllLanes : (1u << count) - 1;
+    if (!all_finite) {
+#pragma unroll 1
+      for (int m = 0; m < count; ++m) {
+        if (!step_.RowIsFinite(members_[m])) finite &= ~(1u << m);
+      }
+    }
     Vector center = {}, sum = {};
     if (in_row) LoadVector<Width, Cache::kNormal>(p_.CenterRow(label) + at, center);
-    AddMembers(count, in_row ? at : 0, center, sum);
-    if (chunks > 1) {
-      const int row = labels.FirstPoolRow();
-      if (!ReduceUpwards(row, chunks, chunk, slice, in_row ? at : p_.dim, sum)) return;
+    AddMembers(count, finite, in_row ? at : 0, center, sum);
+    int finite_count = __popc(finite);
+    if (chunks > 1 && !ReduceUpwards(labels.FirstPoolRow(), chunks, chunk, slice,
+                                     in_row ? at : p_.dim, sum, &finite_count)) {
+      return;
     }
-    const int finite = labels.FiniteCount();
-    if (finite == 0 || !in_row) return;
-    const Center scale = step_.Scale(finite);
+    if (finite_count == 0 || !in_row) return;
+    const Center scale = step_.Scale(finite_count);
 #pragma unroll
     for (int e = 0; e < Width; ++e) center[e] += scale * sum[e];
     StoreVector<Width, Cache::kNormal>(p_.CenterRow(label) + at, center);
@@ -65,10 +73,8 @@ class ClassSums {
   static constexpr int kLoads = sizeof(Center) == 8 ? 8 : 16;  // rows in flight
 
   // Adds up the residuals of the finite members at column `at`.
-  __device__ void AddMembers(int count, int64_t at, const Vector& center, Vector& sum) const {
-    const int own = members_[min(Lane(), count - 1)];
-    const unsigned finite = __ballot_sync(kAllLanes, __ldcg(&p_.finite[own]) != 0);
-    const Center subtracted = p_.features_are_residuals ? 0 : 1;
+  __device__ void AddMembers(int count, unsigned finite, int64_t at, const Vector& center,
+                             Vector& sum) const {
 #pragma unroll 1
     for (int first = 0; first < count; first += kLoads) {
       Vector rows[kLoads];
@@ -80,18 +86,19 @@ class ClassSums {
       }
 #pragma unroll
       for (int m = 0; m < kLoads; ++m) {
-        const bool adds = first + m < count && (finite >> (first + m) & 1) != 0;
+        const bool adds = (finite >> (first + m) & 1) != 0;
 #pragma unroll
         for (int e = 0; e < Width; ++e) {
-          sum[e] += adds ? rows[m][e] - subtracted * center[e] : Center{0};
+          const Center residual = p_.features_are_residuals ? rows[m][e] : rows[m][e] - center[e];
+          sum[e] += adds ? residual : Center{0};
         }
       }
     }
   }
 
-  // Returns whether this warp gets to the root; then `sum` is that of the whole class.
+  // Returns whether this warp gets to the root; then `sum` and `finite` are of the whole class.
   __device__ bool ReduceUpwards(int first_row, int chunks, int chunk, int slice, int64_t at,
-                                Vector& sum) const {
+                                Vector& sum, int* finite) const {
     const int slices = Slices<Feature, Width>(p_.dim);
     int level = 0;
 #pragma unroll 1
@@ -101,8 +108,8 @@ class ClassSums {
       const int parent = chunk / width / kChunk * kChunk * width;
       const int row = first_row + parent;
       const int children = min((chunks - parent + width - 1) / width, kChunk);
-      int* const counter = p_.arrivals + (level * p_.pool_rows + row) * slices + slice;
-      if (!LastWarpToArrive(counter, children)) return false;
+      Arrivals* const counter = p_.arrivals + (level * p_.pool_rows + row) * slices + slice;
+      if (!LastWarpToArrive(counter, children, finite)) return false;
 #pragma unroll
       for (int e = 0; e < Width; ++e) sum[e] = 0;
 #pragma unroll 1

@@ -328,33 +328,41 @@ __device__ __forceinline__ void Empty(Mailbox<T>* mailbox) {
   }
 }
 
-// Adds one; returns how many came before. Acquires what those wrote, and releases what this thread
-// wrote to those that come later.
-__device__ __forceinline__ int CountArrival(int* counter) {
+// Arrivals at a node, in the lower half, and in the upper half a number that is summed up.
+using Arrivals = unsigned long long;
+constexpr Arrivals kOneArrival = 1, kOneSummed = Arrivals{1} << 32;
+
+// Adds to a counter and returns what was there before. Acquires what others wrote before they
+// arrived, and releases what this thread wrote.
+__device__ __forceinline__ Arrivals Arrive(Arrivals* counter, Arrivals arrival) {
 #if defined(__CUDA_ARCH__)
-  int before;
-  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;"
-               : "=r"(before)
-               : "l"(counter)
+  Arrivals before;
+  asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;"
+               : "=l"(before)
+               : "l"(counter), "l"(arrival)
                : "memory");
 #else
   TCL_RELEASE();
-  const int before = atomicAdd(counter, 1);
+  const Arrivals before = atomicAdd(counter, arrival);
   TCL_ACQUIRE();
 #endif
   return before;
 }
 
-// Whether this warp is the last of `arrivals` warps at the counter, which is then zero again. What
-// the other warps wrote before they arrived is visible to the last one.
-__device__ __forceinline__ bool LastWarpToArrive(int* counter, int arrivals) {
+// Arrives for this warp. Returns whether it is the last of `arrivals`; the counter is then zero again
+// and `sum` is of all of them. What the other warps wrote before is then visible to this one.
+__device__ __forceinline__ bool LastWarpToArrive(Arrivals* counter, int arrivals, int* sum) {
   __syncwarp();  // orders the other lanes' writes before the arrival
   bool last = false;
+  int all = 0;
   if (Lane() == 0) {
-    last = arrivals == 1 || CountArrival(counter) == arrivals - 1;
+    const Arrivals now = Arrive(counter, kOneArrival + *sum * kOneSummed) + kOneArrival;
+    last = static_cast<int>(now & 0xffffffff) == arrivals;
+    all = *sum + static_cast<int>(now >> 32);
     if (last) *counter = 0;
   }
   __syncwarp();  // orders the arrival before the other lanes' reads: a vote orders no memory
+  *sum = __shfl_sync(kAllLanes, all, 0);
   return __any_sync(kAllLanes, last);
 }
 

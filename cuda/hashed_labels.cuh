@@ -51,7 +51,6 @@ class HashedLabels {
     if (atomic && place == 0) {
       const int row = atomicAdd(&counters_->pool_rows.value, 1);
       p_.first_pool_row[owner] = row;
-      p_.finite[row] = 0;
     }
     return owner;
   }
@@ -119,7 +118,7 @@ class HashedLabels {
   __device__ int64_t label() const { return p_.Label(owner_); }
   __device__ int count() const { return count_; }
   __device__ int FirstPoolRow() const { return __ldcg(&p_.first_pool_row[owner_]); }
-  __device__ int FiniteCount() const { return count_ - __ldcg(&p_.not_finite[owner_]); }
+  __device__ int NotFinite() const { return __ldcg(&p_.not_finite[owner_]); }
 
   // Finds the samples of the class of the ranks first, first + 1, ... in batch order.
   __device__ void Find(int first, int count, int* members) const {
@@ -146,10 +145,12 @@ class HashedLabels {
     if (Lane() < count) members[Lane()] = __ldcg(&p_.tile_order[at]);
   }
 
-  // Clears this block's share of what the next launch uses.
+  // Clears this block's share of what the next launch uses. Its first warp has other work.
   __device__ static void ClearNext(const Parameters<Feature>& p, int parity) {
-    const int thread = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
-    const int threads = static_cast<int>(gridDim.x * blockDim.x);
+    const int own_threads = static_cast<int>(blockDim.x) - kWarp;
+    const int thread = static_cast<int>(blockIdx.x) * own_threads + static_cast<int>(threadIdx.x) - kWarp;
+    const int threads = static_cast<int>(gridDim.x) * own_threads;
+    if (static_cast<int>(threadIdx.x) < kWarp) return;
     if (thread == 0) {
       Counters& counters = p.header->counters[parity];
       counters.counted_blocks.value = counters.done_blocks.value = 0;

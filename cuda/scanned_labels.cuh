@@ -92,16 +92,6 @@ class ScannedLabels {
   }
   __device__ int FirstPoolRow() const { return SortedPlace() / kSamplesPerPoolRow; }
 
-  // Once all samples of the class have arrived.
-  __device__ int FiniteCount() const {
-    int finite = 0;
-#pragma unroll 4
-    for (int j = Lane(); j < p_.batch; j += kWarp) {
-      if (labels_[j] == label_) finite += __ldcg(&p_.finite[j]);
-    }
-    return WarpSum(finite);
-  }
-
  private:
   const Parameters<Feature>& p_;
   int64_t* labels_;  // [B], padded to pairs

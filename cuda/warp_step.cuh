@@ -25,7 +25,7 @@ class WarpStep {
   enum class Sum {
     kUnused,           // no center moves by it
     kMovesCenter,      // the sample is alone in its class, or with its partner
-    kLeft,             // the class's sum is made later; whether the row is finite is noted
+    kLeft,             // the class's sum is made later
     kAddedAtomically,  // to a row of the pool
   };
 
@@ -95,10 +95,7 @@ class WarpStep {
     // Where the squares are finite so are the features; otherwise the features are looked at.
     const unsigned looked_at = __ballot_sync(kAllLanes, stores && !IsFinite(squares));
     const bool is_finite = (looked_at & 1) == 0 || RowIsFinite(i);
-    if (use == Sum::kLeft) {
-      if (Lane() == 0) p_.finite[i] = is_finite;
-      return is_finite;
-    }
+    if (use == Sum::kLeft) return is_finite;
     const bool adds_partner = is_pair && ((looked_at & 2) == 0 || RowIsFinite(partner));
     const int finite = is_finite + adds_partner;
     if (finite == 0) return 0;
@@ -123,10 +120,8 @@ class WarpStep {
   // One sample of a class of `count` whose sum is a row of the pool; the last one moves the center
   // and clears the row.
   __device__ void AddAtomically(int i, int64_t label, Loaded& loaded, int count, int row) {
-    const int added = DoSample(i, -1, label, loaded, Sum::kAddedAtomically, row);
-    if (Lane() == 0 && added > 0) atomicAdd(&p_.finite[row], added);
-    if (!LastWarpToArrive(p_.arrivals + row, count)) return;
-    const int finite = __ldcg(&p_.finite[row]);
+    int finite = DoSample(i, -1, label, loaded, Sum::kAddedAtomically, row);
+    if (!LastWarpToArrive(p_.arrivals + row, count, &finite)) return;
     for (int64_t column = 0; column < p_.dim; column += kPass) {
       Share sum;
       const Share zeros = {};
@@ -136,6 +131,18 @@ class WarpStep {
       LoadRow<Width, Cache::kNormal>(p_.CenterRow(label), column, p_.dim, center);
       if (finite > 0) MoveCenter(label, column, finite, sum, center);
     }
+  }
+
+  __device__ bool RowIsFinite(int i) const {
+    bool finite = true;
+#pragma unroll 1
+    for (int64_t column = 0; column < p_.dim; column += kPass) {
+      Share row;
+      LoadRow<Width, Cache::kNormal>(p_.Features(i), column, p_.dim, row);
+#pragma unroll
+      for (int e = 0; e < kLane; ++e) finite = finite && IsFinite(row[e]);
+    }
+    return __all_sync(kAllLanes, finite);
   }
 
   // What the sum of the residuals of a class of `finite` samples is multiplied by.
@@ -198,18 +205,6 @@ class WarpStep {
       StoreRow<Width, Cache::kStreamed>(p_.residual + i * p_.dim, column, p_.dim, scaled);
     }
     return square;
-  }
-
-  __device__ bool RowIsFinite(int i) const {
-    bool finite = true;
-#pragma unroll 1
-    for (int64_t column = 0; column < p_.dim; column += kPass) {
-      Share row;
-      LoadRow<Width, Cache::kNormal>(p_.Features(i), column, p_.dim, row);
-#pragma unroll
-      for (int e = 0; e < kLane; ++e) finite = finite && IsFinite(row[e]);
-    }
-    return __all_sync(kAllLanes, finite);
   }
 
   // A pass of the residuals of a sample and its partner, those that are finite.

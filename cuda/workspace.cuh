@@ -22,7 +22,7 @@ constexpr int kSamplesPerPoolRow = kChunk / 2;
 constexpr int kTiles = 4 * kWarp;
 
 // Hash slots for each sample. A small batch, which waits for its longest chain of probes, has more.
-constexpr int kSlotsPerSample = 4, kMostSlotsPerSample = 16;
+constexpr int kSlotsPerSample = 8, kMostSlotsPerSample = 16;
 constexpr int64_t kManySlots = 1 << 17;
 
 // Neighboring samples whose losses one block of a hashed launch adds up.
@@ -59,7 +59,7 @@ struct Layout {
   int64_t bytes = 0;
 
   int64_t header, table[2], others[2], members, owner_of, heavy_class, tile_part, tile_order,
-      first_chunk, first_pool_row, class_of_chunk, finite, not_finite, arrivals, chunk_arrivals,
+      first_chunk, first_pool_row, class_of_chunk, not_finite, arrivals, chunk_arrivals,
       sample_loss, unit_loss, pool;
 
   explicit Layout(const CudaWorkspace& workspace) {
@@ -79,11 +79,11 @@ struct Layout {
     first_chunk = Take(batch * kInt);
     first_pool_row = Take(batch * kInt);
     class_of_chunk = Take((batch / 3 + 1) * kInt);
-    finite = Take(batch * kInt);
     not_finite = Take(batch * kInt);
     // A slice of the narrowest kind has a warp's width of single numbers.
-    arrivals = Take((levels + 1) * pool_rows * ((workspace.dim + kWarp - 1) / kWarp) * kInt);
-    chunk_arrivals = Take(batch * kInt);
+    constexpr int64_t kArrivals = sizeof(Arrivals);
+    arrivals = Take((levels + 1) * pool_rows * ((workspace.dim + kWarp - 1) / kWarp) * kArrivals);
+    chunk_arrivals = Take(batch * kArrivals);
     sample_loss = Take(batch * 2 * workspace.center_size);
     unit_loss = Take((batch / kLossUnit + 1) * static_cast<int64_t>(sizeof(Mailbox<double>)));
     pool = Take(pool_rows * workspace.dim * workspace.center_size);
@@ -149,9 +149,8 @@ struct Parameters {
 
   int64_t pool_rows;
   Center* pool;   // [pool_rows, D] partial sums
-  int* finite;    // [B] whether a sample of a large class is finite; with `atomic`, [pool_rows] counts
-  int* arrivals;  // [levels, pool_rows, slices] children of a node that have arrived. Zero
-  int* chunk_arrivals;  // [B] of a scanned launch: samples of a chunk that have arrived. Zero
+  Arrivals* arrivals;        // [levels, pool_rows, slices] at the nodes of the tree. Zero
+  Arrivals* chunk_arrivals;  // [B] of a scanned launch: at the chunks. Zero
 
   Mailbox<Center>* sample_loss;  // [B]. Zero
   Mailbox<double>* unit_loss;    // [B / kLossUnit], rounded up. Zero
