@@ -33,7 +33,7 @@ namespace tcl {
 namespace {
 
 // A block of the scanned form is small, to spread a small batch over all multiprocessors.
-constexpr int kMostScanThreads = 256, kMostHashThreads = 256;
+constexpr int kMostScanThreads = 128, kMostHashThreads = 256;
 
 }  // namespace
 
@@ -55,17 +55,12 @@ enum Phase { kBegun, kLabelsHere, kCounted, kRanked, kOwnDone, kAllDone, kSumsDo
 
 constexpr int kMostSamples = 1 << 22;  // those of a tile have to fit into 16 bits
 
-// A chunk that a warp of a scanned launch is the last to arrive at.
-struct Completed {
-  int sample;  // the one that the warp arrived with, -1: the chunk is not complete
-  bool all_finite;
-};
-
-// Arrives at the chunk of a sample for this warp. The center may move once all samples of the class
-// have arrived. The arrival depends on what the warp has read of the center, by way of `finite`, so
-// it needs no release: no read returns a value that depends on itself.
-__device__ __forceinline__ Completed ArriveAtChunk(Arrivals* counter, int members, int finite,
-                                                   int sample) {
+// Arrives at the chunk of a sample for this warp. Returns whether it is the last one; then
+// `all_finite` tells whether all samples were. The center may move once all samples of the class have
+// arrived. The arrival depends on what the warp has read of the center, by way of `finite`, so it
+// needs no release: no read returns a value that depends on itself.
+__device__ __forceinline__ bool LastAtChunk(Arrivals* counter, int members, int finite,
+                                            bool* all_finite) {
   Arrivals now = 0;
   if (Lane() == 0) {
     const Arrivals own = kOneArrival + (1 - finite) * kOneSummed;
@@ -73,13 +68,19 @@ __device__ __forceinline__ Completed ArriveAtChunk(Arrivals* counter, int member
     if (static_cast<int>(now & 0xffffffff) == members) *counter = 0;
   }
   now = __shfl_sync(kAllLanes, now, 0);
-  const bool completes = static_cast<int>(now & 0xffffffff) == members;
-  return {completes ? sample : -1, now >> 32 == 0};
+  *all_finite = now >> 32 == 0;
+  return static_cast<int>(now & 0xffffffff) == members;
 }
+
+// Rows of class sums in flight: a scanned launch has fewer warps, and so more registers for each.
+template <typename Feature>
+constexpr int kHashLoads = 64 / sizeof(CenterType<Feature>);
+template <typename Feature>
+constexpr int kScanLoads = 2 * kHashLoads<Feature>;
 
 // A launch of a small batch. Each warp has one sample.
 template <typename Feature, int Width>
-__global__ void __launch_bounds__(kMostScanThreads, 1)
+__global__ void __launch_bounds__(kMostScanThreads, 2)
     ScanStep(const __grid_constant__ Parameters<Feature> p) {
   TCL_DYNAMIC_SHARED(shared);
   OverlapLaunches();
@@ -90,8 +91,9 @@ __global__ void __launch_bounds__(kMostScanThreads, 1)
   const int block_warps = static_cast<int>(blockDim.x) / kWarp;
   const int warps = static_cast<int>(gridDim.x) * block_warps;
   const int warp = static_cast<int>(blockIdx.x) * block_warps + WarpOfBlock();
-  auto* const completed = reinterpret_cast<Completed*>(shared);  // [block_warps]
-  int* const members = reinterpret_cast<int*>(completed + 2 * block_warps);
+  // The chunks that the warps of this block are the last to arrive at, and their samples.
+  Chunk* const completed = reinterpret_cast<Chunk*>(shared);  // [block_warps]
+  int* const members = reinterpret_cast<int*>(completed + block_warps);  // [block_warps, kChunk]
   // The sample's rows are on their way while the labels are scanned.
   typename Step::Loaded loaded;
   int64_t label = 0;
@@ -100,12 +102,12 @@ __global__ void __launch_bounds__(kMostScanThreads, 1)
     step.Load(warp, label, 0, &loaded);
   }
   ScannedLabels<Feature> labels(p, reinterpret_cast<unsigned char*>(members + kChunk * block_warps));
-  ClassSums<Feature, Width> sums(p, step, members + kChunk * WarpOfBlock());
+  ClassSums<Feature, Width, kScanLoads<Feature>> sums(p, step);
   p.Stamp(kLabelsHere);
   step.SetCounted(labels.Counted());
   for (int first = warp - WarpOfBlock(); first < p.batch; first += warps) {  // of the block
     const int i = first + WarpOfBlock();
-    Completed own = {-1, true};
+    Chunk own;
     if (i < p.batch) {
       const bool is_member = step.IsMember(label);
       if (is_member) labels.SetClass(i);
@@ -118,20 +120,27 @@ __global__ void __launch_bounds__(kMostScanThreads, 1)
           step.DoSample(i, labels.other(), label, loaded, Sum::kMovesCenter);
         }
       } else {
-        const int chunk = labels.rank() / kChunk;
-        Arrivals* const counter = p.chunk_arrivals + labels.SortedPlace() + chunk;
         const int finite = step.DoSample(i, -1, label, loaded, Sum::kLeft);
-        own = ArriveAtChunk(counter, min(count - chunk * kChunk, kChunk), finite, i);
+        const int place = labels.SortedPlace(), chunk = labels.rank() / kChunk;
+        const int in_chunk = min(count - chunk * kChunk, kChunk);
+        if (LastAtChunk(p.chunk_arrivals + place + chunk, in_chunk, finite, &own.all_finite)) {
+          own.label = label;
+          own.chunks = (count + kChunk - 1) / kChunk;
+          own.chunk = chunk;
+          own.count = in_chunk;
+          own.first_pool_row = place / kSamplesPerPoolRow;
+          labels.Find(chunk * kChunk, in_chunk, members + kChunk * WarpOfBlock());
+        }
       }
     }
     if (Lane() == 0) completed[WarpOfBlock()] = own;
-    if (__syncthreads_or(own.sample >= 0)) {
+    if (__syncthreads_or(own.chunks > 0)) {
       const int slices = Slices<Feature, Width>(p.dim);
       for (int task = WarpOfBlock(); task < block_warps * slices; task += block_warps) {
-        const Completed chunk = completed[task / slices];
-        if (chunk.sample < 0) continue;
-        labels.SetClass(chunk.sample);
-        sums.DoSlice(labels, labels.rank() / kChunk, task % slices, chunk.all_finite);
+        const int k = task / slices;
+        if (completed[k].chunks > 0) {
+          sums.DoSlice(completed[k], members + kChunk * k, task % slices);
+        }
       }
       __syncthreads();  // all warps have read what was completed
     }
@@ -172,11 +181,7 @@ __global__ void __launch_bounds__(kMostHashThreads, 2)
   for (int first = 0; first < p.batch; first += round) {
     const int i = first + own;
     const int64_t label = i < p.batch ? p.Label(i) : 0;
-    if (first == 0 && warp < p.batch) {
-      // The rows of the first sample come while the labels are counted.
-      own_label = label;
-      step.Load(warp, __shfl_sync(kAllLanes, label, 0), 0, &loaded);
-    }
+    if (first == 0) own_label = label;
     const int owner = labels.Enter(i, label, i < p.batch && step.IsMember(label), kAtomic);
     if (first == 0) own_owner = owner;
     counted += i < p.batch && !p.Ignored(label);
@@ -184,6 +189,9 @@ __global__ void __launch_bounds__(kMostHashThreads, 2)
   if (p.options.has_ignore_label) labels.Count(counted);
   p.Stamp(kLabelsHere);
   ArriveBlock(&counters.counted_blocks.value);
+  // The rows of the first sample come while the blocks wait for each other. (Earlier they would delay
+  // the counting.)
+  if (warp < p.batch) step.Load(warp, __shfl_sync(kAllLanes, own_label, 0), 0, &loaded);
   HashedLabels<Feature>::ClearNext(p, 1 - parity);
   WaitAsBlock(&counters.counted_blocks.value, blocks, p.tuning.wait_ns);
   p.Stamp(kCounted);
@@ -196,17 +204,30 @@ __global__ void __launch_bounds__(kMostHashThreads, 2)
     // Again, to spare the registers.
     if (warp < p.batch) step.Load(warp, __shfl_sync(kAllLanes, own_label, 0), 0, &loaded);
   }
-  for (int first = 0; first < p.batch; first += round) {
-    const int i = first + own;
-    const int64_t label = first == 0 ? own_label : i < p.batch ? p.Label(i) : 0;
-    const int owner = first == 0 ? own_owner : i < p.batch ? labels.OwnerOf(i) : -1;
-    const int count = owner < 0 ? 0 : labels.CountOf(owner);
-    const int partner = owner == i ? labels.PartnerOf(i) : -1;  // of a pair
+  // Memory does not serve all multiprocessors alike. Of a large batch each warp does three quarters
+  // of its share, and then takes groups of what is left.
+  const int share = p.batch / warps;
+  const int fixed = share < 6 ? kWarp : min(share * 3 / 4, kWarp);
+  const int begin = min(fixed * warps, p.batch);  // of the groups
+  int i = Lane() < fixed ? own : p.batch;
+  int64_t label = own_label;
+  int owner = own_owner;
+  int ticket = begin < p.batch && Lane() == 0 ? labels.TakeTicket() : 0;
+  bool is_first = true;
+  for (;;) {
+    const int count = i >= p.batch || owner < 0 ? 0 : labels.CountOf(owner);
+    const int partner = count > 0 && owner == i ? labels.PartnerOf(i) : -1;  // of a pair
+    // The next group's, long before they are needed.
+    const int group = begin + __shfl_sync(kAllLanes, ticket, 0) * kGroup;
+    const int next = Lane() < kGroup ? min(group + Lane(), p.batch) : p.batch;
+    const int64_t next_label = next < p.batch ? p.Label(next) : 0;
+    const int next_owner = next < p.batch ? labels.OwnerOf(next) : -1;
+    if (group < p.batch && Lane() == 0) ticket = labels.TakeTicket();
     if (has_large) labels.ListChunks(i, owner == i ? count : 0);
     // A pair is for its owner's warp.
     const bool does = i < p.batch && (kAtomic || count != 2 || owner == i);
     unsigned left = __ballot_sync(kAllLanes, does);
-    bool is_loaded = first == 0 && (left & 1) != 0;
+    bool is_loaded = is_first && (left & 1) != 0;
     while (left != 0) {
       const int lane = __ffs(static_cast<int>(left)) - 1;
       const int j = __shfl_sync(kAllLanes, i, lane);
@@ -228,6 +249,11 @@ __global__ void __launch_bounds__(kMostHashThreads, 2)
       }
       left &= left - 1;
     }
+    if (group >= p.batch) break;
+    i = next;
+    label = next_label;
+    owner = next_owner;
+    is_first = false;
   }
   p.Stamp(kOwnDone);
   if (has_large) ArriveBlock(&counters.done_blocks.value);
@@ -235,12 +261,15 @@ __global__ void __launch_bounds__(kMostHashThreads, 2)
   if (has_large) {
     WaitAsBlock(&counters.done_blocks.value, blocks, p.tuning.wait_ns);
     p.Stamp(kAllDone);
-    ClassSums<Feature, Width> sums(p, step, reinterpret_cast<int*>(shared) + kChunk * WarpOfBlock());
+    ClassSums<Feature, Width, kHashLoads<Feature>> sums(p, step);
+    int* const members = reinterpret_cast<int*>(shared) + kChunk * WarpOfBlock();
     const int slices = Slices<Feature, Width>(p.dim);
     const int tasks = labels.Chunks() * slices;
     for (int task = warp; task < tasks; task += warps) {
-      const int chunk = labels.SetChunk(task / slices);
-      sums.DoSlice(labels, chunk, task % slices, labels.NotFinite() == 0);
+      __syncwarp();  // the members of the task before have been read
+      const Chunk chunk = labels.FindChunk(task / slices, members);
+      __syncwarp();
+      sums.DoSlice(chunk, members, task % slices);
     }
     p.Stamp(kSumsDone);
   }
@@ -348,8 +377,7 @@ cudaError_t LaunchStep(const Parameters<Feature>& p, void* stream) {
   // The losses are added up last, in memory that the rest needs no more.
   int64_t shared = warps * kChunk * kInt;
   if (shape.scans) {
-    shared += 2 * warps * static_cast<int64_t>(sizeof(Completed)) +
-              ScannedLabels<Feature>::SharedBytes(p.batch);
+    shared += warps * static_cast<int64_t>(sizeof(Chunk)) + ScannedLabels<Feature>::SharedBytes(p.batch);
     return Launch(ScanStep<Feature, Width>, shape, shared, p, stream);
   }
   if (p.cuda.atomic) return Launch(HashStep<Feature, Width, true>, shape, shared, p, stream);

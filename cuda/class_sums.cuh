@@ -24,64 +24,62 @@ __device__ int Slices(int64_t dim) {
   return static_cast<int>((dim + kWarp * Width - 1) / (kWarp * Width));
 }
 
-template <typename Feature, int Width>
+// A chunk of a class, as the labels' forms find it.
+struct Chunk {
+  int64_t label = 0;
+  int chunks = 0;           // of the class; 0: no chunk
+  int chunk = 0;            // which of them
+  int count = 0;            // samples in it
+  int first_pool_row = 0;   // of the class, where it has several chunks
+  bool all_finite = false;  // so are the features of all its samples
+};
+
+// kLoads: rows that are in flight together.
+template <typename Feature, int Width, int kLoads>
 class ClassSums {
  public:
   using Center = CenterType<Feature>;
   using Vector = Center[Width];
 
-  // `members`: kChunk positions in shared memory, this warp's.
-  __device__ ClassSums(const Parameters<Feature>& p, const WarpStep<Feature, Width>& step,
-                       int* members)
-      : p_(p), step_(step), members_(members) {}
+  __device__ ClassSums(const Parameters<Feature>& p, const WarpStep<Feature, Width>& step)
+      : p_(p), step_(step) {}
 
-  // Does one slice of one chunk of the class that `labels` is set to. `all_finite`: so are all of the
-  // chunk's samples.
-  template <typename Labels>
-  __device__ void DoSlice(Labels& labels, int chunk, int slice, bool all_finite) {
-    const int chunks = (labels.count() + kChunk - 1) / kChunk;
-    const int count = min(labels.count() - chunk * kChunk, kChunk);
-    const int64_t label = labels.label();
+  // Does one slice of a chunk, whose samples' positions in the batch are in shared memory.
+  __device__ void DoSlice(const Chunk& chunk, const int* members, int slice) {
     const int64_t at = ColumnOf<Width>(int64_t{slice} * kWarp * Width, 0);
     const bool in_row = at < p_.dim;
-    __syncwarp();  // the members of the slice before have been read
-    labels.Find(chunk * kChunk, count, members_);
-    __syncwarp();
-    unsigned finite = count == kWarp ? kAllLanes : (1u << count) - 1;
-    if (!all_finite) {
+    unsigned finite = chunk.count == kWarp ? kAllLanes : (1u << chunk.count) - 1;
+    if (!chunk.all_finite) {
 #pragma unroll 1
-      for (int m = 0; m < count; ++m) {
-        if (!step_.RowIsFinite(members_[m])) finite &= ~(1u << m);
+      for (int m = 0; m < chunk.count; ++m) {
+        if (!step_.RowIsFinite(members[m])) finite &= ~(1u << m);
       }
     }
     Vector center = {}, sum = {};
-    if (in_row) LoadVector<Width, Cache::kNormal>(p_.CenterRow(label) + at, center);
-    AddMembers(count, finite, in_row ? at : 0, center, sum);
+    if (in_row) LoadVector<Width, Cache::kNormal>(p_.CenterRow(chunk.label) + at, center);
+    AddMembers(members, chunk.count, finite, in_row ? at : 0, center, sum);
     int finite_count = __popc(finite);
-    if (chunks > 1 && !ReduceUpwards(labels.FirstPoolRow(), chunks, chunk, slice,
-                                     in_row ? at : p_.dim, sum, &finite_count)) {
+    if (chunk.chunks > 1 && !ReduceUpwards(chunk, slice, in_row ? at : p_.dim, sum, &finite_count)) {
       return;
     }
     if (finite_count == 0 || !in_row) return;
     const Center scale = step_.Scale(finite_count);
 #pragma unroll
     for (int e = 0; e < Width; ++e) center[e] += scale * sum[e];
-    StoreVector<Width, Cache::kNormal>(p_.CenterRow(label) + at, center);
+    StoreVector<Width, Cache::kNormal>(p_.CenterRow(chunk.label) + at, center);
   }
 
  private:
-  static constexpr int kLoads = sizeof(Center) == 8 ? 8 : 16;  // rows in flight
-
   // Adds up the residuals of the finite members at column `at`.
-  __device__ void AddMembers(int count, unsigned finite, int64_t at, const Vector& center,
-                             Vector& sum) const {
+  __device__ void AddMembers(const int* members, int count, unsigned finite, int64_t at,
+                             const Vector& center, Vector& sum) const {
 #pragma unroll 1
     for (int first = 0; first < count; first += kLoads) {
       Vector rows[kLoads];
 #pragma unroll
       for (int m = 0; m < kLoads; ++m) {
         // Beyond the last member the last again, so that no load has a condition.
-        const int i = members_[min(first + m, count - 1)];
+        const int i = members[min(first + m, count - 1)];
         LoadVector<Width, Cache::kNormal>(p_.Features(i) + at, rows[m]);
       }
 #pragma unroll
@@ -97,8 +95,9 @@ class ClassSums {
   }
 
   // Returns whether this warp gets to the root; then `sum` and `finite` are of the whole class.
-  __device__ bool ReduceUpwards(int first_row, int chunks, int chunk, int slice, int64_t at,
-                                Vector& sum, int* finite) const {
+  __device__ bool ReduceUpwards(const Chunk& leaf, int slice, int64_t at, Vector& sum,
+                                int* finite) const {
+    const int first_row = leaf.first_pool_row, chunks = leaf.chunks, chunk = leaf.chunk;
     const int slices = Slices<Feature, Width>(p_.dim);
     int level = 0;
 #pragma unroll 1
@@ -132,7 +131,6 @@ class ClassSums {
 
   const Parameters<Feature>& p_;
   const WarpStep<Feature, Width>& step_;
-  int* members_;
 };
 
 }  // namespace

@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "cuda/class_sums.cuh"
 #include "cuda/device.cuh"
 #include "cuda/workspace.cuh"
 
@@ -100,49 +101,30 @@ class HashedLabels {
     }
   }
 
+  // A ticket for samples that are not anyone's yet; by one lane.
+  __device__ int TakeTicket() { return atomicAdd(&counters_->tickets.value, 1); }
+
   // What follows is known once all blocks have listed and ranked theirs.
   __device__ int Chunks() const { return __ldcg(&counters_->chunks.value); }
 
-  // From here on the class is that of a chunk in the list. Returns which of its chunks that is.
-  __device__ int SetChunk(int place) {
-    owner_ = __ldcg(&p_.class_of_chunk[place]);
-    count_ = CountOf(owner_);
-    if (count_ <= kChunk) return 0;
-    const unsigned* const parts = p_.tile_part + int64_t{__ldcg(&p_.heavy_class[owner_])} * kTiles;
-    parts_ = __ldcg(reinterpret_cast<const uint4*>(parts) + Lane());
-    rank_ = WarpSumBefore(static_cast<int>((parts_.x >> 16) + (parts_.y >> 16) +
-                                           (parts_.z >> 16) + (parts_.w >> 16)));
-    return place - __ldcg(&p_.first_chunk[owner_]);
-  }
-
-  __device__ int64_t label() const { return p_.Label(owner_); }
-  __device__ int count() const { return count_; }
-  __device__ int FirstPoolRow() const { return __ldcg(&p_.first_pool_row[owner_]); }
-  __device__ int NotFinite() const { return __ldcg(&p_.not_finite[owner_]); }
-
-  // Finds the samples of the class of the ranks first, first + 1, ... in batch order.
-  __device__ void Find(int first, int count, int* members) const {
-    if (count_ <= kChunk) return FindAll(members);
-    int rank = first + min(Lane(), count - 1);
-    int lane = 0;  // the last whose tiles begin with this rank or a smaller one
-#pragma unroll
-    for (int step = kWarp / 2; step > 0; step /= 2) {
-      if (__shfl_sync(kAllLanes, rank_, lane + step) <= rank) lane += step;
+  // The chunk with this place in the list, and its samples in batch order.
+  __device__ Chunk FindChunk(int place, int* members) const {
+    const int owner = __ldcg(&p_.class_of_chunk[place]);
+    const int count = CountOf(owner);
+    Chunk chunk;
+    chunk.label = p_.Label(owner);
+    chunk.all_finite = __ldcg(&p_.not_finite[owner]) == 0;
+    chunk.chunks = (count + kChunk - 1) / kChunk;
+    if (chunk.chunks == 1) {
+      chunk.count = count;
+      FindAll(owner, count, members);
+      return chunk;
     }
-    rank -= __shfl_sync(kAllLanes, rank_, lane);
-    const unsigned parts[] = {
-        __shfl_sync(kAllLanes, parts_.x, lane), __shfl_sync(kAllLanes, parts_.y, lane),
-        __shfl_sync(kAllLanes, parts_.z, lane), __shfl_sync(kAllLanes, parts_.w, lane)};
-    int at = 0;
-    bool found = false;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int here = static_cast<int>(parts[e] >> 16);
-      if (!found) at = (4 * lane + e) * p_.TileSize() + static_cast<int>(parts[e] & 0xffff) + rank;
-      found = found || rank < here;
-      if (!found) rank -= here;
-    }
-    if (Lane() < count) members[Lane()] = __ldcg(&p_.tile_order[at]);
+    chunk.chunk = place - __ldcg(&p_.first_chunk[owner]);
+    chunk.count = min(count - chunk.chunk * kChunk, kChunk);
+    chunk.first_pool_row = __ldcg(&p_.first_pool_row[owner]);
+    FindRanks(owner, chunk.chunk * kChunk, chunk.count, members);
+    return chunk;
   }
 
   // Clears this block's share of what the next launch uses. Its first warp has other work.
@@ -156,6 +138,7 @@ class HashedLabels {
       counters.counted_blocks.value = counters.done_blocks.value = 0;
       counters.large_classes.value = counters.heavy_classes.value = 0;
       counters.chunks.value = counters.pool_rows.value = counters.counted.value = 0;
+      counters.tickets.value = 0;
     }
     const int slots = __ldcg(&p.header->slots[parity]);
     const int samples = __ldcg(&p.header->samples[parity]);
@@ -191,15 +174,43 @@ class HashedLabels {
   }
 
   // The samples of a class of one chunk: the owner and those that are listed there, sorted.
-  __device__ void FindAll(int* members) const {
+  __device__ void FindAll(int owner, int count, int* members) const {
     const int lane = Lane();
-    int position = owner_;
-    if (lane > 0 && lane < count_) {
-      position = __ldcg(&p_.members[int64_t{owner_} * kChunk + lane - 1]);
+    int position = owner;
+    if (lane > 0 && lane < count) {
+      position = __ldcg(&p_.members[int64_t{owner} * kChunk + lane - 1]);
     }
     int rank = 0;
-    for (int k = 0; k < count_; ++k) rank += __shfl_sync(kAllLanes, position, k) < position;
-    if (lane < count_) members[rank] = position;
+    for (int k = 0; k < count; ++k) rank += __shfl_sync(kAllLanes, position, k) < position;
+    if (lane < count) members[rank] = position;
+  }
+
+  // The samples of a heavy class of the ranks first, first + 1, ...
+  __device__ void FindRanks(int owner, int first, int count, int* members) const {
+    const unsigned* const own = p_.tile_part + int64_t{__ldcg(&p_.heavy_class[owner])} * kTiles;
+    const uint4 four = __ldcg(reinterpret_cast<const uint4*>(own) + Lane());
+    const int before = WarpSumBefore(static_cast<int>((four.x >> 16) + (four.y >> 16) +
+                                                      (four.z >> 16) + (four.w >> 16)));
+    int rank = first + min(Lane(), count - 1);
+    int lane = 0;  // the last whose tiles begin with this rank or a smaller one
+#pragma unroll
+    for (int step = kWarp / 2; step > 0; step /= 2) {
+      if (__shfl_sync(kAllLanes, before, lane + step) <= rank) lane += step;
+    }
+    rank -= __shfl_sync(kAllLanes, before, lane);
+    const unsigned parts[] = {
+        __shfl_sync(kAllLanes, four.x, lane), __shfl_sync(kAllLanes, four.y, lane),
+        __shfl_sync(kAllLanes, four.z, lane), __shfl_sync(kAllLanes, four.w, lane)};
+    int at = 0;
+    bool found = false;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int here = static_cast<int>(parts[e] >> 16);
+      if (!found) at = (4 * lane + e) * p_.TileSize() + static_cast<int>(parts[e] & 0xffff) + rank;
+      found = found || rank < here;
+      if (!found) rank -= here;
+    }
+    if (Lane() < count) members[Lane()] = __ldcg(&p_.tile_order[at]);
   }
 
   // Gives the owner's class a number, and no samples in any tile yet.
@@ -240,11 +251,6 @@ class HashedLabels {
   Counters* counters_;
   unsigned long long* table_;
   int* others_;
-  int owner_ = 0;
-  int count_ = 0;
-  // Of the four tiles that are this lane's: their parts, and the first rank there.
-  uint4 parts_;
-  int rank_ = 0;
 };
 
 }  // namespace

@@ -90,7 +90,6 @@ class ScannedLabels {
     for (int j = Lane(); j < p_.batch; j += kWarp) smaller += labels_[j] < label_;
     return WarpSum(smaller);
   }
-  __device__ int FirstPoolRow() const { return SortedPlace() / kSamplesPerPoolRow; }
 
  private:
   const Parameters<Feature>& p_;

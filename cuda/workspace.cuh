@@ -25,6 +25,9 @@ constexpr int kTiles = 4 * kWarp;
 constexpr int kSlotsPerSample = 8, kMostSlotsPerSample = 16;
 constexpr int64_t kManySlots = 1 << 17;
 
+// Samples that a warp takes at a time, once it has done its own share of a large batch.
+constexpr int kGroup = 2;
+
 // Neighboring samples whose losses one block of a hashed launch adds up.
 constexpr int kLossUnit = 4096;
 
@@ -41,6 +44,7 @@ struct Counters {
   Counter chunks;          // of all large classes
   Counter pool_rows;       // rows of the pool that are taken
   Counter counted;         // N, with an ignore label
+  Counter tickets;         // groups of samples that warps have taken
 };
 
 // Hashed launches use two sets of counters, hash table and class counts by turns: each launch clears
