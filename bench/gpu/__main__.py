@@ -243,7 +243,9 @@ def parse():
         )
     parser.add_argument("--draw", type=Path, metavar="JSON", help="only draw what is there")
     parser.add_argument(
-        "--stand-in", action="store_true", help="the emulator in the GPU's place; writes only where --json says"
+        "--stand-in",
+        action="store_true",
+        help="the emulator in the GPU's place; writes only where --json says",
     )
     now = datetime.datetime.now(datetime.timezone.utc)
     parser.add_argument("--date", default=f"{now:%Y-%m-%d %H:%M} UTC", help="(default: now)")

@@ -113,23 +113,23 @@ def draw(results, path):
     uniform.sort(key=lambda m: m["batch"])
     others = [m for m in cases if m not in uniform and KERNEL in m["implementations"]]
     batches = sorted({m["batch"] for m in others})
-    figure = plt.figure(figsize=(13, 6), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1.1, 1]) if batches else (figure, None)
+    both = uniform and batches
+    figure = plt.figure(figsize=(13 if both else 7, 7.5), layout="constrained")
+    left = right = figure
+    if both:
+        left, right = figure.subfigures(1, 2, width_ratios=[1.1, 1])
     if uniform:
         _lines(left.subplots(), uniform, results["conditions"])
-    for k, batch in enumerate(batches):
-        if k == 0:
-            heights = [len([m for m in cases if m["batch"] == batch]) for batch in batches]
-            panels = right.subplots(
-                len(batches), 1, squeeze=False, gridspec_kw={"height_ratios": heights}
-            )
-        shown = [m for m in cases if m["batch"] == batch and KERNEL in m["implementations"]]
-        _bars(panels[k, 0], sorted(shown, key=_rank), batch)
     if batches:
-        panels[-1, 0].set_xlabel("µs a step (median, CUDA graph)")
-        panels[0, 0].legend(
-            loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9
-        )
+        shown = [[m for m in cases if m["batch"] == batch] for batch in batches]
+        heights = {"height_ratios": list(map(len, shown))}
+        panels = right.subplots(len(batches), 1, squeeze=False, gridspec_kw=heights)[:, 0]
+        for panel, batch, some in zip(panels, batches, shown, strict=True):
+            _bars(panel, sorted((m for m in some if KERNEL in m["implementations"]), key=_rank))
+            panel.set_title(f"batch {batch:,}", loc="left", fontsize=10)
+        panels[-1].set_xlabel("µs a step (median, CUDA graph)")
+        names, labels = panels[0].get_legend_handles_labels()
+        right.legend(names, labels, loc="outside upper right", ncols=2, frameon=False, fontsize=9)
     # A run that is cut off leaves the picture before.
     partial = path.with_name(f".{path.name}")
     figure.savefig(partial, dpi=100, format="png")
@@ -153,7 +153,10 @@ def _lines(panel, uniform, conditions):
         label="the same bytes at copy speed",
     )
     panel.set(xscale="log", yscale="log", xlabel="batch (512 features, a million labels)")
-    panel.set(ylabel="µs a step (median, CUDA graph)", title=conditions["gpu"])
+    panel.set(
+        ylabel="µs a step (median, CUDA graph)",
+        title=f"{conditions['gpu']}, float32, uniform labels",
+    )
     batches = [m["batch"] for m in uniform]
     panel.set_xticks(batches, [f"{batch:,}" for batch in batches])
     low, high = panel.get_ylim()
@@ -165,15 +168,16 @@ def _lines(panel, uniform, conditions):
     panel.legend(frameon=False)
 
 
-def _bars(panel, shown, batch):
+def _bars(panel, shown):
     for offset, key in ((-0.2, KERNEL), (0.2, ATOMIC)):
-        times = {k: microseconds(m, key) for k, m in enumerate(shown) if key in m["implementations"]}
+        times = {
+            k: microseconds(m, key) for k, m in enumerate(shown) if key in m["implementations"]
+        }
         places = [k + offset for k in times]
         bars = panel.barh(places, times.values(), 0.4, label=BARS[key], color=LINES[key])
-        panel.bar_label(bars, [_short(time) for time in times.values()], padding=3, fontsize=8)
+        panel.bar_label(bars, [_short(time) for time in times.values()], padding=3, fontsize=7.5)
     panel.set_yticks(range(len(shown)), [_label(m) for m in shown], fontsize=9)
     panel.invert_yaxis()
-    panel.set_title(f"batch {batch:,}", loc="left", fontsize=10)
     panel.set_xlim(0, 1.1 * panel.get_xlim()[1])
     panel.spines[["top", "right"]].set_visible(False)
 
