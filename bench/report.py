@@ -157,7 +157,7 @@ def figures(cases, sweep):
 
 def summary(figures):
     """A row a figure."""
-    out = Table(title="Figures to reach (medians of the ratios within a round)")
+    out = Table(title="Figures to reach (medians; of ratios, within a round)")
     for name in ("what", "where", "target", "measured", "met"):
         out.add_column(name, justify="right" if name in ("target", "measured") else "left")
     beside = any(figure.beside for figure in figures)

@@ -56,12 +56,16 @@ def test_tune(tmp_path):
 
 
 def test_phases(tmp_path):
-    path = tmp_path / "results.json"
-    path.write_text('{"cases": []}')  # for kernels that take no times
     results, shown = run(tmp_path, "--phases", "--cases", "one label")
     for case in results["cases"]:
         assert case["phases"] and case["name"] in shown
-    assert results["cases"] or "takes no times" in shown
+    assert results["cases"] or "takes no times" in str(results["left_out"])
+
+
+def test_what_there_is_no_time_for_is_noted(tmp_path):
+    results, _ = run(tmp_path, "--minutes", "0", "--cases", "one label")
+    assert results["cases"] == []
+    assert results["left_out"] == {"40×12×1k one label": "the 0 minutes were over"}
 
 
 @pytest.fixture
@@ -165,8 +169,9 @@ def test_steps_in_tensorflow(device, table):
     from bench.gpu import tensorflow_steps
 
     made = workload.Workload(CASE, table, device)
-    clocks = {"busy": workload.wall_seconds}  # there is no device whose time could be taken
-    found, left_out = tensorflow_steps.measured(made, reference.expected(made), "/CPU:0", clocks)
+    tf, clocks = tensorflow_steps.load("/CPU:0"), {"busy": workload.wall_seconds}
+    truth = reference.expected(made)
+    found, left_out = tensorflow_steps.measured(tf, made, truth, "/CPU:0", clocks)
     assert not left_out, {key: compare.words(why) for key, why in left_out.items()}
     assert {"fused busy", "fused xla busy", "tutorial busy"} <= found.keys()
     for _, seconds in found.values():

@@ -44,9 +44,9 @@ CASES = [
 def test_figures():
     found = {(f.what, f.where): (f.value, f.met, f.beside) for f in report.figures(CASES)}
     expected = {
-        ("µs", "256 uniform"): (5, False, "torch.compile, best: 8.0"),
-        ("µs", "4096 uniform"): (14, True, "50 % of a copy's speed"),
-        ("µs", "65536 uniform"): (160, False, ""),
+        ("µs a step", "256 uniform"): (5, False, "torch.compile, best: 8.0"),
+        ("µs a step", "4096 uniform"): (14, True, "50 % of a copy's speed"),
+        ("µs a step", "65536 uniform"): (160, False, ""),
         ("time / of uniform labels", "256 one label"): (1.6, True, ""),
         ("time / of uniform labels", "4096 ten labels"): (24 / 14, False, ""),
         ("time / of bfloat16", "4096 uniform float16"): (1.04, True, ""),

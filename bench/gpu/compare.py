@@ -2,6 +2,8 @@
 
 import os
 
+import torch
+
 from bench import machine, measure
 from bench.gpu import implementations, reference, tensorflow_steps
 from bench.gpu.workload import Calls, LeftOut, Workload
@@ -49,16 +51,17 @@ def measurement(case, table, device, seconds, rounds):
     }, left_out
 
 
-def in_tensorflow(case, table, device):
+def in_tensorflow(case, table, device, place="/GPU:0"):
     """The rows of steps in TensorFlow for a case's measurement, and {key: why one is left out}."""
-    workload = Workload(case, table, device)
     try:
-        truth = reference.expected(workload)
-        found, left_out = tensorflow_steps.measured(workload, truth)
+        tf = tensorflow_steps.load(place)
     except (LeftOut, ImportError) as reason:
         return {}, {"TensorFlow": words(reason)}
-    finally:
-        workload.clear()
+    if device.place == "cuda":
+        torch.cuda.empty_cache()  # PyTorch's memory that is free is none for TensorFlow
+    workload = Workload(case, table, device)
+    found, left_out = tensorflow_steps.measured(tf, workload, reference.expected(workload), place)
+    workload.clear()
     rows = {key: _row(one, seconds) for key, (one, seconds) in found.items()}
     return rows, {key: words(reason) for key, reason in left_out.items()}
 

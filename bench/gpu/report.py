@@ -56,7 +56,7 @@ def _times(found):
             share = 100 * ratio(gross(m, COPY), gross(m, KERNEL))
             beside.append(f"{share:.0f} % of a copy's speed")
         value = microseconds(m, KERNEL)
-        yield Figure("µs", m["name"], value, at_most=asked, beside="; ".join(beside))
+        yield Figure("µs a step", m["name"], value, at_most=asked, beside="; ".join(beside))
 
 
 def _skew(found):

@@ -5,6 +5,7 @@ What the device does is taken from the profiler. A clock around a loop does not 
 that would be subtracted runs beside the device's work, not before it.
 """
 
+import importlib
 import importlib.util
 import os
 import types
@@ -28,12 +29,24 @@ class Row(NamedTuple):
     how: str
 
 
-def measured(workload, truth, place="/GPU:0", clocks=None):
+def load(place):
+    """TensorFlow, for steps at this place; raises LeftOut or ImportError."""
+    if importlib.util.find_spec("tensorflow") is None:
+        raise LeftOut("no TensorFlow")
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # PyTorch needs memory, too
+    import tensorflow as tf
+
+    if "GPU" in place and not tf.config.list_physical_devices("GPU"):
+        raise LeftOut("TensorFlow finds no GPU")
+    importlib.import_module("bench.implementations")  # which needs the native library
+    return tf
+
+
+def measured(tf, workload, truth, place, clocks=None):
     """{key: an implementation with its times} and {key: why it is left out}.
 
     `clocks` are what times a block of steps, by the end of the key.
     """
-    tf = _tensorflow(place)
     clocks = clocks or {"busy": busy_seconds, "wall": wall_seconds}
     hows = {"busy": "device busy", "wall": "call"}
     found, left_out = {}, {}
@@ -43,24 +56,18 @@ def measured(workload, truth, place="/GPU:0", clocks=None):
             try:
                 runner = Runner(tf, shared, workload, step, jit)
                 reference.validate(f"{workload.case.name}, {name}", runner, workload, truth)
-                for end, clock in clocks.items():
-                    seconds = [runner.seconds(clock) for _ in range(ROUNDS)]
-                    how = f"{'XLA' if jit else 'tf.function'}, {hows[end]}"
-                    found[f"{name} {end}"] = Row(what, how), seconds
             except Exception as reason:  # what cannot be done here is not timed
                 left_out[name] = reason
+                continue
+            for end, clock in clocks.items():
+                how = f"{'XLA' if jit else 'tf.function'}, {hows[end]}"
+                try:
+                    seconds = [runner.seconds(clock) for _ in range(ROUNDS)]
+                except Exception as reason:
+                    left_out[f"{name} {end}"] = reason
+                    continue
+                found[f"{name} {end}"] = Row(what, how), seconds
     return found, left_out
-
-
-def _tensorflow(place):
-    if importlib.util.find_spec("tensorflow") is None:
-        raise LeftOut("no TensorFlow")
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # PyTorch needs memory, too
-    import tensorflow as tf
-
-    if "GPU" in place and not tf.config.list_physical_devices("GPU"):
-        raise LeftOut("TensorFlow finds no GPU")
-    return tf
 
 
 def _steps():
