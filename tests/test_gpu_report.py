@@ -104,9 +104,9 @@ def test_batches_go_round_through_twice_the_cache(case):
     touched = case.batch * case.dim * size
     if case.labels == "uniform":
         touched += min(case.batch, case.classes) * case.dim * cases.CENTER_BYTES
-    assert case.batches >= 4 and case.batches * touched >= case.rotation
+    assert case.batches >= cases.FEWEST and case.batches * touched >= case.rotation
     # Nor much more, which would take time.
-    assert case.batches == 4 or (case.batches - 2) * touched < case.rotation
+    assert case.batches == cases.FEWEST or (case.batches - 2) * touched < case.rotation
 
 
 def test_the_cases_that_matter_most_come_first():

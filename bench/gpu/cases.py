@@ -8,6 +8,8 @@ from bench.cases import LABELS, Case, bytes_moved
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 CENTER_BYTES = 4
+# Batches of a case. A CUDA graph has a launch for each of them, and takes 1 µs more than these.
+FEWEST = 12
 SKEWED = ("power-law", "ten labels", "one label")
 
 
@@ -24,12 +26,11 @@ class GpuCase(Case):
 
     @property
     def batches(self):
-        # Skewed labels touch hardly any rows, and need more batches. At least four, because the
-        # start of a CUDA graph costs as much as a small launch.
+        # Skewed labels touch hardly any rows, and need more batches.
         touched = ITEM_BYTES[self.dtype] + CENTER_BYTES
         if self.labels == "uniform":
             touched += CENTER_BYTES * min(1, self.classes / self.batch)
-        return max(4, -(-self.rotation // int(self.batch * self.dim * touched)))
+        return max(FEWEST, -(-self.rotation // int(self.batch * self.dim * touched)))
 
     def draw(self):
         """Labels [batches, B] int64, the same in every process."""
