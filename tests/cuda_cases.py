@@ -10,31 +10,33 @@ import problems
 from problems import Shape
 from tolerances import assert_near_oracle
 
-SCANNED = 2048  # the largest batch whose labels are scanned; larger ones are hashed
+SCANNED = 1024  # the largest batch whose labels are scanned; larger ones are hashed
 
-# Sizes of classes around what changes with them: whole rows up to 8 samples, one chunk of 16,
-# several, a tree of two levels beyond 16 chunks, of three beyond 256.
-CLASS_SIZES = [1, 2, 8, 9, 16, 17, 32, 33, 256, 257]
-THREE_LEVELS = 16**3 + 9
+# Sizes of classes around what changes with them: one sample, a pair, one chunk up to 32 samples,
+# several chunks. Rows of a chunk are loaded by 12 or more. They fit into a batch that is scanned.
+CLASS_SIZES = [1, 2, 3, 12, 13, 32, 33, 64, 65, 300]
+# 32 chunks are the most under one node of the reduction tree; one more needs a second level, one
+# more than 32 * 32 a third.
+ONE_LEVEL, TWO_LEVELS, THREE_LEVELS = 32**2, 32**2 + 1, 32**3 + 1
 
 SHAPES = [
     Shape((64,), 200, 10, "uniform", "the tutorial's"),
     Shape((0,), 5, 4, "uniform", "nothing in the batch"),
     Shape((1,), 1, 1, "uniform", "one of everything"),
-    Shape((1,), 513, 3, "uniform", "one sample; one number more than a pass over the columns"),
+    Shape((1,), 513, 3, "uniform", "one sample; one number more than two passes"),
     Shape((37,), 1, 6, "uniform", "rows of one number"),
     Shape((41,), 3, 7, "uniform", "rows shorter than any vector"),
     Shape((50,), 17, 1000, "uniform", "rows that start between vectors; mostly distinct labels"),
     Shape((33,), 700, 3, "uniform", "two passes of whole vectors"),
     Shape((20,), 1100, 4, "uniform", "three passes"),
-    Shape((300,), 8, 2, "equal", "one class in a tree of two levels, scanned"),
-    Shape((150,), 390, 3, "uniform", "chunks in parts by columns, of two lengths"),
+    Shape((300,), 8, 2, "equal", "one class of several chunks, scanned"),
+    Shape((150,), 392, 3, "uniform", "chunks in slices of columns, the last one short"),
     Shape((SCANNED,), 24, 900, "power-law", "the largest batch that is scanned"),
     Shape((SCANNED + 1,), 24, 900, "power-law", "the smallest batch that is hashed"),
     Shape((SCANNED + 1,), 8, 3000, "distinct", "hashed, every class has one member"),
     Shape((SCANNED + 1,), 3, 10, "uniform", "hashed, ten labels"),
-    Shape((2300,), 12, 4, "equal", "hashed, one label"),
-    Shape((2100,), 700, 1060, "mixed", "hashed, two passes, one class heavy"),
+    Shape((1300,), 12, 4, "equal", "hashed, one class in a reduction tree of two levels"),
+    Shape((1100,), 700, 560, "mixed", "hashed, two passes, one class heavy"),
 ]
 
 FACTORS = {

@@ -223,6 +223,10 @@ class Emulator:
         """{name: default} of the launch constants."""
         return tuning_defaults(self._library)
 
+    def phases(self, workspace):
+        """(name, first, last) of the points that the last launch passed, as Workspace.phases."""
+        return workspace.phases()
+
     def memory_of(self, workspace):
         """Its bytes, as a launch has left them."""
         return workspace.memory.view(np.uint8)[workspace.offset :][: workspace.size]

@@ -4,6 +4,8 @@ import pytest
 
 from bench import ptxas
 
+MOST_REGISTERS = {"ScanStep": 255, "HashStep": 128, "Backward": 128}
+
 TEXT = """\
 ptxas info    : Compiling entry function 'void tcl::(anonymous namespace)::HashStep<tcl::Half, 4, \
 true>(tcl::(anonymous namespace)::Parameters<tcl::Half>)' for 'sm_75'
@@ -41,5 +43,5 @@ def test_registers_spills_and_shared_memory(capsys):
     for kernel in kernels:
         assert kernel.spill_stores == kernel.spill_loads == 0, kernel
         assert kernel.stack_frame == 0, kernel
-        # The registers that the launch bounds leave: blocks that have to be resident are.
-        assert kernel.registers <= 128, kernel
+        # The registers that the launch bounds leave. The blocks of HashStep have to be resident.
+        assert kernel.registers <= MOST_REGISTERS[kernel.name.split("<")[0]], kernel

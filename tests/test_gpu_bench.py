@@ -77,12 +77,12 @@ class Step:
     """A kernel whose constants make it slow, wrong or impossible, as a test wants them to."""
 
     def __init__(self, batch, dim, dtype, *, tuning=None, phases=False):
-        self.setting = {"lookahead": 2, "hash_blocks": 2} | (tuning or {})
+        self.setting = {"wait_ns": 20, "hash_blocks": 2} | (tuning or {})
         if self.setting["hash_blocks"] == 4:
             raise ValueError("hash_blocks: expected at most 3")
 
     def __call__(self, features, labels, centers, loss, residual, **options):
-        time.sleep(0.001 if self.setting["lookahead"] == 4 else 0.004)
+        time.sleep(0.001 if self.setting["wait_ns"] == 50 else 0.004)
         counts = torch.bincount(labels)[labels]
         error = {1: 1e-6, 3: 1e-2}.get(self.setting["hash_blocks"], 0)
         residual[...] = features - centers[labels]
@@ -98,7 +98,7 @@ class Kernels:
 
     @staticmethod
     def cuda_tuning():
-        return {"lookahead": 2, "hash_blocks": 2}
+        return {"wait_ns": 20, "hash_blocks": 2}
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def device():
 
 def test_tuned(device, table):
     found = tuning.tuned(CASE, table, device, workload.wall_seconds, lambda: False)
-    assert found["setting"] == {"lookahead": 4} and found["bits"] == "equal"
+    assert found["setting"] == {"wait_ns": 50} and found["bits"] == "equal"
     assert found["best_us"] < found["default_us"] / 2
     tried = {one["setting"].get("hash_blocks"): one for one in found["tried"]}
     assert tried[1]["bits"] == "differ"  # and near enough

@@ -9,11 +9,11 @@ from rich.table import Table
 # What is tried for each constant. One that the kernel module does not have is skipped, and a value
 # that it refuses is left out.
 CANDIDATES = {
-    "scan_threads": (64, 128, 256),
-    "hash_threads": (128, 256),
+    "scan_threads": (64, 128),
+    "hash_threads": (64, 128, 256),
     "hash_blocks": (1, 2, 3, 4),
-    "lookahead": (0, 1, 2, 3, 4, 6, 8),
     "wait_ns": (0, 20, 50, 100, 200),
+    "overlap": (0, 1),
 }
 SIDES = "scan_batch"  # its value decides between two kernels, by the batch
 SIDED = range(256, 4097)  # batches for which both are tried

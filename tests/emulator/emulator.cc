@@ -371,9 +371,9 @@ void Single(const void* address, size_t size, bool reads, bool writes, const voi
 
 void Plain(const void* address, size_t size, bool writes, const void* code) {
   if (run == nullptr || !settings.races) return;
-  // Who was the last at an atomic may set it: nobody else is to come.
+  // The thread that was the last at an atomic may set it: no other is to come.
   bool single = false;
-  if (writes && size == 4) {
+  if (writes && (size == 4 || size == 8)) {
     const auto handed = run->handed.find(reinterpret_cast<uintptr_t>(address));
     single = handed != run->handed.end() && handed->second.last == run->fiber;
   }
