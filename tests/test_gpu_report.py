@@ -115,7 +115,7 @@ def test_the_cases_that_matter_most_come_first():
     assert names[:2] == ["4096×512×1M", "65536×512×1M"]
 
 
-DEFAULTS = {"scan_batch": 2048, "lookahead": 2, "hash_blocks": 2, "new": 7}
+DEFAULTS = {"scan_batch": 2048, "wait_ns": 20, "hash_blocks": 2, "new": 7}
 
 
 class Times:
@@ -133,16 +133,16 @@ class Times:
 
 def test_the_search_takes_one_constant_after_the_other():
     def seconds(s):
-        return None if s["lookahead"] == 8 else abs(s["lookahead"] - 6) + abs(s["hash_blocks"] - 4)
+        return None if s["wait_ns"] == 200 else abs(s["wait_ns"] - 100) + abs(s["hash_blocks"] - 4)
 
     times = Times(lambda s: None if seconds(s) is None else 10 + seconds(s))
-    assert tune.search(65536, DEFAULTS, times) == {"lookahead": 6, "hash_blocks": 4}
+    assert tune.search(65536, DEFAULTS, times) == {"wait_ns": 100, "hash_blocks": 4}
     # Neither those that the module does not have, nor those that the search does not know.
-    assert {name for setting in times.asked for name in setting} == {"lookahead", "hash_blocks"}
+    assert {name for setting in times.asked for name in setting} == {"wait_ns", "hash_blocks"}
 
 
 def test_a_gain_within_the_noise_leaves_the_defaults():
-    assert tune.search(65536, DEFAULTS, Times(lambda s: 10 - s["lookahead"] / 100)) == {}
+    assert tune.search(65536, DEFAULTS, Times(lambda s: 10 - s["wait_ns"] / 2500)) == {}
 
 
 @pytest.mark.parametrize("batch, value", [(1024, 1023), (4096, 4096)])
@@ -161,6 +161,6 @@ def test_a_kernel_that_is_refused_is_left_out():
 
 
 def test_the_search_ends_when_the_time_is_over():
-    times = Times(lambda s: s["lookahead"])
-    assert tune.search(1024, {"lookahead": 2}, times, over=lambda: True) == {}
+    times = Times(lambda s: s["wait_ns"])
+    assert tune.search(1024, {"wait_ns": 20}, times, over=lambda: True) == {}
     assert not times.asked
