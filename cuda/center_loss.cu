@@ -74,9 +74,9 @@ __device__ __forceinline__ bool LastAtChunk(Arrivals* counter, int members, int 
 
 // Rows of class sums in flight: a scanned launch has fewer warps, and so more registers for each.
 template <typename Feature>
-constexpr int kHashLoads = 64 / sizeof(CenterType<Feature>);
+constexpr int kHashLoads = 48 / sizeof(CenterType<Feature>);
 template <typename Feature>
-constexpr int kScanLoads = 2 * kHashLoads<Feature>;
+constexpr int kScanLoads = 128 / sizeof(CenterType<Feature>);
 
 // A launch of a small batch. Each warp has one sample.
 template <typename Feature, int Width>
