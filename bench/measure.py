@@ -23,15 +23,21 @@ MOST_ROUNDS = 3  # times the rounds asked for
 
 
 def seconds_per_step(
-    runners, rounds, disturbance=None, status=lambda text: None, rest=REST_SECONDS
+    runners,
+    rounds,
+    disturbance=None,
+    status=lambda text: None,
+    rest=REST_SECONDS,
+    block=BLOCK_SECONDS,
 ):
     """{key: [rounds] seconds a step} and [rounds] cores of others, in the `rounds` quietest rounds.
 
     Runners have `run(count) -> seconds`. `disturbance()` says how many cores were busy for others
-    since it was called last; None: nobody knows. Turns begin after `rest` seconds.
+    since it was called last; None: no round is run again. Turns begin after `rest` seconds and take
+    about `block` seconds.
     """
     rng = np.random.default_rng(0)
-    counts = {key: _steps_per_block(runner) for key, runner in runners.items()}
+    counts = {key: _steps_per_block(runner, block) for key, runner in runners.items()}
     keys, turns, cores = list(runners), [], []
     while len(turns) < rounds or (
         np.sum(np.array(cores) <= QUIET) < rounds and len(turns) < MOST_ROUNDS * rounds
@@ -53,9 +59,9 @@ def seconds_per_step(
     return seconds, np.array(cores)[kept]
 
 
-def _steps_per_block(runner):
+def _steps_per_block(runner, block):
     runner.run(1)
     count = 1
-    while (seconds := runner.run(count)) < BLOCK_SECONDS / 3:
+    while (seconds := runner.run(count)) < block / 3:
         count *= 2
-    return math.ceil(count * BLOCK_SECONDS / seconds)
+    return math.ceil(count * block / seconds)

@@ -56,7 +56,9 @@ def net(measurement, key):
 
 
 def ratio(above, below):
-    """Median of the ratios within a round."""
+    """Median of the ratios within a round; of the medians, where the rounds were not the same."""
+    if len(above) != len(below):
+        return float(np.median(above) / np.median(below))
     return float(np.median(above / below))
 
 
@@ -139,6 +141,7 @@ class Figure(NamedTuple):
     value: float
     at_least: float | None = None
     at_most: float | None = None
+    beside: str = ""  # what to compare it with
 
     @property
     def met(self):
@@ -154,14 +157,18 @@ def figures(cases, sweep):
 
 def summary(figures):
     """A row a figure."""
-    out = Table(title="Figures to reach (medians of the ratios within a round)")
+    out = Table(title="Figures to reach (medians; of ratios, within a round)")
     for name in ("what", "where", "target", "measured", "met"):
         out.add_column(name, justify="right" if name in ("target", "measured") else "left")
+    beside = any(figure.beside for figure in figures)
+    if beside:
+        out.add_column("beside")
     for figure in figures:
         least = figure.at_least is not None
         target = f"≥ {figure.at_least:g}" if least else f"≤ {figure.at_most:g}"
         met = "[green]yes[/]" if figure.met else "[red]no[/]"
-        out.add_row(figure.what, figure.where, target, f"{figure.value:.2f}", met)
+        row = figure.what, figure.where, target, f"{figure.value:.2f}", met
+        out.add_row(*row, *([figure.beside] if beside else []))
     return out
 
 

@@ -2,6 +2,8 @@
 
 python -m bench.gpu                      everything, for `--minutes`
 python -m bench.gpu --cases 4096x512     some cases
+python -m bench.gpu --tune               which launch constants are fastest for each case
+python -m bench.gpu --phases             where a launch's time goes
 python -m bench.gpu --draw FILE.json     the plot of results that are there, without a GPU
 python -m bench.gpu --stand-in           tiny cases on the emulator: checks this program
 """
@@ -22,12 +24,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from rich.console import Console
 
-from bench import check, machine, measure
-from bench.gpu import report
+from bench import machine
+from bench.gpu import report, tune
 from bench.gpu.keys import OWN
 from bench.report import summary, table
 
 RESULTS = Path(__file__).parent.parent / "results"
+MINUTES = {"": 3.5, "tune": 1.5, "phases": 0.5}  # of each mode
 
 
 def main():
@@ -36,41 +39,136 @@ def main():
     if arguments.draw:
         results = json.loads(arguments.draw.read_text())
         return report.draw(results, arguments.draw.with_suffix(".png"))
-    device, seconds, conditions, cases = set_up(arguments)
-    console = Console()
-    console.width = max(console.width, 120)
-    console.print(conditions)
-    ends = time.monotonic() + 60 * arguments.minutes
-    results = {"conditions": conditions, "cases": [], "left_out": {}}
-    tables = {}
-    for case in cases:
-        if not any(part in case.name.replace("×", "x") for part in arguments.cases):
-            continue
-        if time.monotonic() > ends:
-            results["left_out"][case.name] = f"the {arguments.minutes:g} minutes were over"
-            continue
-        measured, left_out = measurement(case, tables, device, seconds, arguments.rounds)
-        results["cases"].append(measured)
-        results["left_out"] |= {f"{case.name}, {key}": why for key, why in left_out.items()}
-        console.print(table(measured))
-    figures = report.figures(results["cases"], conditions["copy_gb_per_s"] * 1e9)
-    results["figures"] = [f._asdict() | {"met": bool(f.met)} for f in figures]
-    if not arguments.stand_in:  # which has no times
-        console.print(summary(figures))
-    console.print("Left out:", results["left_out"])
-    wrong = [what for what in results["left_out"] if what.endswith(OWN)]
-    if arguments.stand_in:
-        return bool(wrong)
-    path = (
-        arguments.json or RESULTS / f"{re.sub('[^a-z0-9]+', '-', conditions['gpu'].lower())}.json"
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    if importlib.util.find_spec("matplotlib"):
-        report.draw(results, path.with_suffix(".png"))
-    else:
-        console.print(f"No matplotlib: python -m bench.gpu --draw {path} draws it elsewhere")
-    return bool(wrong)
+    return Session(arguments).run()
+
+
+class Session:
+    """What is measured, and the results so far."""
+
+    def __init__(self, arguments):
+        self.arguments = arguments
+        self.ends = time.monotonic() + 60 * arguments.minutes
+        self.console = Console()
+        self.console.width = max(self.console.width, 120)
+        self.device, self.seconds, self.conditions, self.cases = set_up(arguments)
+        self.console.print(self.conditions)
+        self.results = {"conditions": self.conditions, "cases": [], "left_out": {}}
+        self._tables = {}
+
+    def run(self):
+        """All cases; true where a kernel of our own had to be left out."""
+        modes = {"": self.compare, "tune": self.tune, "phases": self.phases}
+        modes[self.arguments.mode]()
+        self.save()  # what was left out, too
+        self.console.print("Left out:", self.results["left_out"])
+        return any(what.endswith(OWN) for what in self.results["left_out"])
+
+    def compare(self):
+        """All implementations on all cases, then steps in TensorFlow on some."""
+        from bench.gpu import compare, tensorflow_steps
+
+        measured = {}
+        for case in self.each(self.cases):
+            one, left_out = compare.measurement(
+                case, self.table(case), self.device, self.seconds, self.arguments.rounds
+            )
+            measured[case] = one
+            self.results["cases"].append(one)
+            self.console.print(table(one))
+            self.leave_out(case, left_out)
+            self.save_comparison()
+        for case in self.each(filter(compare.usual, measured), ", TensorFlow"):
+            if case.batch not in tensorflow_steps.BATCHES:
+                continue
+            rows, left_out = compare.in_tensorflow(case, self.table(case), self.device)
+            measured[case]["implementations"] |= rows
+            if rows:
+                self.console.print(table(measured[case]))
+            self.leave_out(case, left_out)
+            self.save_comparison()
+        if not self.arguments.stand_in:  # which has no times
+            self.console.print(summary(report.figures(self.results["cases"])))
+
+    def tune(self):
+        """The best launch constants of each case."""
+        from bench.gpu import cases, tuning
+
+        for case in self.each(cases.tuned(self.cases)):
+            found = tuning.tuned(case, self.table(case), self.device, self.seconds, self.over)
+            self.results["cases"].append(found)
+            times = f"{found['default_us']:.2f} µs by default, {found['best_us']:.2f} with"
+            self.console.print(f"{case.name}: {times} {tune.text(found['setting'])}")
+            self.save()
+        self.console.print(tune.table(self.results["cases"]))
+
+    def phases(self):
+        """Where the time of a launch goes."""
+        from bench.gpu import compare, tuning
+
+        for case in self.each(self.cases):
+            try:
+                found = tuning.phases(case, self.table(case), self.device)
+            except Exception as reason:  # such as an older kernel module
+                self.leave_out(case, {"phases": compare.words(reason)})
+                continue
+            self.results["cases"].append(found)
+            self.console.print(tuning.phase_table(found))
+            self.save()
+
+    def each(self, cases, what=""):
+        """The cases that are asked for, while there is time."""
+        for case in cases:
+            if not any(part in case.name.replace("×", "x") for part in self.arguments.cases):
+                continue
+            if self.over():
+                why = f"the {self.arguments.minutes:g} minutes were over"
+                self.results["left_out"][case.name + what] = why
+                continue
+            yield case
+
+    def over(self):
+        """Whether the time is over."""
+        return time.monotonic() > self.ends
+
+    def table(self, case):
+        """Zeros [C, D] on the device, kept while cases have these sizes."""
+        import torch
+
+        sizes = case.classes, case.dim
+        if sizes not in self._tables:
+            self._tables.clear()
+            self._tables[sizes] = torch.zeros(sizes, device=self.device.place)
+        return self._tables[sizes]
+
+    def leave_out(self, case, why):
+        """Notes {key: why it is left out}."""
+        self.results["left_out"] |= {f"{case.name}, {key}": text for key, text in why.items()}
+
+    def save_comparison(self):
+        """The results and the picture."""
+        figures = report.figures(self.results["cases"])
+        self.results["figures"] = [f._asdict() | {"met": bool(f.met)} for f in figures]
+        path = self.save()
+        if path and importlib.util.find_spec("matplotlib"):
+            report.draw(self.results, path.with_suffix(".png"))
+
+    def save(self):
+        """Writes the results so far; returns the path. A run that is cut off leaves those before.
+
+        With the stand-in, only where a path is given.
+        """
+        path = self.arguments.json
+        if path is None:
+            if self.arguments.stand_in:
+                return None
+            name = re.sub("[^a-z0-9]+", "-", self.conditions["gpu"].lower())
+            mode = self.arguments.mode
+            path = RESULTS / f"{name}{mode and '-'}{mode}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}")
+        partial.write_text(json.dumps(self.results, indent=1, ensure_ascii=False) + "\n")
+        os.replace(partial, path)
+        return path
 
 
 def set_up(arguments):
@@ -107,76 +205,6 @@ def set_up(arguments):
     return device, seconds, conditions, chosen
 
 
-def measurement(case, tables, device, seconds, rounds):
-    """What `bench.report` takes, and {key: why it is left out}."""
-    import torch
-
-    from bench.gpu import tensorflow_steps, workload
-    from bench.gpu.implementations import IMPLEMENTATIONS, Calls
-
-    inputs = case.make()
-    truth = check.expected(inputs)
-    if (case.classes, case.dim) not in tables:
-        tables.clear()
-        tables[case.classes, case.dim] = torch.zeros([case.classes, case.dim], device=device.place)
-    work = workload.Workload(case, inputs, tables[case.classes, case.dim], device)
-    shown, runners, left_out = {}, {}, {}
-    usual = case.labels == "uniform" and case.dtype == "float32"
-    for key, one in IMPLEMENTATIONS.items():
-        if not (usual or one.always):
-            continue
-        runner = one.runner if device.place == "cuda" else Calls
-        try:
-            made = runner(work, one.build(work), seconds)
-            if one.computes:
-                check.validate(f"{case.name}, {key}", made, case.batches, truth)
-        except Exception as reason:  # what others get wrong, or cannot do here, is not timed
-            left_out[key] = _words(reason)
-            continue
-        shown[key], runners[key] = one, made
-    if usual:
-        try:
-            more, made = tensorflow_steps.build(case, inputs)
-            for key in more:
-                if more[key].computes:
-                    check.validate(f"{case.name}, {key}", made[key], case.batches, truth)
-            shown, runners = shown | more, runners | made
-        except Exception as reason:
-            left_out["TensorFlow"] = _words(reason)
-    times, cores = measure.seconds_per_step(runners, rounds, machine.Others(), rest=0)
-    around = {
-        "load": round(os.getloadavg()[0], 2),
-        "cores_of_others": round(float(cores.mean()), 2),
-    }
-    work.clear()
-    return {
-        "name": case.name,
-        "batch": case.batch,
-        "dim": case.dim,
-        "classes": case.classes,
-        "labels": case.labels,
-        "dtype": case.dtype,
-        "batches": case.batches,
-        "bytes": case.bytes(inputs.labels),
-        "surroundings": around,
-        "implementations": {
-            key: {
-                "what": one.what,
-                "how": one.how,
-                "seconds": [float(f"{time:.4g}") for time in times[key]],
-                "extra_memory": None,
-            }
-            for key, one in shown.items()
-        },
-    }, left_out
-
-
-def _words(error):
-    """The first line of what went wrong."""
-    what = "" if type(error).__name__ == "LeftOut" else f"{type(error).__name__}: "
-    return what + (str(error).strip().splitlines() or [""])[0]
-
-
 def _driver():
     if not shutil.which("nvidia-smi"):
         return None
@@ -201,21 +229,33 @@ def parse():
     parser.add_argument(
         "--minutes",
         type=float,
-        default=4,
-        help="no case begins after these (default: %(default)s)",
+        help=f"no case begins after these (default: {MINUTES['']}; "
+        f"--tune {MINUTES['tune']}; --phases {MINUTES['phases']})",
     )
     parser.add_argument(
         "--json",
         type=Path,
         help="for the results; the plot goes beside it (default: bench/results/GPU.json)",
     )
+    for mode, what in (
+        ("tune", "sweep the launch constants of the fused kernel"),
+        ("phases", "show where a launch's time goes"),
+    ):
+        parser.add_argument(
+            f"--{mode}", dest="mode", action="store_const", const=mode, default="", help=what
+        )
     parser.add_argument("--draw", type=Path, metavar="JSON", help="only draw what is there")
     parser.add_argument(
-        "--stand-in", action="store_true", help="the emulator in the GPU's place, nothing written"
+        "--stand-in",
+        action="store_true",
+        help="the emulator in the GPU's place; writes only where --json says",
     )
     now = datetime.datetime.now(datetime.timezone.utc)
     parser.add_argument("--date", default=f"{now:%Y-%m-%d %H:%M} UTC", help="(default: now)")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.minutes is None:
+        arguments.minutes = MINUTES[arguments.mode]
+    return arguments
 
 
 if __name__ == "__main__":

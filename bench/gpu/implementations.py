@@ -4,6 +4,7 @@ One step = the loss (sum form), its gradient with respect to the features with u
 in the centers' type, and the step of the centers by the paper's rule.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,34 +14,37 @@ from bench.cases import ALPHA
 from bench.gpu.keys import ATOMIC, COMPILED, EMPTY, KERNEL
 from bench.gpu.workload import Calls, Graph, LeftOut
 
+ALIGNMENT = 256  # bytes
 
-def fused(atomic):
-    """The kernel of cuda/: one launch."""
+
+def fused(**options):
+    """The kernel of cuda/: one launch. `options` are `Device.workspace`'s."""
 
     def build(workload):
         case, device = workload.case, workload.device
-        step = device.workspace(case.batch, case.dim, atomic=atomic)
-        # As cold as the features.
-        losses = torch.zeros([case.batches], device=device.place).unbind()
-        shape = [case.batches, case.batch, case.dim]
-        gradients = torch.zeros(shape, device=device.place).unbind()
-
-        def run(k):
-            step(
-                workload.features[k],
-                workload.labels[k],
-                workload.table,
-                losses[k],
-                gradients[k],
-                alpha=ALPHA,
-                reduction="sum",
-                stream=device.stream,
-            )
-            return losses[k], gradients[k]
-
-        return run
+        return launches(workload, device.workspace(case.batch, case.dim, **options))
 
     return build
+
+
+def launches(workload, step):
+    """A launch of `step`, a CudaStep, for each batch."""
+    losses, gradients = workload.outputs()
+
+    def run(k):
+        step(
+            workload.features[k],
+            workload.labels[k],
+            workload.table,
+            losses[k],
+            gradients[k],
+            alpha=ALPHA,
+            reduction="sum",
+            stream=workload.device.stream,
+        )
+        return losses[k], gradients[k]
+
+    return run
 
 
 @torch.no_grad()
@@ -88,10 +92,8 @@ def pytorch(counting, *, compiled=False):
     """PyTorch by hand, or what torch.compile makes of it."""
 
     def build(workload):
-        counts_of, function = counting(workload), by_hand
-        if compiled:
-            torch.compiler.reset()  # of many shapes it would give up, and say nothing
-            function = torch.compile(by_hand, dynamic=False)
+        function, counts_of = _compiled(workload, counting) if compiled else (by_hand, None)
+        counts_of = counts_of or counting(workload)
 
         def step(k):
             return function(workload.features[k], workload.labels[k], workload.table, counts_of)
@@ -99,6 +101,16 @@ def pytorch(counting, *, compiled=False):
         return step
 
     return build
+
+
+def _compiled(workload, counting):
+    """What torch.compile makes of it, and the counting it was made for; once for each case."""
+    if not workload.compiled:
+        torch.compiler.reset()  # it compiles for a few shapes only, then silently no more
+    if counting not in workload.compiled:
+        counts_of = counting(workload)
+        workload.compiled[counting] = torch.compile(by_hand, dynamic=False), counts_of
+    return workload.compiled[counting]
 
 
 def cupy(workload):
@@ -130,7 +142,8 @@ def cupy(workload):
 
 def copied_bytes(workload):
     """A copy of as many bytes as a step must move, from buffer to buffer."""
-    size = int(workload.case.bytes(torch.stack(workload.labels).cpu().numpy()) / 2)
+    # Whole units of 256 bytes, so that every buffer is aligned: the device copies others slower.
+    size = math.ceil(workload.bytes / 2 / ALIGNMENT) * ALIGNMENT
     shape = [workload.case.batches, 2, size]
     buffers = torch.zeros(shape, dtype=torch.uint8, device=workload.device.place).unbind()
 
@@ -168,9 +181,9 @@ class Implementation(NamedTuple):
 
 
 IMPLEMENTATIONS = {
-    KERNEL: Implementation("fused kernel", Graph, fused(False), always=True),
-    "kernel": Implementation("fused kernel", Calls, fused(False)),
-    ATOMIC: Implementation("fused kernel, atomics", Graph, fused(True), always=True),
+    KERNEL: Implementation("fused kernel", Graph, fused(), always=True),
+    "kernel": Implementation("fused kernel", Calls, fused()),
+    ATOMIC: Implementation("fused kernel, atomics", Graph, fused(atomic=True), always=True),
     "unique": Implementation("PyTorch by hand", Calls, pytorch(by_unique)),
     "table": Implementation("PyTorch, counts kept", Calls, pytorch(by_table)),
     "table graph": Implementation("PyTorch, counts kept", Graph, pytorch(by_table), always=True),

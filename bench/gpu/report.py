@@ -1,56 +1,104 @@
 """The figures to reach on a GPU, and the plot. A measurement is as in `bench.report`."""
 
+import os
+
 import numpy as np
 
-from bench.gpu.keys import ATOMIC, COMPILED, EMPTY, KERNEL
-from bench.report import Figure, gross, net, pyplot, ratio
+from bench.gpu.keys import ATOMIC, COMPILED, COPY, FUSED_OP, KERNEL, TUTORIAL_OPS
+from bench.report import Figure, gross, pyplot, ratio
 
-PARTS = ("kernel graph", "atomic graph", "table graph", "compiled table graph", "unique", "cupy")
+# µs a step asked of the fused kernel: float32, uniform labels, CUDA graph, on an H200.
+ASKED = {
+    (64, 200): 5.5,
+    (256, 512): 4.5,
+    (1024, 512): 6.5,
+    (4096, 512): 14,
+    (8192, 512): 24,
+    (16384, 512): 42,
+    (65536, 512): 150,
+}
+SKEW = 1.6  # times what uniform labels take
+HALF = 1.05  # float16, times what bfloat16 takes
+
+# Lines of the left panel: what PyTorch and CuPy take called from Python is the host's time.
+LINES = {
+    KERNEL: "tab:blue",
+    ATOMIC: "tab:cyan",
+    "compiled table graph": "tab:orange",
+    "compiled pairs graph": "tab:red",
+    "table graph": "tab:purple",
+}
+BARS = {KERNEL: "fused kernel", ATOMIC: "fused kernel, atomics"}
 
 
-def figures(cases, copy_speed):
+def figures(cases):
     """The figures to reach that these measurements can tell."""
-    cases = [m for m in cases if KERNEL in m["implementations"]]
-    return [*_speed(cases, copy_speed), *_others(cases), *_skew(cases)]
+    found = {_sizes(m): m for m in cases if KERNEL in m["implementations"]}
+    return [*_times(found), *_skew(found), *_half(found), *_tensorflow(cases)]
 
 
-def _speed(cases, copy_speed):
-    for m in cases:
-        if m["labels"] == "uniform" and m["batch"] * m["dim"] * 4 >= 16e6:
-            share = 100 * m["bytes"] / np.median(gross(m, KERNEL)) / copy_speed
-            yield Figure("% of the copy speed", m["name"], float(share), at_least=80)
-    for m in cases:
-        if EMPTY in m["implementations"] and _sizes(m) == (256, 512, "uniform", "float32"):
-            above = 1e6 * np.median(gross(m, KERNEL) - gross(m, EMPTY))
-            yield Figure("µs above an empty launch", m["name"], float(above), at_most=2)
+def best_compiled(m):
+    """The key of the fastest program of torch.compile, called or in a graph; None without any."""
+    keys = [key + how for key in COMPILED for how in ("", " graph")]
+    keys = [key for key in keys if key in m["implementations"]]
+    return min(keys, key=lambda key: np.median(gross(m, key)), default=None)
 
 
-def _others(cases):
-    for m in cases:
-        if "tutorial loop" in m["implementations"]:
-            times = ratio(net(m, "tutorial loop"), net(m, "fused loop"))
-            yield Figure("pure TensorFlow / fused op, net", m["name"], times, at_least=10)
-    for m in cases:
-        if m["batch"] > 4096:
+def _times(found):
+    for (batch, dim), asked in ASKED.items():
+        m = found.get((batch, dim, "uniform", "float32"))
+        if not m:
             continue
-        for how, own in ((" graph", KERNEL), ("", "kernel")):
-            keys = [k + how for k in COMPILED if k + how in m["implementations"]]
-            if keys and own in m["implementations"]:
-                best = min(keys, key=lambda key: np.median(gross(m, key)))
-                times = ratio(gross(m, best), gross(m, own))
-                what = f"torch.compile / fused kernel,{how or ' call'}"
-                yield Figure(what, m["name"], times, at_least=2)
+        beside = []
+        if best := best_compiled(m):
+            beside.append(f"torch.compile, best: {microseconds(m, best):.1f}")
+        if COPY in m["implementations"]:
+            share = 100 * ratio(gross(m, COPY), gross(m, KERNEL))
+            beside.append(f"{share:.0f} % of a copy's speed")
+        value = microseconds(m, KERNEL)
+        yield Figure("µs a step", m["name"], value, at_most=asked, beside="; ".join(beside))
 
 
-def _skew(cases):
-    uniform = {_sizes(m): m for m in cases if m["labels"] == "uniform"}
-    for m in cases:
-        batch, dim, labels, dtype = _sizes(m)
-        base = uniform.get((batch, dim, "uniform", dtype))
+def _skew(found):
+    for (batch, dim, labels, dtype), m in found.items():
+        base = found.get((batch, dim, "uniform", dtype))
         if labels != "uniform" and base:
-            # Measured one after the other, so the rounds are not the same.
-            times = np.median(gross(m, KERNEL)) / np.median(gross(base, KERNEL))
-            yield Figure("time / of uniform labels", m["name"], float(times), at_most=2)
+            times = _quotient(m, base)
+            yield Figure("time / of uniform labels", m["name"], times, at_most=SKEW)
+
+
+def _half(found):
+    for (batch, dim, labels, dtype), m in found.items():
+        base = found.get((batch, dim, labels, "bfloat16"))
+        if dtype == "float16" and base:
+            yield Figure("time / of bfloat16", m["name"], _quotient(m, base), at_most=HALF)
+
+
+def _tensorflow(cases):
+    for m in cases:
+        if {TUTORIAL_OPS, FUSED_OP} <= m["implementations"].keys():
+            times = ratio(gross(m, TUTORIAL_OPS), gross(m, FUSED_OP))
+            what = "tutorial's ops / fused op, the device's time"
+            yield Figure(what, m["name"], times, at_least=10)
+
+
+def microseconds(m, key):
+    """The median."""
+    return float(1e6 * np.median(gross(m, key)))
+
+
+def covered(spans):
+    """The length of what (begin, end) spans cover together."""
+    total, reached = 0, -np.inf
+    for begin, end in sorted(spans):
+        total += max(0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
+
+
+def _quotient(m, base):
+    # Measured one after the other, so the rounds are not the same.
+    return microseconds(m, KERNEL) / microseconds(base, KERNEL)
 
 
 def _sizes(m):
@@ -58,38 +106,90 @@ def _sizes(m):
 
 
 def draw(results, path):
-    """Time against the batch, and what uneven labels do."""
+    """Time against the batch; beside it, for each batch, what labels and types change."""
     plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(15, 6), layout="constrained")
-    cases = [m for m in results["cases"] if m["dtype"] == "float32" and m["dim"] == 512]
-    uniform = [m for m in cases if m["labels"] == "uniform"]
-    for key in PARTS:
+    cases = [m for m in results["cases"] if m["dim"] == 512]
+    uniform = [m for m in cases if m["labels"] == "uniform" and m["dtype"] == "float32"]
+    uniform.sort(key=lambda m: m["batch"])
+    others = [m for m in cases if m not in uniform and KERNEL in m["implementations"]]
+    batches = sorted({m["batch"] for m in others})
+    both = uniform and batches
+    figure = plt.figure(figsize=(13 if both else 7, 7.5), layout="constrained")
+    left = right = figure
+    if both:
+        left, right = figure.subfigures(1, 2, width_ratios=[1.1, 1])
+    if uniform:
+        _lines(left.subplots(), uniform, results["conditions"])
+    if batches:
+        shown = [[m for m in cases if m["batch"] == batch] for batch in batches]
+        heights = {"height_ratios": list(map(len, shown))}
+        panels = right.subplots(len(batches), 1, squeeze=False, gridspec_kw=heights)[:, 0]
+        for panel, batch, some in zip(panels, batches, shown, strict=True):
+            _bars(panel, sorted((m for m in some if KERNEL in m["implementations"]), key=_rank))
+            panel.set_title(f"batch {batch:,}", loc="left", fontsize=10)
+        panels[-1].set_xlabel("µs a step (median, CUDA graph)")
+        names, labels = panels[0].get_legend_handles_labels()
+        right.legend(names, labels, loc="outside upper right", ncols=2, frameon=False, fontsize=9)
+    # A run that is cut off leaves the picture before.
+    partial = path.with_name(f".{path.name}")
+    figure.savefig(partial, dpi=100, format="png")
+    plt.close(figure)
+    os.replace(partial, path)
+
+
+def _lines(panel, uniform, conditions):
+    for key, color in LINES.items():
         shown = [m for m in uniform if key in m["implementations"]]
         if not shown:
             continue
-        one = shown[0]["implementations"][key]
-        times = [1e6 * np.median(gross(m, key)) for m in shown]
-        left.plot([m["batch"] for m in shown], times, "o-", label=f"{one['what']}, {one['how']}")
-    speed = results["conditions"]["copy_gb_per_s"] * 1e9
-    left.plot(
+        times = [microseconds(m, key) for m in shown]
+        name = shown[0]["implementations"][key]["what"]
+        panel.plot([m["batch"] for m in shown], times, "o-", color=color, label=name)
+    speed = conditions["copy_gb_per_s"] * 1e9
+    panel.plot(
         [m["batch"] for m in uniform],
         [1e6 * m["bytes"] / speed for m in uniform],
         "k--",
         label="the same bytes at copy speed",
     )
-    left.set(xscale="log", yscale="log", xlabel="B (D = 512, a million labels)")
-    left.set(ylabel="µs a step, median", title=results["conditions"]["gpu"])
-    left.grid(which="both", alpha=0.3)
-    left.legend()
+    panel.set(xscale="log", yscale="log", xlabel="batch (512 features, a million labels)")
+    panel.set(
+        ylabel="µs a step (median, CUDA graph)",
+        title=f"{conditions['gpu']}, float32, uniform labels",
+    )
+    batches = [m["batch"] for m in uniform]
+    panel.set_xticks(batches, [f"{batch:,}" for batch in batches])
+    low, high = panel.get_ylim()
+    ticks = [step * 10**k for k in range(-2, 6) for step in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    panel.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
+    panel.minorticks_off()
+    panel.grid(alpha=0.3)
+    panel.legend(frameon=False)
 
-    for offset, key, color in ((0.2, KERNEL, "tab:blue"), (-0.2, ATOMIC, "tab:cyan")):
-        times = {k: gross(m, key) for k, m in enumerate(cases) if key in m["implementations"]}
-        places = [offset - k for k in times]
-        medians = [1e6 * np.median(seconds) for seconds in times.values()]
-        right.barh(places, medians, 0.4, label=key.removesuffix(" graph"), color=color)
-    right.set_yticks([-k for k in range(len(cases))], [m["name"] for m in cases])
-    right.set(xscale="log", xlabel="µs a step, median, CUDA graph", title="labels")
-    right.grid(axis="x", alpha=0.3)
-    right.legend()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+
+def _bars(panel, shown):
+    for offset, key in ((-0.2, KERNEL), (0.2, ATOMIC)):
+        times = {
+            k: microseconds(m, key) for k, m in enumerate(shown) if key in m["implementations"]
+        }
+        places = [k + offset for k in times]
+        bars = panel.barh(places, times.values(), 0.4, label=BARS[key], color=LINES[key])
+        panel.bar_label(bars, [_short(time) for time in times.values()], padding=3, fontsize=7.5)
+    panel.set_yticks(range(len(shown)), [_label(m) for m in shown], fontsize=9)
+    panel.invert_yaxis()
+    panel.set_xlim(0, 1.1 * panel.get_xlim()[1])
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _short(microseconds):
+    return f"{microseconds:.1f}" if microseconds < 99.95 else f"{microseconds:,.0f}"
+
+
+def _label(m):
+    return m["labels"] if m["dtype"] == "float32" else m["dtype"]
+
+
+def _rank(m):
+    labels = ("uniform", "power-law", "ten labels", "one label")
+    return m["dtype"] != "float32", labels.index(m["labels"]), m["dtype"]

@@ -1,72 +1,129 @@
-"""Steps in TensorFlow on the GPU: the op and the tutorial's ops, in a `tf.while_loop`."""
+"""Steps in TensorFlow on the GPU: the op and plain ops, called as a `tf.function` for each batch.
 
+What the device does is taken from the profiler. A clock around a loop does not tell it: an empty
+`tf.while_loop` takes the host 150 µs a step on a GPU, which hides a step of 20, and the empty loop
+that would be subtracted runs beside the device's work, not before it.
+"""
+
+import importlib
 import importlib.util
+import os
 import types
+from typing import NamedTuple
 
 import numpy as np
 
 from bench.check import Outcome
-from bench.gpu.workload import LeftOut, wall_seconds
+from bench.gpu import reference
+from bench.gpu.workload import LeftOut, busy_seconds, wall_seconds
 
-KEYS = ("fused loop", "tutorial loop", "tuned loop", "empty loop")
+BATCHES = (4096, 65536, 256)  # each compiles five programs
+STEPS = 16  # at most, in a block
+ROUNDS = 3
 
 
-def build(case, inputs):
-    """{key: implementation} and {key: runner}."""
+class Row(NamedTuple):
+    """See `bench.gpu.implementations.Implementation`."""
+
+    what: str
+    how: str
+
+
+def load(place):
+    """TensorFlow, for steps at this place; raises LeftOut or ImportError."""
     if importlib.util.find_spec("tensorflow") is None:
         raise LeftOut("no TensorFlow")
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # PyTorch needs memory, too
     import tensorflow as tf
 
-    gpus = tf.config.list_physical_devices("GPU")
-    if not gpus:
+    if "GPU" in place and not tf.config.list_physical_devices("GPU"):
         raise LeftOut("TensorFlow finds no GPU")
-    if not tf.config.experimental.get_memory_growth(gpus[0]):
-        tf.config.experimental.set_memory_growth(gpus[0], True)
-    from bench.implementations import IMPLEMENTATIONS
+    importlib.import_module("bench.implementations")  # which needs the native library
+    return tf
 
-    implementations = {key: IMPLEMENTATIONS[key] for key in KEYS}
-    with tf.device("/GPU:0"):
-        workload = types.SimpleNamespace(
-            features=tf.constant(inputs.features),
-            labels=tf.constant(inputs.labels),
-            table=types.SimpleNamespace(variable=tf.Variable(tf.zeros([case.classes, case.dim]))),
-            batches=case.batches,
-        )
-        return implementations, {
-            key: Runner(workload, inputs, one.build(workload))
-            for key, one in implementations.items()
-        }
+
+def measured(tf, workload, truth, place, clocks=None):
+    """{key: an implementation with its times} and {key: why it is left out}.
+
+    `clocks` are what times a block of steps, by the end of the key.
+    """
+    clocks = clocks or {"busy": busy_seconds, "wall": wall_seconds}
+    hows = {"busy": "device busy", "wall": "call"}
+    found, left_out = {}, {}
+    with tf.device(place):
+        shared = _shared(tf, workload)
+        for name, what, jit, step in _steps():
+            try:
+                runner = Runner(tf, shared, workload, step, jit)
+                reference.validate(f"{workload.case.name}, {name}", runner, workload, truth)
+            except Exception as reason:  # what cannot be done here is not timed
+                left_out[name] = reason
+                continue
+            for end, clock in clocks.items():
+                how = f"{'XLA' if jit else 'tf.function'}, {hows[end]}"
+                try:
+                    seconds = [runner.seconds(clock) for _ in range(ROUNDS)]
+                except Exception as reason:
+                    left_out[f"{name} {end}"] = reason
+                    continue
+                found[f"{name} {end}"] = Row(what, how), seconds
+    return found, left_out
+
+
+def _steps():
+    from bench.implementations import fused, graph, tuned, tutorial
+
+    return (
+        ("fused", "fused op", None, fused),
+        ("fused xla", "fused op", True, fused),
+        ("tutorial", "tutorial's ops", None, tutorial),
+        ("tuned", "tuned TensorFlow ops", None, tuned),
+        ("graph xla", 'impl="graph"', True, graph),
+    )
+
+
+def _shared(tf, workload):
+    """The batches and the table in TensorFlow's memory."""
+    batches = zip(workload.features, workload.labels, strict=True)
+    return types.SimpleNamespace(
+        batches=[tuple(tf.constant(tensor.cpu().numpy()) for tensor in b) for b in batches],
+        table=tf.Variable(tf.zeros([workload.case.classes, workload.case.dim])),
+        rows=workload.rows.cpu().numpy(),
+        start=workload.start.cpu().numpy(),
+    )
 
 
 class Runner:
-    """See `bench.workload.Runner`; by the clock on the wall, to the end of the device's work."""
+    """See `bench.workload.Runner`."""
 
-    def __init__(self, workload, inputs, steps):
-        self._workload, self._inputs, self._steps = workload, inputs, steps
-        self.reset()
-
-    def reset(self):
-        import tensorflow as tf
-
-        rows = tf.IndexedSlices(self._inputs.start, self._inputs.rows)
-        self._workload.table.variable.scatter_update(rows)
-        self._next, self._last = 0, None
-
-    def run(self, count):
-        return wall_seconds(lambda: self._run(count))
-
-    def outcome(self):
-        import tensorflow as tf
-
-        table, rows = self._workload.table.variable, self._inputs.rows
-        others = np.setdiff1d((rows + 1) % table.shape[0], rows)
-        return Outcome(
-            *(a.numpy() for a in self._last),
-            tf.gather(table, rows).numpy(),
-            bool(tf.reduce_any(tf.gather(table, others) != 0)),
+    def __init__(self, tf, shared, workload, step, jit):
+        self._tf, self._shared, self._workload = tf, shared, workload
+        self._step = tf.function(
+            lambda features, labels: step(features, labels, shared.table),
+            autograph=False,
+            jit_compile=jit,
         )
 
-    def _run(self, count):
-        self._last = self._steps(self._next, count)
-        self._last[0].numpy()
-        self._next = (self._next + count) % self._workload.batches
+    def reset(self):
+        start = self._tf.IndexedSlices(self._shared.start, self._shared.rows)
+        self._shared.table.scatter_update(start)
+        self._last = None
+
+    def run(self, count):
+        for k in range(count):
+            self._last = self._step(*self._shared.batches[k % len(self._shared.batches)])
+        self._last[0].numpy()  # waits for the device
+
+    def seconds(self, clock):
+        """A step's, by this clock."""
+        count = min(STEPS, len(self._shared.batches))
+        return clock(lambda: self.run(count)) / count
+
+    def outcome(self):
+        tf, table, rows = self._tf, self._shared.table, self._shared.rows
+        others = np.setdiff1d((rows + 1) % table.shape[0], rows)
+        arrays = [*self._last, tf.gather(table, rows)]
+        return Outcome(
+            *(self._workload.put(tensor.numpy()) for tensor in arrays),
+            bool(tf.reduce_any(tf.gather(table, others) != 0)),
+        )

@@ -3,13 +3,17 @@
 A runner is a `bench.workload.Runner`: reset(), run(count) -> seconds, outcome().
 """
 
+import json
 import math
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from bench.check import Outcome, from_tests
+from bench.gpu.report import covered
 
 gpu = from_tests("gpu/device")
 
@@ -19,20 +23,44 @@ class LeftOut(Exception):
 
 
 class Workload:
-    """A case's batches and the table that they move."""
+    """A case's batches and the table that they move. `table`: zeros [C, D] on the device."""
 
-    def __init__(self, case, inputs, table, device):
+    def __init__(self, case, table, device):
         self.case, self.table, self.device = case, table, device
-        self.features = device.tensor(inputs.features).unbind()
-        self.labels = device.tensor(inputs.labels).unbind()
-        self.rows, self._start = device.tensor(inputs.rows), device.tensor(inputs.start)
-        others = np.setdiff1d((inputs.rows + 1) % case.classes, inputs.rows)
-        self._others = device.tensor(others)
+        labels = case.draw()
+        rows, index = np.unique(labels, return_inverse=True)
+        others = np.setdiff1d((rows + 1) % case.classes, rows)
+        self.bytes = case.bytes(labels)
+        self.rows, self._others = (self.put(numbers) for numbers in (rows, others))
+        self.labels = self.put(labels).unbind()
+        self.index = self.put(index.reshape(labels.shape)).unbind()  # which of the rows
+        # Made on the device: to make them on the host and copy them takes seconds.
+        generator = torch.Generator(device.place).manual_seed(case.batch)
+        random = {"generator": generator, "device": device.place}
+        features = torch.randn([*labels.shape, case.dim], **random)
+        self.features = features.to(getattr(torch, case.dtype)).unbind()
+        self.start = torch.randn([len(rows), case.dim], **random)
+        self.compiled = {}  # by torch.compile, for the implementations that share it
+        self._outputs = None
         self.clear()
+
+    def outputs(self):
+        """Losses and gradients of the batches, as cold as the features; all kernels write here."""
+        if self._outputs is None:
+            shape = [self.case.batches, self.case.batch, self.case.dim]
+            zeros = (torch.zeros(sizes, device=self.device.place) for sizes in (shape[:1], shape))
+            self._outputs = [numbers.unbind() for numbers in zeros]
+        return self._outputs
+
+    def unwrite(self):
+        """Fills the outputs with a number that no step writes."""
+        for tensors in self.outputs():
+            for tensor in tensors:
+                tensor.fill_(-77)
 
     def reset(self):
         """The table as it is before the first step."""
-        self.table[self.rows] = self._start
+        self.table[self.rows] = self.start
 
     def clear(self):
         """The table as the next workload wants to find it."""
@@ -40,9 +68,13 @@ class Workload:
 
     def outcome(self, last):
         """What a runner is judged by, after `last`: a loss and a gradient."""
-        loss, gradient = (None if a is None else gpu.to_host(_tensor(a)) for a in last)
+        loss, gradient = (None if a is None else _tensor(a).clone() for a in last)
         moved = bool(self.table[self._others].any())
-        return Outcome(loss, gradient, gpu.to_host(self.table[self.rows]), moved)
+        return Outcome(loss, gradient, self.table[self.rows], moved)
+
+    def put(self, numbers):
+        """The NumPy array on the device."""
+        return torch.from_numpy(np.ascontiguousarray(numbers)).to(self.device.place)
 
 
 def _tensor(array):
@@ -59,6 +91,26 @@ def event_seconds(work):
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
+
+
+def busy_seconds(work):
+    """How long the device was busy with what `work` gives it, without waits for the host.
+
+    From the profiler, which sees the work of every library in this process.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        work()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset")
+    spans = [(e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") in kinds]
+    if not spans:
+        raise LeftOut("the profiler sees no work on the device")
+    return covered(spans) / 1e6
 
 
 def wall_seconds(work):

@@ -50,9 +50,16 @@ class Device:
     def __init__(self, kernels, place="cuda"):
         self.kernels, self.place = kernels, place
 
-    def workspace(self, batch, dim, dtype=np.float32, atomic=False):
+    def workspace(self, batch, dim, dtype=np.float32, atomic=False, tuning=None, phases=False):
         """The steps of one stream, for batches up to this size."""
-        return self.kernels.CudaStep(batch, dim, np.dtype(dtype).name, atomic=atomic)
+        options = {"atomic": atomic, "tuning": tuning or {}, "phases": phases}
+        # What is not asked for is not passed: an older kernel module does not know it.
+        options = {name: value for name, value in options.items() if value}
+        return self.kernels.CudaStep(batch, dim, np.dtype(dtype).name, **options)
+
+    def tuning(self):
+        """{name: default} of the launch constants that the kernels let callers choose."""
+        return self.kernels.cuda_tuning() if hasattr(self.kernels, "cuda_tuning") else {}
 
     def memory_of(self, workspace):
         """A copy of its bytes, as a launch has left them."""

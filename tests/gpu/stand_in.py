@@ -14,13 +14,31 @@ def array(tensor):
     return numbers.numpy().view(numpy_type(tensor))
 
 
+def cuda_tuning():
+    """As `_kernels.cuda_tuning`; empty where the emulated kernels let nothing be chosen."""
+    emulator = Emulator()
+    return emulator.tuning() if hasattr(emulator, "tuning") else {}
+
+
 class CudaStep:
     """As `_kernels.CudaStep`."""
 
-    def __init__(self, batch, dim, dtype="float32", *, atomic=False):
+    def __init__(self, batch, dim, dtype="float32", *, atomic=False, tuning=None, phases=False):
         self._emulator, self._atomic = Emulator(), atomic
-        self._workspace = self._emulator.workspace(batch, dim, dtype, atomic)
+        unknown = (tuning or {}).keys() - cuda_tuning().keys()
+        if unknown:
+            raise ValueError(f"tuning: unknown names {sorted(unknown)}")
+        # The emulated kernels need not know of either.
+        options = {"tuning": tuning} if tuning else {}
+        if phases and hasattr(self._emulator, "phases"):
+            options["phases"] = True
+        self._workspace = self._emulator.workspace(batch, dim, dtype, atomic, **options)
+        self._phases = "phases" in options
         self.workspace = self._emulator.memory_of(self._workspace)
+
+    def phases(self):
+        """(name, first µs, last µs) of the last launch; none where the kernels take no times."""
+        return self._emulator.phases(self._workspace) if self._phases else []
 
     def __call__(
         self,
