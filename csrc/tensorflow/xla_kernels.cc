@@ -1,10 +1,10 @@
 // The ops under XLA (`jit_compile=True`): the step is a call of the device's kernel (xla_call.h),
 // the backward pass is HLO, so that XLA fuses it.
 //
-// The centers move in the variable's own buffer. XLA knows no order but that of data, and hands the
-// step a copy of the table where the program reads it in no order with the step. So the call takes,
-// unused, what was computed from earlier reads: the op's inputs `after`, which reads_in_xla in
-// _native.py finds, and what AfterEarlierReads finds.
+// The centers move in the variable's own buffer. XLA orders operations by their data alone: where a
+// program reads the table in no order with the step, XLA gives the step a copy of it. So the call
+// takes, unused, what was computed from earlier reads: the op's inputs `after`, which reads_in_xla
+// in _native.py finds, and what AfterEarlierReads finds.
 
 #include <algorithm>
 #include <deque>
@@ -64,12 +64,12 @@ bool IsDynamic(const xla::ShapeProto& shape) {
   return std::find(dynamic.begin(), dynamic.end(), true) != dynamic.end();
 }
 
-// Makes the last instruction, which overwrites its first operand, an instruction that comes after
-// everything so far that reads that operand: for a step in a `tf.function` that is called from
-// another, which TensorFlow traced apart from the reads there. (A control dependency would do, but
-// keeps passes from rewriting a gather that the code generator then cannot take.) Values as large
-// as the table are passed through: what the step waits for is what came of them, the sum over the
-// table or the loop's result; so are those whose size XLA does not know, which no call can take.
+// Gives the last instruction, a step that overwrites its first operand, more operands: what earlier
+// instructions computed from that operand. The op's inputs lack them for a step in a `tf.function`
+// that is called from another, which TensorFlow traced apart from the reads there. (A control
+// dependency would do, but keeps passes from rewriting a gather that the code generator then cannot
+// take.) A value as large as the table, or of a size that XLA does not know, cannot be an operand:
+// what is computed from it is, such as the sum over the table or the result of a loop.
 void AfterEarlierReads(xla::XlaBuilder& builder, int64_t elements) {
   std::deque<xla::HloInstructionProto>& program = InstructionsOf(builder);
   xla::HloInstructionProto& step = program.back();
@@ -165,17 +165,7 @@ class StepLowering : public XlaOpKernel {
     OP_REQUIRES_OK(context, CheckShapes(shapes));
     const int64_t batch = shapes[1].dimensions(0), dim = shapes[1].dimensions(1);
 
-    std::vector<xla::Shape> results;
-    using Alias = std::pair<xla::ShapeIndex, std::pair<int64_t, xla::ShapeIndex>>;
-    const std::vector<Alias> in_place(kind_.moves ? 1 : 0, Alias({0}, {0, {}}));
-    if (kind_.moves) results.push_back(shapes[0]);
-    if (kind_.has_loss) {
-      const bool per_sample = kind_.reduction == Reduction::kNone;
-      results.push_back(per_sample ? ShapeUtil::MakeShape(type, {batch})
-                                   : ShapeUtil::MakeShape(type, {}));
-      results.push_back(ShapeUtil::MakeShape(type, {batch, dim}));
-      results.push_back(ShapeUtil::MakeShape(type, {batch}));
-    }
+    std::vector<xla::Shape> results = ResultShapes(shapes[0], batch);
     const bool on_cpu =
         context->compiler()->options().device_type.type_string() == tensorflow::DEVICE_CPU_XLA_JIT;
     if (!on_cpu) {
@@ -185,6 +175,8 @@ class StepLowering : public XlaOpKernel {
                                            "for which this library was built without kernels"));
       results.push_back(ShapeUtil::MakeShape(xla::U8, {bytes}));
     }
+    using Alias = std::pair<xla::ShapeIndex, std::pair<int64_t, xla::ShapeIndex>>;
+    const std::vector<Alias> in_place(kind_.moves ? 1 : 0, Alias({0}, {0, {}}));
     const XlaOp call = xla::CustomCallWithLayout(
         builder, on_cpu ? kCpuTarget : kGpuTarget, operands, ShapeUtil::MakeTupleShape(results),
         shapes, Attributes(kind_), /*has_side_effect=*/false, in_place,
@@ -225,6 +217,22 @@ class StepLowering : public XlaOpKernel {
       return Mismatch("centers", table, absl::StrCat("[C, ", dim, "]"));
     }
     return absl::OkStatus();
+  }
+
+  // Of the call, without a GPU's workspace.
+  std::vector<xla::Shape> ResultShapes(const xla::Shape& table, int64_t batch) const {
+    const auto type = table.element_type();
+    const int64_t dim = table.dimensions(1);
+    std::vector<xla::Shape> shapes;
+    if (kind_.moves) shapes.push_back(table);
+    if (kind_.has_loss) {
+      const bool per_sample = kind_.reduction == Reduction::kNone;
+      shapes.push_back(per_sample ? ShapeUtil::MakeShape(type, {batch})
+                                  : ShapeUtil::MakeShape(type, {}));
+      shapes.push_back(ShapeUtil::MakeShape(type, {batch, dim}));
+      shapes.push_back(ShapeUtil::MakeShape(type, {batch}));
+    }
+    return shapes;
   }
 
   static absl::Status Mismatch(const char* name, absl::Span<const int64_t> got,
