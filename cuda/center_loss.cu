@@ -400,6 +400,10 @@ bool Aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) 
 
 int64_t CudaWorkspaceBytes(const CudaWorkspace& workspace) { return Layout(workspace).bytes; }
 
+int64_t CudaWorkspaceClearBytes(const CudaWorkspace& workspace) {
+  return Layout(workspace).clear_bytes;
+}
+
 int64_t CudaBlocks(const CudaWorkspace& workspace, int64_t batch) {
   Shape shape;
   const cudaError_t error = ShapeOf(workspace.tuning, batch, workspace.atomic, &shape);
