@@ -4,10 +4,8 @@ One step = the loss (sum form), its gradient with respect to the features with u
 and the step of the centers by the paper's rule.
 """
 
-import os
 from collections.abc import Callable
 from typing import NamedTuple
-from unittest import mock
 
 import numpy as np
 import tensorflow as tf
@@ -125,22 +123,6 @@ def while_loop(step, jit_compile=None):
     return build
 
 
-def as_hlo(build):
-    """The form of the op that XLA gets on other devices, in the place of the call of the kernel."""
-
-    def build_as_hlo(workload):
-        steps = build(workload)
-
-        def with_hlo(first, count):
-            # Asked for when the loop is compiled, which its first call does.
-            with mock.patch.dict(os.environ, TF_CENTER_LOSS_XLA_HLO="1"):
-                return steps(first, count)
-
-        return with_hlo
-
-    return build_as_hlo
-
-
 def bare_kernel(workload):
     """The C++ kernel on arrays, through its Python binding."""
     table = workload.table.array
@@ -224,7 +206,6 @@ IMPLEMENTATIONS = {
     "copy": Implementation("copy of the same bytes", "C++", copied_bytes, computes=False),
     "empty loop": Implementation("empty loop", "tf.while_loop", while_loop(empty), computes=False),
     "fused xla": Implementation("fused op", "XLA loop", while_loop(fused, True)),
-    "hlo xla": Implementation("fused op as HLO", "XLA loop", as_hlo(while_loop(fused, True))),
     "graph xla": Implementation('impl="graph"', "XLA loop", while_loop(graph, True)),
     **{
         f"{key} xla": Implementation(

@@ -25,7 +25,6 @@ COLORS = {
     "bare kernel": "tab:green",
     "rows moved by hand": "tab:olive",
     "copy of the same bytes": "tab:gray",
-    "fused op as HLO": "skyblue",
     "counts by matrix": "tab:pink",
     "counts by table": "tab:cyan",
     "counts by sorting": "darkcyan",

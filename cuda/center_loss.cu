@@ -1,22 +1,22 @@
 // The center loss step on a GPU, in one launch.
 //
-// A warp does a sample whose class has no other: it reads features and center, publishes the loss,
-// writes the residual, moves the center. No other warp touches that row, so no residual can see a
-// moved center. A class of several samples is cut into chunks of consecutive ranks (a sample's rank
-// counts the samples of its class before it in the batch), a warp each. One chunk moves the center
-// as a sample alone does. Several leave partial sums in a pool; the last warp to arrive at a node
-// of the reduction tree adds up the sums below it, and the one at the root moves the center.
+// Every sample is done by one warp (warp_step.cuh): it reads features and center, writes the
+// residual, publishes the loss. Where the sample is alone in its class, or one of two that the warp
+// does together, the warp moves the center at once: no other warp reads that row. Of a class of three
+// samples or more the sum of the residuals is made when all its samples have read the center, in an
+// order that follows from the labels alone (class_sums.cuh).
 //
 // Two forms find out which samples share a class. ScanStep, for small batches: each warp scans the
-// labels. HashStep: a hash table and a grid barrier; classes of more than kLight samples take a
-// second barrier, in launches that have one. The barriers need all blocks resident: the launch is
-// cooperative.
+// labels (scanned_labels.cuh), and the samples of a class meet at a counter. HashStep: the blocks
+// count the labels in a hash table (hashed_labels.cuh) and meet at a grid barrier; a launch with
+// classes of three samples or more has a second one. The barriers need all blocks resident: the
+// launch is cooperative.
 //
 // Bytes moved, all labels distinct: features + center read + center written + residual, B D each.
 //
-// Deterministic: chunks and tree follow from the labels alone, and the losses are added up in an
-// order that follows from the size of the batch (loss_sum.cuh). With `atomic`, the samples of a class
-// of several add their residuals to one row of the pool in the order of arrival.
+// Deterministic: the losses are added up in an order that follows from the size of the batch
+// (loss_sum.cuh), the residuals in one that follows from the labels. With `atomic`, the samples of a
+// class of several add their residuals to one row of the pool in the order of arrival.
 
 #include <cstdint>
 
@@ -32,7 +32,7 @@
 namespace tcl {
 namespace {
 
-// A block of the scanned form is small, to spread a small batch over all multiprocessors.
+// Blocks of the scanned form are small, to spread a small batch over all multiprocessors.
 constexpr int kMostScanThreads = 128, kMostHashThreads = 256;
 
 }  // namespace
@@ -74,9 +74,9 @@ __device__ __forceinline__ bool LastAtChunk(Arrivals* counter, int members, int 
 
 // Rows of class sums in flight: a scanned launch has fewer warps, and so more registers for each.
 template <typename Feature>
-constexpr int kHashLoads = 64 / sizeof(CenterType<Feature>);
+constexpr int kHashLoads = 48 / sizeof(CenterType<Feature>);
 template <typename Feature>
-constexpr int kScanLoads = 2 * kHashLoads<Feature>;
+constexpr int kScanLoads = 128 / sizeof(CenterType<Feature>);
 
 // A launch of a small batch. Each warp has one sample.
 template <typename Feature, int Width>
@@ -399,6 +399,10 @@ bool Aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) 
 }  // namespace
 
 int64_t CudaWorkspaceBytes(const CudaWorkspace& workspace) { return Layout(workspace).bytes; }
+
+int64_t CudaWorkspaceClearBytes(const CudaWorkspace& workspace) {
+  return Layout(workspace).clear_bytes;
+}
 
 int64_t CudaBlocks(const CudaWorkspace& workspace, int64_t batch) {
   Shape shape;

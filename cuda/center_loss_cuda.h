@@ -46,6 +46,9 @@ struct CudaWorkspace {
 // depends on the number of classes.
 int64_t CudaWorkspaceBytes(const CudaWorkspace& workspace);
 
+// The first bytes of the workspace, which have to be zero where it serves a single launch.
+int64_t CudaWorkspaceClearBytes(const CudaWorkspace& workspace);
+
 // The points of a launch at which each block may note the time, see CudaOptions::clock.
 constexpr int kCudaPhases = 8;
 extern const char* const kCudaPhaseNames[kCudaPhases];

@@ -84,7 +84,7 @@ class ClassSums {
       }
 #pragma unroll
       for (int m = 0; m < kLoads; ++m) {
-        const bool adds = (finite >> (first + m) & 1) != 0;
+        const bool adds = first + m < count && (finite >> (first + m) & 1) != 0;
 #pragma unroll
         for (int e = 0; e < Width; ++e) {
           const Center residual = p_.features_are_residuals ? rows[m][e] : rows[m][e] - center[e];

@@ -34,11 +34,11 @@ __device__ __forceinline__ int Lane() { return static_cast<int>(threadIdx.x) % k
 __device__ __forceinline__ int WarpOfBlock() { return static_cast<int>(threadIdx.x) / kWarp; }
 
 // A warp does kColumns columns of a row in one pass, kPerLane of them in each lane: 64 bytes, or 32
-// where every number has its own address, or 48 where the numbers are float64, whose sums take
-// twice the registers. That leaves room for two blocks of 256 threads on a multiprocessor.
+// where a number takes two registers, or 16 where each has its own address. That leaves room for two
+// blocks of 256 threads on a multiprocessor.
 template <typename Center, int Width>
-constexpr int kPerLane = (Width == 1            ? 32
-                          : sizeof(Center) == 8 ? 48
+constexpr int kPerLane = (Width == 1            ? 16
+                          : sizeof(Center) == 8 ? 32
                                                 : 64) /
                          static_cast<int>(sizeof(Center));
 template <typename Center, int Width>

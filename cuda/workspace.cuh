@@ -57,10 +57,11 @@ struct Header {
 };
 
 struct Layout {
-  int levels = 0;         // of the reduction tree
+  int levels = 1;           // of the reduction tree
   int64_t slots = 0;      // of each hash table
   int64_t pool_rows = 0;  // partial sums
   int64_t bytes = 0;
+  int64_t clear_bytes = 0;  // of them that a launch on a fresh workspace needs zero
 
   int64_t header, table[2], others[2], members, owner_of, heavy_class, tile_part, tile_order,
       first_chunk, first_pool_row, class_of_chunk, not_finite, arrivals, chunk_arrivals,
@@ -70,11 +71,21 @@ struct Layout {
     const int64_t batch = workspace.batch;
     constexpr int64_t kInt = sizeof(int);
     slots = SlotsFor(batch);
-    for (int64_t covered = kChunk; covered < batch; covered *= kChunk) ++levels;
+    for (int64_t covered = kChunk * kChunk; covered < batch; covered *= kChunk) ++levels;
     pool_rows = batch / (workspace.atomic ? 2 : kSamplesPerPoolRow) + 1;
+    constexpr int64_t kSlot = sizeof(uint64_t), kArrivals = sizeof(Arrivals);
+    // What one launch needs zero comes first, see CudaWorkspaceClearBytes.
     header = Take(sizeof(Header));
-    for (int k = 0; k < 2; ++k) table[k] = Take(slots * static_cast<int64_t>(sizeof(uint64_t)));
-    for (int k = 0; k < 2; ++k) others[k] = Take(batch * kInt);
+    table[0] = Take(slots * kSlot);
+    others[0] = Take(batch * kInt);
+    // A slice of the narrowest kind has a warp's width of single numbers.
+    arrivals = Take(levels * pool_rows * ((workspace.dim + kWarp - 1) / kWarp) * kArrivals);
+    chunk_arrivals = Take(batch * kArrivals);
+    sample_loss = Take(batch * 2 * workspace.center_size);
+    unit_loss = Take((batch / kLossUnit + 1) * static_cast<int64_t>(sizeof(Mailbox<double>)));
+    clear_bytes = bytes;
+    table[1] = Take(slots * kSlot);
+    others[1] = Take(batch * kInt);
     members = Take(batch * kChunk * kInt);
     owner_of = Take(batch * kInt);
     heavy_class = Take(batch * kInt);
@@ -84,13 +95,8 @@ struct Layout {
     first_pool_row = Take(batch * kInt);
     class_of_chunk = Take((batch / 3 + 1) * kInt);
     not_finite = Take(batch * kInt);
-    // A slice of the narrowest kind has a warp's width of single numbers.
-    constexpr int64_t kArrivals = sizeof(Arrivals);
-    arrivals = Take((levels + 1) * pool_rows * ((workspace.dim + kWarp - 1) / kWarp) * kArrivals);
-    chunk_arrivals = Take(batch * kArrivals);
-    sample_loss = Take(batch * 2 * workspace.center_size);
-    unit_loss = Take((batch / kLossUnit + 1) * static_cast<int64_t>(sizeof(Mailbox<double>)));
     pool = Take(pool_rows * workspace.dim * workspace.center_size);
+    if (workspace.atomic) clear_bytes = bytes;  // sums start from zero
   }
 
   static int64_t SlotsFor(int64_t batch) {

@@ -122,17 +122,23 @@ def test_nonsense_in_the_environment(tmp_path):
 
 
 @pytest.mark.native
-def test_centers_on_a_gpu_that_the_library_was_not_built_for(native_library, monkeypatch):
+@pytest.mark.parametrize("in_xla", [False, True])
+def test_centers_on_a_device_that_the_library_was_not_built_for(
+    native_library, monkeypatch, in_xla
+):
     # Here no centers can lie on one: the choice alone is looked at.
     from tf_center_loss_op import _native
 
-    gpu = "/job:localhost/replica:0/task:0/device:GPU:0"
+    cpu, gpu, tpu = (f"/job:localhost/task:0/device:{kind}:0" for kind in ("CPU", "GPU", "TPU"))
     with_cuda, without = _native._record() | {"cuda": ["90"]}, _native._record() | {"cuda": None}
-    monkeypatch.setattr(_native, "_record", lambda: with_cuda)
-    assert _native.choose("auto", gpu) == "native"
-    monkeypatch.setattr(_native, "_record", lambda: without)
-    assert _native.choose("auto", gpu.replace("GPU", "CPU")) == "native"
-    with pytest.warns(RuntimeWarning, match=f"the centers lie on {gpu}, and it was built without"):
-        assert _native.choose("auto", gpu) == "graph"
-    with pytest.raises(RuntimeError, match="'native' cannot run: the centers lie on"):
-        _native.choose("native", gpu)
+    monkeypatch.setattr(_native, "in_xla", lambda: in_xla)
+    for record, there, missing in ((with_cuda, [cpu, gpu, ""], [tpu]), (without, [cpu], [gpu])):
+        monkeypatch.setattr(_native, "_record", lambda record=record: record)
+        for device in there:
+            assert _native.choose("auto", device) == "native"
+        for device in missing:
+            _native._warn_once.cache_clear()
+            with pytest.warns(RuntimeWarning, match=f"the centers lie on {device}, and it was"):
+                assert _native.choose("auto", device) == "graph"
+            with pytest.raises(RuntimeError, match="'native' cannot run: the centers lie on"):
+                _native.choose("native", device)

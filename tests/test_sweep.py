@@ -39,7 +39,7 @@ def name(row):
     return "-".join(str(value) for value in row.values())
 
 
-def run_and_check(impl, row):
+def run_and_check(impl, row, jit=None):
     problem = problems.make(
         row["shape"], row["dtype"], row["labels"], row["weights"], row["ignore"]
     )
@@ -48,7 +48,13 @@ def run_and_check(impl, row):
     if row["upstream"]:
         upstream = problem.upstream if row["reduction"] == "none" else np.float64(-1.7)
     outcome = stepping.run(
-        problem, mode=row["mode"], holder=row["holder"], upstream=upstream, impl=impl, **options
+        problem,
+        mode=row["mode"],
+        holder=row["holder"],
+        upstream=upstream,
+        jit=jit,
+        impl=impl,
+        **options,
     )
     stepping.check(problem, outcome, dtype=row["dtype"], upstream=upstream, **options)
 

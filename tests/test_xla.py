@@ -1,7 +1,6 @@
-"""jit_compile=True: the same numbers, in the same buffer, in every form that a step can take.
+"""jit_compile=True: the same numbers, in the same buffer, as a call of the kernel and in plain ops.
 
-The native op compiles to a call of the CPU kernel or, on other devices and where asked for, to HLO
-("hlo"); the pure-TensorFlow path compiles to what XLA makes of it ("graph").
+tests/gpu/test_gpu_xla.py runs most of this on a GPU, or with the emulator in its place.
 """
 
 import re
@@ -17,11 +16,9 @@ import problems
 import stepping
 import tf_center_loss_op as tcl
 from child import run_python
-from implementations import GRAPH_ONLY
+from implementations import IMPLEMENTATIONS
 from pairwise import all_pairs
 from tolerances import assert_close
-
-FORMS = ["graph"] if GRAPH_ONLY else ["call", "hlo", "graph"]
 
 
 @pytest.fixture
@@ -30,14 +27,11 @@ def xla_library(native_library):
         pytest.fail("the XLA library was not built or does not load")
 
 
-@pytest.fixture(params=FORMS)
-def impl(request, monkeypatch):
-    """The argument `impl`, with which the form of the test's name is compiled."""
-    if request.param == "graph":
-        return "graph"
-    request.getfixturevalue("xla_library")
-    monkeypatch.setenv("TF_CENTER_LOSS_XLA_HLO", str(int(request.param == "hlo")))
-    return "native"
+@pytest.fixture(params=IMPLEMENTATIONS)
+def impl(request):
+    if request.param == "native":
+        request.getfixturevalue("xla_library")
+    return request.param
 
 
 def compiled(function):
@@ -122,9 +116,40 @@ def loss_and_gradient(impl, centers, **options):
     return compiled(call)
 
 
+@pytest.mark.native
+@pytest.mark.parametrize("update", [False, True])
+@pytest.mark.parametrize("bad", [-1, 3, 2**40])
+def test_a_bad_label_raises_and_nothing_is_written(xla_library, bad, update):
+    centers = tf.Variable(tf.ones([3, 2]))
+    step = loss_and_gradient("native", centers, update_centers=update, ignore_label=9)
+    text = re.escape(f"labels[2] = {bad} is outside [0, 3)")
+    with pytest.raises(tf.errors.InvalidArgumentError, match=text):
+        step(tf.zeros([4, 2]), tf.constant([0, 9, bad, -7], tf.int64))
+    assert (centers.numpy() == 1).all()
+    loss, _ = step(tf.zeros([1, 2]), tf.constant([1], tf.int64))
+    assert loss == 1
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("alpha", [-0.5, np.inf, np.nan])
+def test_a_bad_alpha_raises_and_nothing_is_written(xla_library, alpha):
+    centers = tf.Variable(tf.ones([3, 2]))
+    step = loss_and_gradient("native", centers)
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match="alpha: expected a finite number >= 0"
+    ):
+        step(tf.zeros([2, 2]), tf.constant([0, 1]), tf.constant(alpha))
+    assert (centers.numpy() == 1).all()
+
+
+# What cannot raise: plain ops that XLA compiles, and the kernel on a GPU.
+CANNOT_RAISE = pytest.mark.parametrize("impl", ["graph"])
+
+
+@CANNOT_RAISE
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("ignore", [None, 9])
-def test_bad_labels(impl, reduction, ignore):
+def test_a_bad_label_is_nan_and_moves_nothing(impl, reduction, ignore):
     features = tf.random.normal([7, 5])
     labels = tf.constant([2, -1, 2, 3, 0, 2**40, 9], tf.int64)
     before = np.random.default_rng(0).normal(size=[3, 5]).astype(np.float32)
@@ -147,16 +172,13 @@ def test_bad_labels(impl, reduction, ignore):
     assert np.isnan(gradient).all(axis=1).tolist() == bad.tolist()
 
 
+@CANNOT_RAISE
 @pytest.mark.parametrize("alpha", [-0.5, np.inf, np.nan])
-def test_bad_alpha_moves_nothing(impl, alpha):
+def test_a_bad_alpha_is_nan_and_moves_nothing(impl, alpha):
     centers = tf.Variable(tf.ones([3, 2]))
     step = loss_and_gradient(impl, centers)
-    try:  # The CPU kernel can raise under XLA, too.
-        loss, gradient = step(tf.zeros([2, 2]), tf.constant([0, 1]), tf.constant(alpha))
-    except tf.errors.InvalidArgumentError as error:
-        assert "alpha" in str(error)
-    else:
-        assert np.isnan(loss) and np.isnan(gradient).all()
+    loss, gradient = step(tf.zeros([2, 2]), tf.constant([0, 1]), tf.constant(alpha))
+    assert np.isnan(loss) and np.isnan(gradient).all()
     assert (centers.numpy() == 1).all()
 
 
@@ -190,6 +212,22 @@ def test_any_batch_size(impl):
         assert_close(loss, truth.loss, "float32")
         assert_close(gradient, truth.feature_gradient, "float32")
         assert_close(centers.numpy(), truth.centers, "float32")
+
+
+def test_steps_of_two_tables_in_one_program(impl):
+    # XLA may run them at the same time.
+    features, labels = tf.random.normal([300, 8]), np.arange(300) % 5
+    tables = [tf.Variable(tf.random.normal([5, 8])) for _ in range(2)]
+    before = [table.numpy() for table in tables]
+
+    @compiled
+    def steps():
+        return [tcl.center_loss(features, labels, table, impl=impl) for table in tables]
+
+    for loss, table, start in zip(steps(), tables, before, strict=True):
+        truth = oracle.center_loss(features, labels, start)
+        np.testing.assert_allclose(loss, truth.loss, rtol=1e-5)
+        np.testing.assert_allclose(table.numpy(), truth.centers, rtol=1e-5, atol=1e-6)
 
 
 def test_update_centers(impl):
@@ -250,9 +288,9 @@ def test_second_derivatives(impl):
 
 
 def test_gradient_to_the_centers(impl):
-    # Applied as an optimizer would: rows of ignored and of bad labels must not be touched.
+    # Applied as an optimizer would: rows of ignored labels must not be touched.
     features = tf.random.normal([6, 3])
-    labels = tf.constant([1, -1, 1, 2, 7, -1])
+    labels = tf.constant([1, -1, 1, 2, -1, -1])
     centers = tf.Variable(tf.zeros([4, 3]))
 
     @compiled
@@ -318,7 +356,9 @@ def test_a_large_batch_needs_no_matrix_and_no_second_table(impl):
     np.testing.assert_allclose(centers.numpy(), truth.centers, rtol=1e-4, atol=1e-4)
 
     program = step.experimental_get_compiler_ir(*arguments)(stage="optimized_hlo")
-    sizes = {tuple(map(int, s.split(","))) for s in re.findall(r"\w\[([\d,]+)\]", program)}
+    # All but bytes, which are a GPU's workspace.
+    sizes = re.findall(r"\w(?<!\bu8)\[([\d,]+)\]", program)
+    sizes = {tuple(map(int, s.split(","))) for s in sizes}
     assert all(np.prod(s) <= 2 * batch * dim for s in sizes if s != (classes, dim)), sizes
     assert not re.search(rf"\[{classes},{dim}\]\S* copy\(", program)
 
@@ -499,9 +539,7 @@ def check_program(program, *, in_place=True, layer=False):
 
 @pytest.mark.native
 @pytest.mark.parametrize("program", PROGRAMS_WITH_READS)
-@pytest.mark.parametrize("form", ["call", "hlo"])
-def test_the_step_waits_for_reads(xla_library, monkeypatch, program, form):
-    monkeypatch.setenv("TF_CENTER_LOSS_XLA_HLO", str(int(form == "hlo")))
+def test_the_step_waits_for_reads(xla_library, program):
     check_program(program)
 
 
@@ -522,8 +560,7 @@ def test_the_step_in_a_function_waits_for_reads_outside(xla_library):
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("form", ["call", "hlo"])
-def test_reads_before_a_branch(xla_library, monkeypatch, form):
+def test_reads_before_a_branch(xla_library):
     def program(step, centers):
         total = tf.reduce_sum(centers * centers)
         for i in tf.range(4):
@@ -533,7 +570,6 @@ def test_reads_before_a_branch(xla_library, monkeypatch, form):
             total += tf.reduce_sum(rows)
         return total
 
-    monkeypatch.setenv("TF_CENTER_LOSS_XLA_HLO", str(int(form == "hlo")))
     check_program(program, in_place=False)
 
 

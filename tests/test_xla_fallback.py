@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from child import run_python
 from test_fallback import EXPECTED, FEATURES, LABELS, copy_package
@@ -58,7 +59,7 @@ def test_without_the_library_for_xla(native_library, tmp_path, broken):
     if broken:
         (copy / "libtf_center_loss_op_xla.so").write_bytes(b"not a library")
     result = run(tmp_path)
-    assert result["info"]["native"] is True and result["info"]["xla"] is False
+    assert result["info"]["native"] is True and result["info"]["xla"] == []
     assert result["supports_jit"] is False
     assert result["warnings"] == []
     assert "libtf_center_loss_op_xla.so" in result["error"] and "pip install" in result["error"]
@@ -67,7 +68,7 @@ def test_without_the_library_for_xla(native_library, tmp_path, broken):
 def test_without_any_library(tmp_path):
     copy_package(tmp_path)
     result = run(tmp_path)
-    assert result["info"]["native"] is False and result["info"]["xla"] is False
+    assert result["info"]["native"] is False and result["info"]["xla"] == []
     assert len(result["warnings"]) == 1
 
 
@@ -75,5 +76,21 @@ def test_without_any_library(tmp_path):
 def test_with_the_library_for_xla(native_library):
     import tf_center_loss_op as tcl
 
-    assert tcl.build_info()["xla"] is True
-    assert tcl.CenterLoss(2).supports_jit is True
+    info = tcl.build_info()
+    assert info["xla"] == (["CPU", "GPU"] if info["cuda"] else ["CPU"])
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("cuda", [["90"], None])
+@pytest.mark.parametrize("device", ["CPU", "GPU", "TPU"])
+def test_supports_jit_where_every_device_has_kernels(native_library, monkeypatch, cuda, device):
+    import tf_center_loss_op as tcl
+    from tf_center_loss_op import _native
+
+    record = _native._record() | {"cuda": cuda}
+    monkeypatch.setattr(_native, "_record", lambda: record)
+    cpu = tf.config.get_visible_devices()
+    devices = [*cpu, tf.config.PhysicalDevice(f"/physical_device:{device}:0", device)]
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda: devices)
+    expected = device == "CPU" or (device == "GPU" and cuda is not None)
+    assert tcl.CenterLoss(2).supports_jit is expected

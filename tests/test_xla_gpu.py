@@ -1,12 +1,13 @@
-"""The HLO that XLA gets for a GPU is, word for word, the form "hlo" that test_xla.py runs.
+"""XLA's program for a GPU is the CPU's but for the call's target and workspace, and runs on the
+emulator.
 
-TensorFlow lowers no variable for a device that is not there, so a process of its own gives the CPU
-the kernels of XLA_GPU_JIT. What XLA's compiler for GPUs makes of the HLO only a GPU can show.
+What XLA's compiler for GPUs makes of the program only a GPU can show: tests/gpu/test_gpu_xla.py.
 """
 
-import ctypes
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ from child import run_python
 from naming import described
 from pairwise import all_pairs
 
-# Above 64 samples labels are grouped by sorting, not by a matrix.
-BATCHES = [64, 65]
+TESTS = Path(__file__).resolve().parent
+BATCHES = [1, 64]
 CLASSES, DIM = 7, 3
 
 
@@ -124,49 +125,47 @@ def all_programs():
     return programs | {f"from-residual-{b}": lowered_from_a_residual(b) for b in BATCHES}
 
 
-def compile_for_the_cpu_as_for_a_gpu():
-    """From here on, in a process that has not used XLA."""
-
-    class String(ctypes.Structure):  # of libstdc++
-        _fields_ = [
-            ("data", ctypes.c_void_p),
-            ("size", ctypes.c_size_t),
-            ("rest", ctypes.c_byte * 16),
-        ]
-
-    library = ctypes.CDLL(str(Path(tf.__file__).parent / "libtensorflow_cc.so.2"))
-    # XlaOpRegistry::GetCompilationDevice(const std::string&, const DeviceRegistration**), which
-    # begins with the name of the set of kernels.
-    find = library[
-        "_ZN10tensorflow13XlaOpRegistry20GetCompilationDeviceERKNSt7__cxx1112basic_stringIcSt11char"
-        "_traitsIcESaIcEEEPPKNS0_18DeviceRegistrationE"
-    ]
-    find.restype = ctypes.c_bool
-    name, found = ctypes.create_string_buffer(b"CPU"), ctypes.POINTER(String)()
-    assert find(ctypes.byref(String(ctypes.addressof(name), 3)), ctypes.byref(found))
-    kernels = found.contents
-    assert ctypes.string_at(kernels.data, kernels.size) == b"XLA_CPU_JIT"
-    ctypes.memmove(kernels.data, b"XLA_GPU_JIT", kernels.size)
+def with_calls_of_the_cpu(program):
+    """A GPU's program with the CPU's target in its calls, and without their workspaces."""
+    program = program.replace('"tf_center_loss_op.cuda"', '"tf_center_loss_op.cpu"')
+    return re.sub(r", u8\[\d+\]\{0\}\)", ")", program)
 
 
 @pytest.mark.native
-def test_a_gpu_gets_the_hlo_that_is_tested_on_the_cpu(native_library, tmp_path, monkeypatch):
+def test_a_gpu_gets_the_program_of_the_cpu(native_library, tmp_path):
     for_gpu = json.loads(
         run_python(
             """
             import json
+            import stand_in_xla
+
+            stand_in_xla.take_the_place_of_a_gpu()
             import test_xla_gpu
 
-            test_xla_gpu.compile_for_the_cpu_as_for_a_gpu()
             print(json.dumps(test_xla_gpu.all_programs()))
             """,
             tmp_path,
+            paths=[TESTS / "gpu"],
         )
     )
-    monkeypatch.setenv("TF_CENTER_LOSS_XLA_HLO", "1")
-    assert for_gpu == all_programs()
+    for_cpu = all_programs()
+    assert for_gpu.keys() == for_cpu.keys()
     for name, program in for_gpu.items():
-        assert "custom-call" not in program, name
+        assert '"tf_center_loss_op.cuda"' in program, name
+        assert with_calls_of_the_cpu(program) == for_cpu[name], name
         # The table's result goes out in the buffer in which it comes in.
         table = re.search(r"input_output_alias=\{ \{\d*\}: \((\d+), \{\}, may-alias\) \}", program)
         assert re.search(rf"\[{CLASSES},{DIM}\]\S* parameter\({table[1]}\)", program), name
+        moving = re.findall(r"custom-call\(.*moves = true", program)
+        assert all("output_to_operand_aliasing={{0}: (0, {})}" in call for call in moving), name
+
+
+@pytest.mark.native
+def test_the_tests_of_a_gpu_hold_with_the_emulator(native_library):
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist")
+    file = TESTS / "gpu" / "test_gpu_xla.py"
+    done = subprocess.run(
+        [*command, file, "--stand-in"], cwd=TESTS.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\n\d+ passed in", done.stdout), done.stdout

@@ -87,6 +87,17 @@ def usable():
     return _load().ops is not None
 
 
+def _devices():
+    """The types of the devices that the library has kernels for."""
+    return ["CPU", "GPU"] if _record().get("cuda") else ["CPU"]
+
+
+def supports_jit():
+    """Whether the fused op compiles under XLA for every device that TensorFlow uses here."""
+    used = {device.device_type for device in tf.config.get_visible_devices()}
+    return used <= set(build_info()["xla"])
+
+
 def in_xla():
     """Whether the graph that is being traced will be compiled (``jit_compile=True``)."""
     graph = tf.compat.v1.get_default_graph()
@@ -158,13 +169,17 @@ def choose(impl, device=""):
     if impl == "graph":
         return "graph"
     warns = True
+    device_type = tf.DeviceSpec.from_string(device).device_type
     if not usable():
         reason = _load().reason
     elif in_xla() and not _load().xla:
         reason = f"under XLA it needs {_XLA_LIBRARY.name}, which is not there or does not load"
         warns = False
-    elif "GPU" in device and not in_xla() and not _record().get("cuda"):
-        reason = f"the centers lie on {device}, and it was built without nvcc, for CPUs only"
+    elif device_type not in (None, *_devices()):
+        reason = (
+            f"the centers lie on {device}, and it was built for {' and '.join(_devices())} only "
+            "(for a GPU it needs nvcc)"
+        )
     else:
         return "native"
     if impl == "native":
@@ -233,8 +248,9 @@ def build_info() -> dict:
     Returns:
       A dict: ``native`` (bool, the fused op is loaded), ``reason`` (why not, else None),
       ``tf_built`` and ``tf_running`` (TensorFlow versions), ``cuda`` (list of GPU architectures
-      the library holds kernels for, None without), ``xla`` (bool, the fused op compiles under
-      ``jit_compile=True``), ``library`` (path of the loaded library, None without).
+      the library holds kernels for, None without), ``xla`` (list of the devices, "CPU" and "GPU",
+      for which the fused op compiles under ``jit_compile=True``; elsewhere plain TensorFlow ops
+      stand in), ``library`` (path of the loaded library, None without).
     """
     native = usable()
     return {
@@ -243,6 +259,6 @@ def build_info() -> dict:
         "tf_built": _record().get("tensorflow"),
         "tf_running": tf.__version__,
         "cuda": _record().get("cuda") if native else None,
-        "xla": _load().xla,
+        "xla": _devices() if _load().xla else [],
         "library": str(_LIBRARY) if native else None,
     }

@@ -91,7 +91,9 @@ def center_loss(
     Raises:
       TypeError, ValueError: an argument is of the wrong type, shape or value; before anything runs.
       tf.errors.InvalidArgumentError: a label is out of range, or a tensor ``alpha`` is negative
-        or not finite. Nothing has been written.
+        or not finite. Nothing has been written. The fused op on a GPU cannot raise, nor can
+        ``impl="graph"`` under ``jit_compile=True``: the loss and the gradient of such a sample are
+        NaN there, with such an ``alpha`` those of all samples, and no center moves for them.
       RuntimeError: ``impl="native"`` without a usable native library; a step of the centers inside
         ``tf.recompute_grad``.
 

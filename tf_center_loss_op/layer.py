@@ -123,7 +123,7 @@ class CenterLoss(keras.layers.Layer):
         self.sharded = sharded
         self.distance = keras.metrics.Mean(f"{self.name}_distance") if distance_metric else None
         self.steps = None
-        self.supports_jit = _native.build_info()["xla"]
+        self.supports_jit = _native.supports_jit()
         self._pending = _Pending()
 
     def __setattr__(self, name, value):

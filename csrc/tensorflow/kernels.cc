@@ -3,15 +3,14 @@
 #define EIGEN_USE_THREADS
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <functional>
 #include <type_traits>
 #include <utility>
 
 #include "absl/synchronization/mutex.h"
-#include "csrc/center_loss_cpu.h"
 #include "csrc/pool_threads.h"
+#include "csrc/tensorflow/cpu_step.h"
 #include "csrc/tensorflow/huge_pages.h"
 #include "csrc/tensorflow/step_ops.h"
 #include "tensorflow/core/platform/threadpool.h"
@@ -114,21 +113,13 @@ class OnCpu {
   }
 
   static absl::Status Launch(OpKernelContext* context, const Arguments& step) {
-    const Center alpha = step.options.alpha;
-    if (step.options.update_centers && !(std::isfinite(alpha) && alpha >= 0)) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("alpha: expected a finite number >= 0, got ", alpha));
-    }
     // At the first step; a gather may have come before, or a checkpoint changed the buffer since.
     const int64_t bytes = step.classes * step.dim * static_cast<int64_t>(sizeof(Center));
     if (step.options.update_centers && bytes >= kMinTableBytes && HugePagesWanted() &&
         !MovedToHugePages(step.centers)) {
       MoveToHugePages(step.centers, bytes);
     }
-    const int64_t bad = CenterLossOnCpu(step, ThreadsOf(context), BestIsa());
-    if (bad < 0) return absl::OkStatus();
-    return absl::InvalidArgumentError(absl::StrCat("labels[", bad, "] = ", step.labels[bad],
-                                                   " is outside [0, ", step.classes, ")"));
+    return StepOnCpu(step, ThreadsOf(context));
   }
 
  private:

@@ -119,7 +119,7 @@ absl::Status SetLossOutputs(InferenceContext* c, const BatchShape& shape) {
 // Only for a GPU, see CudaOptions::atomic.
 #define TCL_ATOMIC_ATTR Attr("atomic: bool = false")
 
-// What a step comes after under XLA, which knows no order but that of data (xla_cpu_call.cc); no
+// What a step comes after under XLA, which knows no order but that of data (xla_kernels.cc); no
 // kernel reads it.
 #define TCL_AFTER Input("after: Tafter").Attr("Tafter: list(type) >= 0 = []")
 

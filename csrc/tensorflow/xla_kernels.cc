@@ -1,23 +1,32 @@
-// The ops under XLA (`jit_compile=True`): the step as a call of the CPU kernel (xla_cpu_call.cc) on
-// the CPU, as HLO (xla_hlo.cc) on every other device; the backward pass as HLO everywhere. The
-// centers move in the variable's own buffer.
+// The ops under XLA (`jit_compile=True`): the step is a call of the device's kernel (xla_call.h),
+// the backward pass is HLO, so that XLA fuses it.
 //
-// With TF_CENTER_LOSS_XLA_HLO=1 the CPU gets the other devices' form, which is how it is tested.
+// The centers move in the variable's own buffer. XLA orders operations by their data alone: where a
+// program reads the table in no order with the step, XLA gives the step a copy of it. So the call
+// takes, unused, what was computed from earlier reads: the op's inputs `after`, which reads_in_xla
+// in _native.py finds, and what AfterEarlierReads finds.
 
-#include <cstdlib>
+#include <algorithm>
+#include <deque>
 #include <string>
+#include <unordered_set>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/types/span.h"
 #include "csrc/names.h"
-#include "csrc/tensorflow/xla_cpu_call.h"
-#include "csrc/tensorflow/xla_hlo.h"
+#include "csrc/tensorflow/xla_call.h"
 #include "tensorflow/compiler/tf2xla/type_util.h"
 #include "tensorflow/compiler/tf2xla/xla_compiler.h"
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "tensorflow/compiler/tf2xla/xla_op_registry.h"
 #include "xla/hlo/builder/lib/constants.h"
+#include "xla/hlo/builder/xla_builder.h"
+#include "xla/layout_util.h"
+#include "xla/service/hlo.pb.h"
 #include "xla/shape_util.h"
 
 namespace tcl {
@@ -29,7 +38,69 @@ using tensorflow::OpKernelConstruction;
 using tensorflow::TensorShape;
 using tensorflow::XlaOpKernel;
 using tensorflow::XlaOpKernelContext;
+using xla::ShapeUtil;
 using xla::XlaOp;
+
+// The instructions of a program that is being built, for which XlaBuilder has no accessor; an
+// explicit instantiation may name a private member.
+std::deque<xla::HloInstructionProto>& InstructionsOf(xla::XlaBuilder& builder);
+template <std::deque<xla::HloInstructionProto> xla::XlaBuilder::* kMember>
+struct PrivateMember {
+  friend std::deque<xla::HloInstructionProto>& InstructionsOf(xla::XlaBuilder& builder) {
+    return builder.*kMember;
+  }
+};
+template struct PrivateMember<&xla::XlaBuilder::instructions_>;
+
+bool HoldsTable(const xla::ShapeProto& shape, int64_t elements) {
+  if (shape.element_type() == xla::TUPLE) return true;
+  int64_t size = 1;
+  for (const int64_t dimension : shape.dimensions()) size *= dimension;
+  return size >= elements;
+}
+
+bool IsDynamic(const xla::ShapeProto& shape) {
+  const auto& dynamic = shape.is_dynamic_dimension();
+  return std::find(dynamic.begin(), dynamic.end(), true) != dynamic.end();
+}
+
+// Gives the last instruction, a step that overwrites its first operand, more operands: what earlier
+// instructions computed from that operand. The op's inputs lack them for a step in a `tf.function`
+// that is called from another, which TensorFlow traced apart from the reads there. (A control
+// dependency would do, but keeps passes from rewriting a gather that the code generator then cannot
+// take.) A value as large as the table, or of a size that XLA does not know, cannot be an operand:
+// what is computed from it is, such as the sum over the table or the result of a loop.
+void AfterEarlierReads(xla::XlaBuilder& builder, int64_t elements) {
+  std::deque<xla::HloInstructionProto>& program = InstructionsOf(builder);
+  xla::HloInstructionProto& step = program.back();
+  std::unordered_set<int64_t> tables = {step.operand_ids(0)};
+  for (const xla::HloInstructionProto& instruction : program) {
+    if (&instruction == &step) break;
+    const auto& operands = instruction.operand_ids();
+    if (std::none_of(operands.begin(), operands.end(),
+                     [&tables](int64_t id) { return tables.count(id) != 0; })) {
+      continue;
+    }
+    if (HoldsTable(instruction.shape(), elements) || IsDynamic(instruction.shape())) {
+      tables.insert(instruction.id());
+    } else if (instruction.shape().element_type() != xla::TOKEN) {
+      step.add_operand_ids(instruction.id());
+      *step.add_operand_shapes_with_layout() = instruction.shape();
+    }
+  }
+}
+
+// The attributes, as a custom call carries them.
+std::string Attributes(const StepKind& kind) {
+  const auto boolean = [](bool value) { return value ? "true" : "false"; };
+  return absl::StrCat(
+      "{rule = ", static_cast<int>(kind.rule),
+      " : i32, reduction = ", static_cast<int>(kind.reduction),
+      " : i32, has_ignore_label = ", boolean(kind.has_ignore_label),
+      ", ignore_label = ", kind.ignore_label, " : i64, moves = ", boolean(kind.moves),
+      ", has_loss = ", boolean(kind.has_loss), ", from_residual = ", boolean(kind.from_residual),
+      ", weighted = ", boolean(kind.weighted), "}");
+}
 
 class StepLowering : public XlaOpKernel {
  public:
@@ -51,7 +122,9 @@ class StepLowering : public XlaOpKernel {
       kind_.has_loss = ParseReduction(name, &kind_.reduction);
       OP_REQUIRES_OK(context, context->GetAttr("Tweight", &weight_types_));
       OP_REQUIRES_OK(context, context->GetAttr("constant_weight", &constant_weight_));
-      OP_REQUIRES_OK(context, context->GetAttr("Tsample_weight", &sample_weight_types_));
+      tensorflow::DataTypeVector sample_weight_types;
+      OP_REQUIRES_OK(context, context->GetAttr("Tsample_weight", &sample_weight_types));
+      kind_.weighted = !sample_weight_types.empty();
     }
     if (context->HasAttr("from_residual")) {
       OP_REQUIRES_OK(context, context->GetAttr("from_residual", &kind_.from_residual));
@@ -59,94 +132,118 @@ class StepLowering : public XlaOpKernel {
   }
 
   void Compile(XlaOpKernelContext* context) override {
-    StepOperands in;
+    xla::XlaBuilder* const builder = context->builder();
+    XlaOp centers;
     TensorShape table;
-    OP_REQUIRES_OK(context, context->ReadVariableInput(0, type_, &table, &in.centers));
-    OP_REQUIRES_OK(context, DataTypeToPrimitiveType(type_, &in.center_type));
-    in.features = context->Input(1);
-    in.labels = context->Input(2);
+    xla::PrimitiveType type;
+    OP_REQUIRES_OK(context, context->ReadVariableInput(0, type_, &table, &centers));
+    OP_REQUIRES_OK(context, DataTypeToPrimitiveType(type_, &type));
+
     const auto number = [&](float constant) {
-      return xla::ConvertElementType(xla::ConstantR0<float>(context->builder(), constant),
-                                     in.center_type);
+      return xla::ConvertElementType(xla::ConstantR0<float>(builder, constant), type);
     };
+    std::vector<XlaOp> operands = {centers, context->Input(1), context->Input(2)};
     int next = 3;
-    in.alpha = alpha_types_.empty() ? number(constant_alpha_) : context->Input(next++);
-    in.weight = weight_types_.empty() ? number(constant_weight_) : context->Input(next++);
-    const int sample_weight = next;
-    if (!sample_weight_types_.empty()) in.sample_weight = context->Input(next++);
+    operands.push_back(alpha_types_.empty() ? number(constant_alpha_) : context->Input(next++));
+    operands.push_back(weight_types_.empty() ? number(constant_weight_) : context->Input(next++));
+    if (kind_.weighted) operands.push_back(context->Input(next++));
     for (; next < context->num_inputs(); ++next) {
       const auto shape = context->InputXlaShape(next);
       OP_REQUIRES_OK(context, shape.status());
       // What is as large may be the table itself; of unknown size the call cannot take it.
-      if (shape->is_static() && xla::ShapeUtil::ElementsIn(*shape) < table.num_elements()) {
-        in.after.push_back(context->Input(next));
+      if (shape->is_static() && ShapeUtil::ElementsIn(*shape) < table.num_elements()) {
+        operands.push_back(context->Input(next));
       }
     }
-    OP_REQUIRES_OK(context, Bind(context, sample_weight, table, &in));
-
-    StepResults out;
-    if (OnCpu(context)) {
-      out = StepOnCpu(kind_, in);
-    } else {
-      const auto hlo = StepInHlo(kind_, in);
-      OP_REQUIRES_OK(context, hlo.status());
-      out = *hlo;
+    // The kernels take rows: without these layouts XLA for a GPU may choose others.
+    std::vector<xla::Shape> shapes;
+    for (const XlaOp operand : operands) {
+      const auto shape = builder->GetShape(operand);
+      OP_REQUIRES_OK(context, shape.status());
+      shapes.push_back(xla::LayoutUtil::GetWithDefaultLayout(*shape));
     }
-    if (kind_.moves) OP_REQUIRES_OK(context, context->AssignVariable(0, type_, out.centers));
+    OP_REQUIRES_OK(context, CheckShapes(shapes));
+    const int64_t batch = shapes[1].dimensions(0), dim = shapes[1].dimensions(1);
+
+    std::vector<xla::Shape> results = ResultShapes(shapes[0], batch);
+    const bool on_cpu =
+        context->compiler()->options().device_type.type_string() == tensorflow::DEVICE_CPU_XLA_JIT;
+    if (!on_cpu) {
+      const int64_t bytes = XlaWorkspaceBytes(batch, dim, DataTypeSize(type_));
+      OP_REQUIRES(context, bytes >= 0,
+                  absl::UnimplementedError("centers: expected a table on a CPU, got one on a GPU, "
+                                           "for which this library was built without kernels"));
+      results.push_back(ShapeUtil::MakeShape(xla::U8, {bytes}));
+    }
+    using Alias = std::pair<xla::ShapeIndex, std::pair<int64_t, xla::ShapeIndex>>;
+    const std::vector<Alias> in_place(kind_.moves ? 1 : 0, Alias({0}, {0, {}}));
+    const XlaOp call = xla::CustomCallWithLayout(
+        builder, on_cpu ? kCpuTarget : kGpuTarget, operands, ShapeUtil::MakeTupleShape(results),
+        shapes, Attributes(kind_), /*has_side_effect=*/false, in_place,
+        /*literal=*/nullptr, xla::CustomCallSchedule::SCHEDULE_NONE,
+        xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
+
+    int64_t result = 0;
+    if (kind_.moves) {
+      AfterEarlierReads(*builder, table.num_elements());
+      OP_REQUIRES_OK(context,
+                     context->AssignVariable(0, type_, xla::GetTupleElement(call, result++)));
+    }
     if (kind_.has_loss) {
-      context->SetOutput(0, out.loss);
-      context->SetOutput(1, out.residual_bits);
-      context->SetOutput(2, out.squared_distance);
+      context->SetOutput(0, xla::GetTupleElement(call, result++));
+      // As numbers here and as numbers in the backward pass: the two conversions cancel out.
+      context->SetOutput(1, xla::BitcastConvertType(xla::GetTupleElement(call, result++),
+                                                    type == xla::F64 ? xla::S64 : xla::U32));
+      context->SetOutput(2, xla::GetTupleElement(call, result));
     }
   }
 
  private:
-  // Shapes are checked here again because they may be unknown while tracing.
-  absl::Status Bind(XlaOpKernelContext* context, int sample_weight, const TensorShape& table,
-                    StepOperands* in) const {
-    TF_ASSIGN_OR_RETURN(const xla::Shape features, context->InputXlaShape(1));
-    TF_ASSIGN_OR_RETURN(const xla::Shape labels, context->InputXlaShape(2));
-    if (features.dimensions().size() != 2) return Mismatch("features", features, "[B, D]");
-    in->batch = features.dimensions(0);
-    in->dim = features.dimensions(1);
-    const std::string batch = absl::StrCat("[", in->batch, "]");
-    if (labels.dimensions().size() != 1 || labels.dimensions(0) != in->batch) {
-      return Mismatch("labels", labels, batch);
+  // Shapes, those of the call's operands, are checked here again because they may be unknown while
+  // tracing.
+  absl::Status CheckShapes(const std::vector<xla::Shape>& shapes) const {
+    const auto table = shapes[0].dimensions(), features = shapes[1].dimensions();
+    if (features.size() != 2) return Mismatch("features", features, "[B, D]");
+    const int64_t batch = features[0], dim = features[1];
+    const auto is_vector = [batch](absl::Span<const int64_t> shape) {
+      return shape.size() == 1 && shape[0] == batch;
+    };
+    const auto labels = shapes[2].dimensions();
+    if (!is_vector(labels)) return Mismatch("labels", labels, absl::StrCat("[", batch, "]"));
+    if (kind_.weighted && !is_vector(shapes[5].dimensions())) {
+      return Mismatch("sample_weight", shapes[5].dimensions(), absl::StrCat("[", batch, "]"));
     }
-    if (in->sample_weight) {
-      TF_ASSIGN_OR_RETURN(const xla::Shape weights, context->InputXlaShape(sample_weight));
-      if (weights.dimensions().size() != 1 || weights.dimensions(0) != in->batch) {
-        return Mismatch("sample_weight", weights, batch);
-      }
+    if (table.size() != 2 || table[1] != dim || table[0] < 1) {
+      return Mismatch("centers", table, absl::StrCat("[C, ", dim, "]"));
     }
-    if (table.dims() != 2 || table.dim_size(1) != in->dim || table.dim_size(0) < 1) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("centers: expected shape [C, ", in->dim, "], got ", table.DebugString()));
-    }
-    in->classes = table.dim_size(0);
     return absl::OkStatus();
   }
 
-  static absl::Status Mismatch(const char* name, const xla::Shape& got,
-                               const std::string& expected) {
-    std::string shape;
-    for (const int64_t dimension : got.dimensions()) {
-      absl::StrAppend(&shape, shape.empty() ? "[" : ",", dimension);
+  // Of the call, without a GPU's workspace.
+  std::vector<xla::Shape> ResultShapes(const xla::Shape& table, int64_t batch) const {
+    const auto type = table.element_type();
+    const int64_t dim = table.dimensions(1);
+    std::vector<xla::Shape> shapes;
+    if (kind_.moves) shapes.push_back(table);
+    if (kind_.has_loss) {
+      const bool per_sample = kind_.reduction == Reduction::kNone;
+      shapes.push_back(per_sample ? ShapeUtil::MakeShape(type, {batch})
+                                  : ShapeUtil::MakeShape(type, {}));
+      shapes.push_back(ShapeUtil::MakeShape(type, {batch, dim}));
+      shapes.push_back(ShapeUtil::MakeShape(type, {batch}));
     }
-    return absl::InvalidArgumentError(
-        absl::StrCat(name, ": expected shape ", expected, ", got ", shape, "]"));
+    return shapes;
   }
 
-  static bool OnCpu(XlaOpKernelContext* context) {
-    const char* const hlo = std::getenv("TF_CENTER_LOSS_XLA_HLO");
-    if (hlo != nullptr && std::string(hlo) == "1") return false;
-    return context->compiler()->options().device_type.type_string() ==
-           tensorflow::DEVICE_CPU_XLA_JIT;
+  static absl::Status Mismatch(const char* name, absl::Span<const int64_t> got,
+                               const std::string& expected) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(name, ": expected shape ", expected, ", got [", absl::StrJoin(got, ","), "]"));
   }
 
   DataType type_;
   StepKind kind_;
-  tensorflow::DataTypeVector alpha_types_, weight_types_, sample_weight_types_;  // of none or one
+  tensorflow::DataTypeVector alpha_types_, weight_types_;  // of none or one
   float constant_alpha_ = 0, constant_weight_ = 1;
 };
 

@@ -3,6 +3,7 @@
 pytest tests/gpu --confcutdir=tests/gpu runs them without tests/conftest.py, which needs TensorFlow.
 """
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -24,6 +25,10 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "native: needs the compiled library or kernel module")
+    if config.getoption("--stand-in", False) and importlib.util.find_spec("tensorflow"):
+        import stand_in_xla
+
+        stand_in_xla.take_the_place_of_a_gpu()
 
 
 def pytest_report_header(config):

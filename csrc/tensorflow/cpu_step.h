@@ -1,0 +1,31 @@
+// The step on the CPU with its errors, for the ops and for XLA.
+
+#ifndef TF_CENTER_LOSS_OP_CSRC_TENSORFLOW_CPU_STEP_H_
+#define TF_CENTER_LOSS_OP_CSRC_TENSORFLOW_CPU_STEP_H_
+
+#include <cmath>
+#include <cstdint>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "csrc/center_loss_cpu.h"
+
+namespace tcl {
+
+// Nothing is written where it returns an error.
+template <typename Feature, typename Label>
+absl::Status StepOnCpu(const StepArguments<Feature, Label>& step, const ParallelFor& threads) {
+  const auto alpha = step.options.alpha;
+  if (step.options.update_centers && !(std::isfinite(alpha) && alpha >= 0)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("alpha: expected a finite number >= 0, got ", alpha));
+  }
+  const int64_t bad = CenterLossOnCpu(step, threads, BestIsa());
+  if (bad < 0) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("labels[", bad, "] = ", step.labels[bad],
+                                                 " is outside [0, ", step.classes, ")"));
+}
+
+}  // namespace tcl
+
+#endif  // TF_CENTER_LOSS_OP_CSRC_TENSORFLOW_CPU_STEP_H_

@@ -1,0 +1,69 @@
+// XLA calls the CUDA kernel, on its own stream, also while it captures a CUDA graph (XLA's command
+// buffers): nothing here allocates memory or waits for the device.
+//
+// The kernel's workspace is a result of the call, so XLA's buffer assignment gives each call one
+// that no concurrent step uses, in a graph's parallel branches too. Part of it is cleared before each
+// launch, because XLA keeps nothing in it from one execution to the next.
+
+#include "csrc/tensorflow/xla_call.h"
+
+#if defined(TCL_HAVE_CUDA)
+
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
+#include "cuda/center_loss_cuda.h"
+
+namespace tcl {
+namespace {
+
+CudaWorkspace WorkspaceFor(int64_t batch, int64_t dim, int64_t center_size) {
+  CudaWorkspace workspace;
+  workspace.batch = batch;
+  workspace.dim = dim;
+  workspace.center_size = center_size;
+  return workspace;
+}
+
+ffi::Error RunOnGpu(ffi::RemainingArgs args, ffi::RemainingRets rets, StepKind kind, void* stream) {
+  return WithStep(args, rets, kind, [&](const auto& step, const auto* alpha, const auto* weight) {
+    CudaWorkspace workspace = WorkspaceFor(step.batch, step.dim, sizeof(*alpha));
+    workspace.memory = (*rets.get<ffi::AnyBuffer>(rets.size() - 1))->untyped_data();
+    int error = ZeroOnCuda(workspace.memory, CudaWorkspaceClearBytes(workspace), stream);
+    if (error == 0) error = CenterLossOnCuda(step, {alpha, weight}, workspace, stream);
+    if (error == 0) return ffi::Error::Success();
+    return ffi::Error::Internal(absl::StrCat("launching the center loss step: CUDA error ", error,
+                                             ", ", CudaErrorText(error)));
+  });
+}
+
+#if !defined(TCL_EMULATED_CUDA)
+XLA_FFI_DEFINE_HANDLER(kHandler, RunOnGpu, BindStep().Ctx<ffi::PlatformStream<void*>>(),
+                       {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kGpuTarget, "CUDA", kHandler);
+#else
+// The tests run this file on the CPU, where XLA has no stream, with the launchers of
+// tests/emulator, which do one launch at a time.
+ffi::Error RunEmulated(ffi::RemainingArgs args, ffi::RemainingRets rets, StepKind kind) {
+  static absl::Mutex mutex(absl::kConstInit);
+  const absl::MutexLock lock(mutex);
+  return RunOnGpu(args, rets, kind, nullptr);
+}
+XLA_FFI_DEFINE_HANDLER(kHandler, RunEmulated, BindStep());
+XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kGpuTarget, "Host", kHandler);
+#endif
+
+}  // namespace
+
+int64_t XlaWorkspaceBytes(int64_t batch, int64_t dim, int64_t center_size) {
+  return CudaWorkspaceBytes(WorkspaceFor(batch, dim, center_size));
+}
+
+}  // namespace tcl
+
+#else
+
+int64_t tcl::XlaWorkspaceBytes(int64_t, int64_t, int64_t) { return -1; }
+
+#endif
