@@ -289,7 +289,8 @@ class CudaStep {
 
     CudaOptions<Center> options;
     options.atomic = workspace_.atomic;
-    options.clock = clock_;
+    // A launch of a smaller batch may have more blocks: the scanned form has smaller ones.
+    options.clock = batch == workspace_.batch ? clock_ : nullptr;
     if (const double* number = std::get_if<double>(&alpha)) {
       Require(std::isfinite(*number) && *number >= 0,
               "alpha: expected a finite number >= 0, got " + std::to_string(*number));
