@@ -171,6 +171,11 @@ class Workspace:
             blocks = library.tcl_emulator_blocks(ctypes.byref(self.struct), batch)
             self.phase_names, self.clock = names, np.zeros([blocks, len(names)], np.uint64)
 
+    def clock_of(self, batch):
+        """Where a launch notes the time; None unless it is one of the whole batch."""
+        whole = self.clock is not None and batch == self.struct.batch
+        return self.clock.ctypes.data if whole else None
+
     def phases(self):
         """(name, first, last): when the first and the last block passed a point of the last launch,
         in microseconds after the first began."""
@@ -277,7 +282,7 @@ class Emulator:
             alpha=alpha,
             weight=weight,
             workspace=workspace.struct,
-            clock=None if workspace.clock is None else workspace.clock.ctypes.data,
+            clock=workspace.clock_of(batch),
             feature_type=FEATURE_TYPES.index(features.dtype),
             rule=RULES.index(rule),
             reduction=REDUCTIONS.index(reduction),
