@@ -351,8 +351,9 @@ void DefineCuda(py::module_& module) {
 
 Arrays are of any library with DLPack or __cuda_array_interface__. For batches of up to
 [batch, dim], one after the other on one stream. With atomic=True residuals are summed by float
-atomics: the bits of the moved centers differ from run to run. `tuning` sets launch constants by name,
-see cuda_tuning(). With phases=True each launch of the whole batch notes the time, see phases().)")
+atomics: the bits of the moved centers differ from run to run. `tuning` sets launch constants by
+name, see cuda_tuning(). With phases=True each launch of the whole batch notes the time, see
+phases().)")
       .def(py::init<int64_t, int64_t, const std::string&, bool, const std::map<std::string, int>&,
                     bool>(),
            py::arg("batch"), py::arg("dim"), py::arg("dtype") = "float32", py::kw_only(),

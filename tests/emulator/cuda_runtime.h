@@ -2,9 +2,10 @@
 // CUDA that those files use, run by emulator.cc.
 //
 // Every thread of a launch is a fiber. One runs at a time; where it may lose the processor (at
-// barriers, warp functions, atomics, releases, acquires, accesses past the first-level cache) the scheduler
-// picks the next by the seed. Memory is sequentially consistent: what only a missing release or acquire would
-// show is not in the results, but the check of races (emulator.cc) finds it.
+// barriers, warp functions, atomics, releases, acquires, accesses past the first-level cache) the
+// scheduler picks the next by the seed. Memory is sequentially consistent: what only a missing
+// release or acquire would show is not in the results, but the check of races (emulator.cc) finds
+// it.
 
 #ifndef TF_CENTER_LOSS_OP_TESTS_EMULATOR_CUDA_RUNTIME_H_
 #define TF_CENTER_LOSS_OP_TESTS_EMULATOR_CUDA_RUNTIME_H_

@@ -1,15 +1,15 @@
 // Fibers, their scheduler, what they meet at, and what orders their accesses to memory.
 //
 // Where the kernels are compiled with -fsanitize=thread (its run-time library is not linked: the
-// calls that it puts in arrive below), an access is an error unless barriers, or a release and an acquire, order it
-// after every conflicting one of another thread, whatever the schedule made of it. By vector
-// clocks:
+// calls that it puts in arrive below), an access is an error unless barriers, or a release and an
+// acquire, order it after every conflicting one of another thread, whatever the schedule made of it.
+// By vector clocks:
 //   __syncthreads, __syncwarp  order the threads that meet there
-//   TCL_RELEASE                hands what came before it to whom reads this thread's next single access
+//   TCL_RELEASE                hands what came before to the reader of the next single access
 //   TCL_ACQUIRE                takes what this thread's last single access has read
 //   shuffles, votes            order nothing
-// Atomics, and loads and stores past the first-level cache, are single accesses, which do not conflict
-// with one another.
+// Atomics, and loads and stores past the first-level cache, are single accesses, which do not
+// conflict with one another.
 
 #include <dlfcn.h>
 #include <setjmp.h>
