@@ -23,7 +23,7 @@ SHAPES = [
     Shape((64,), 200, 10, "uniform", "the tutorial's"),
     Shape((0,), 5, 4, "uniform", "nothing in the batch"),
     Shape((1,), 1, 1, "uniform", "one of everything"),
-    Shape((1,), 513, 3, "uniform", "one sample; one number more than two passes"),
+    Shape((1,), 513, 3, "uniform", "one sample; one number more than some passes"),
     Shape((37,), 1, 6, "uniform", "rows of one number"),
     Shape((41,), 3, 7, "uniform", "rows shorter than any vector"),
     Shape((50,), 17, 1000, "uniform", "rows that start between vectors; mostly distinct labels"),
@@ -102,7 +102,7 @@ def check(device, problem, *, unaligned=False, workspace=None, atomic=False, **o
     features, labels = problem.features, problem.labels
     if unaligned:
         features = off_by_one(features)
-    # The table lies between rows that nobody may touch.
+    # The table lies between rows that no step may touch.
     rows, dim = problem.centers.shape
     memory = np.full([rows + 2, dim], 77, problem.centers.dtype)
     memory[1:-1] = problem.centers

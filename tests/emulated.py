@@ -157,6 +157,8 @@ class Workspace:
         self.struct = _Workspace(None, batch, dim, np.dtype(dtype).itemsize, atomic)
         self.struct.tuning[:] = list(constants.values())
         self.size = library.tcl_emulator_workspace_bytes(ctypes.byref(self.struct))
+        # The first bytes, which have to be zero where the workspace serves a single launch.
+        self.clear_size = library.tcl_emulator_workspace_clear_bytes(ctypes.byref(self.struct))
         self.memory = np.zeros(self.size // 8 + 2, np.uint64)
         address = self.memory.ctypes.data
         self.offset = -address % 16
@@ -203,8 +205,8 @@ class Emulator:
     def __init__(self, *, seed=0, multiprocessors=2, races=False, skip="", library=None):
         self._file = library or build()
         self._library = ctypes.CDLL(str(self._file))
-        self._library.tcl_emulator_workspace_bytes.restype = ctypes.c_int64
-        self._library.tcl_emulator_blocks.restype = ctypes.c_int64
+        for function in ("workspace_bytes", "workspace_clear_bytes", "blocks"):
+            getattr(self._library, f"tcl_emulator_{function}").restype = ctypes.c_int64
         for function in ("error", "tuning", "phase"):
             getattr(self._library, f"tcl_emulator_{function}").restype = ctypes.c_char_p
         self._schedule = (

@@ -52,7 +52,7 @@ def test_a_reduction_tree_of_three_levels():
         batch_of([TWO_LEVELS], 4),
         batch_of([*CLASS_SIZES, 300], 132, distinct=300),
     ],
-    ids=["scanned", "three-passes", "hashed", "one-label", "slices"],
+    ids=["scanned", "passes", "hashed", "one-label", "slices"],
 )
 def test_bits_do_not_depend_on_the_schedule(problem):
     schedules = [(0, 1), (1, 2), (2, 3), (3, 5), (5, 1), (7, 2), (7, 2)]
@@ -178,22 +178,34 @@ def test_a_workspace_serves_launch_after_launch(atomic):
     assert device.memory_of(workspace).any()
 
 
+@pytest.mark.parametrize("atomic", [False, True])
+@pytest.mark.parametrize("sizes", [CLASS_SIZES, [*CLASS_SIZES, TWO_LEVELS]], ids=["small", "large"])
+def test_one_launch_needs_only_the_first_bytes_zero(sizes, atomic):
+    problem = batch_of(sizes, 7, distinct=5)
+    device = emulated.Emulator(seed=2)
+    workspace = device.workspace(len(problem.labels), 7, atomic=atomic)
+    assert 0 < workspace.clear_size <= workspace.size
+    device.memory_of(workspace)[workspace.clear_size :] = 0xA7
+    check(device, problem, workspace=workspace, atomic=atomic)
+
+
 def must_be_zero(memory, batch, dim, atomic):
     """What has to be zero between launches; the places are those of Layout in workspace.cuh."""
     chunk, tiles, slots = 32, 128, hash_slots(batch)
-    levels = 0
+    levels = 1
     while chunk ** (levels + 1) < batch:
         levels += 1
     pool_rows = batch // (2 if atomic else 16) + 1
-    sizes = dict(header=2068, table0=8 * slots, table1=8 * slots)
-    sizes |= dict(others0=4 * batch, others1=4 * batch, members=4 * batch * chunk)
+    sizes = dict(header=2068, table0=8 * slots, others0=4 * batch)
+    sizes |= dict(arrivals=8 * levels * pool_rows * ((dim + 31) // 32))
+    sizes |= dict(chunk_arrivals=8 * batch, sample_loss=8 * batch)
+    sizes |= dict(unit_loss=16 * (batch // 4096 + 1))
+    sizes |= dict(table1=8 * slots, others1=4 * batch, members=4 * batch * chunk)
     sizes |= dict(owner_of=4 * batch, heavy_class=4 * batch)
     sizes |= dict(tile_part=4 * (batch // chunk + 1) * tiles, tile_order=4 * batch)
     sizes |= dict(first_chunk=4 * batch, first_pool_row=4 * batch)
     sizes |= dict(class_of_chunk=4 * (batch // 3 + 1), not_finite=4 * batch)
-    sizes |= dict(arrivals=8 * (levels + 1) * pool_rows * ((dim + 31) // 32))
-    sizes |= dict(chunk_arrivals=8 * batch, sample_loss=8 * batch)
-    sizes |= dict(unit_loss=16 * (batch // 4096 + 1), pool=4 * pool_rows * dim)
+    sizes |= dict(pool=4 * pool_rows * dim)
     parts, at = {}, 0
     for part, size in sizes.items():
         parts[part] = memory[at : at + size]

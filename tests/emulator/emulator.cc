@@ -112,7 +112,7 @@ struct Run {
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Fiber*> ready;
-  std::vector<Fiber*> spinning;  // they look again once somebody has written
+  std::vector<Fiber*> spinning;  // they look again once another thread has written
   bool written = false;          // since all of them looked
   size_t alive = 0;
   Fiber* fiber = nullptr;  // the one that runs

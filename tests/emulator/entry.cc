@@ -70,6 +70,10 @@ int64_t tcl_emulator_workspace_bytes(const tcl::CudaWorkspace* workspace) {
   return tcl::CudaWorkspaceBytes(*workspace);
 }
 
+int64_t tcl_emulator_workspace_clear_bytes(const tcl::CudaWorkspace* workspace) {
+  return tcl::CudaWorkspaceClearBytes(*workspace);
+}
+
 int64_t tcl_emulator_blocks(const tcl::CudaWorkspace* workspace, int64_t batch) {
   return tcl::CudaBlocks(*workspace, batch);
 }

@@ -61,6 +61,10 @@ class Device:
         """{name: default} of the launch constants that the kernels let callers choose."""
         return self.kernels.cuda_tuning() if hasattr(self.kernels, "cuda_tuning") else {}
 
+    def phases(self, workspace):
+        """(name, first, last) of the points that the last launch passed."""
+        return workspace.phases()
+
     def memory_of(self, workspace):
         """A copy of its bytes, as a launch has left them."""
         import torch
@@ -108,7 +112,7 @@ class Device:
         batch, dim = features.shape
         dtype = centers.dtype
         step = workspace or self.workspace(batch, dim, dtype, atomic)
-        # The table lies between rows that nobody may touch.
+        # The table lies between rows that no step may touch.
         memory = np.full([len(centers) + 2, dim], -77, dtype)
         memory[1:-1] = centers
         memory = self.tensor(memory)

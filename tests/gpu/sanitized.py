@@ -15,7 +15,7 @@ from cuda_cases import CLASS_SIZES, batch_of
 
 
 def steps(device):
-    for distinct, dim in ((20, 7), (1500, 12)):
+    for distinct, dim in ((20, 7), (600, 12)):
         for dtype in problems.DTYPES:
             problem = batch_of(CLASS_SIZES, dim, dtype=dtype, distinct=distinct)
             for atomic in (False, True):

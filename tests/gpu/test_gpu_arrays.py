@@ -88,6 +88,20 @@ def test_sizes_of_no_workspace(kernels, wrong):
         kernels.CudaStep(*wrong)
 
 
+@pytest.mark.parametrize(
+    "tuning, message",
+    [
+        (dict(hash_threads=512), "tuning: expected hash_threads from 64 to 256, got 512"),
+        (dict(overlap=-1), "tuning: expected overlap from 0 to 1, got -1"),
+        (dict(lookahead=2), "tuning: unknown constant 'lookahead'"),
+    ],
+    ids=str,
+)
+def test_launch_constants_out_of_range(kernels, tuning, message):
+    with pytest.raises(ValueError, match=message):
+        kernels.CudaStep(2, 4, tuning=tuning)
+
+
 @pytest.mark.parametrize("repeats", [1, 1024], ids=["scanned", "hashed"])
 def test_more_numbers_than_32_bits_count(kernels, repeats):
     # C * D > 2^31, and byte offsets beyond 2^33.

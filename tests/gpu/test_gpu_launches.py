@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import problems
-from cuda_cases import CLASS_SIZES, batch_of
+from cuda_cases import CLASS_SIZES, TWO_LEVELS, batch_of
 from device import to_host
 
 OPTIONS = dict(rule="paper", alpha=0.3, reduction="mean")
@@ -69,11 +69,15 @@ def test_a_captured_graph_replays_the_step(kernels, device, batch):
 
 
 @pytest.mark.parametrize("dtype", problems.DTYPES)
-@pytest.mark.parametrize("distinct", [100, 1500], ids=["scanned", "hashed"])
-def test_the_same_bits_whatever_else_runs(kernels, device, distinct, dtype):
+@pytest.mark.parametrize(
+    "sizes, distinct",
+    [(CLASS_SIZES, 100), ([*CLASS_SIZES, TWO_LEVELS], 1500)],
+    ids=["scanned", "hashed"],
+)
+def test_the_same_bits_whatever_else_runs(kernels, device, sizes, distinct, dtype):
     import torch
 
-    problem = batch_of([*CLASS_SIZES, 900], 516, dtype=dtype, distinct=distinct)
+    problem = batch_of(sizes, 516, dtype=dtype, distinct=distinct)
     arrays, other = Arrays(device, problem), torch.cuda.Stream()
     busy = torch.ones([2048, 2048], device="cuda")
     seen = set()
