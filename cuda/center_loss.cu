@@ -2,9 +2,9 @@
 //
 // Every sample is done by one warp (warp_step.cuh): it reads features and center, writes the
 // residual, publishes the loss. Where the sample is alone in its class, or one of two that the warp
-// does together, the warp moves the center at once: no other warp reads that row. Of a class of three
-// samples or more the sum of the residuals is made when all its samples have read the center, in an
-// order that follows from the labels alone (class_sums.cuh).
+// does together, the warp moves the center at once: no other warp reads that row. Of a class of
+// three samples or more the sum of the residuals is made when all its samples have read the center,
+// in an order that follows from the labels alone (class_sums.cuh).
 //
 // Two forms find out which samples share a class. ScanStep, for small batches: each warp scans the
 // labels (scanned_labels.cuh), and the samples of a class meet at a counter. HashStep: the blocks
@@ -15,8 +15,8 @@
 // Bytes moved, all labels distinct: features + center read + center written + residual, B D each.
 //
 // Deterministic: the losses are added up in an order that follows from the size of the batch
-// (loss_sum.cuh), the residuals in one that follows from the labels. With `atomic`, the samples of a
-// class of several add their residuals to one row of the pool in the order of arrival.
+// (loss_sum.cuh), the residuals in one that follows from the labels. With `atomic`, the samples of
+// a class of several add their residuals to one row of the pool in the order of arrival.
 
 #include <cstdint>
 
@@ -46,8 +46,9 @@ constexpr CudaTuningField kCudaTuning[] = {
     {"overlap", &CudaTuning::overlap, 0, 1},
 };
 
-const char* const kCudaPhaseNames[] = {"begun",     "labels here", "labels counted", "ranks known",
-                                       "own samples", "all samples", "class sums",     "loss"};
+const char* const kCudaPhaseNames[] = {"begun",       "labels here", "labels counted",
+                                       "ranks known", "own samples", "all samples",
+                                       "class sums",  "loss"};
 
 namespace {
 
@@ -56,9 +57,9 @@ enum Phase { kBegun, kLabelsHere, kCounted, kRanked, kOwnDone, kAllDone, kSumsDo
 constexpr int kMostSamples = 1 << 22;  // those of a tile have to fit into 16 bits
 
 // Arrives at the chunk of a sample for this warp. Returns whether it is the last one; then
-// `all_finite` tells whether all samples were. The center may move once all samples of the class have
-// arrived. The arrival depends on what the warp has read of the center, by way of `finite`, so it
-// needs no release: no read returns a value that depends on itself.
+// `all_finite` tells whether all samples were. The center may move once all samples of the class
+// have arrived. The arrival depends on what the warp has read of the center, by way of `finite`, so
+// it needs no release: no read returns a value that depends on itself.
 __device__ __forceinline__ bool LastAtChunk(Arrivals* counter, int members, int finite,
                                             bool* all_finite) {
   Arrivals now = 0;
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(kMostScanThreads, 2)
   const int warps = static_cast<int>(gridDim.x) * block_warps;
   const int warp = static_cast<int>(blockIdx.x) * block_warps + WarpOfBlock();
   // The chunks that the warps of this block are the last to arrive at, and their samples.
-  Chunk* const completed = reinterpret_cast<Chunk*>(shared);  // [block_warps]
+  Chunk* const completed = reinterpret_cast<Chunk*>(shared);             // [block_warps]
   int* const members = reinterpret_cast<int*>(completed + block_warps);  // [block_warps, kChunk]
   // The sample's rows are on their way while the labels are scanned.
   typename Step::Loaded loaded;
@@ -101,7 +102,8 @@ __global__ void __launch_bounds__(kMostScanThreads, 2)
     label = p.Label(warp);
     step.Load(warp, label, 0, &loaded);
   }
-  ScannedLabels<Feature> labels(p, reinterpret_cast<unsigned char*>(members + kChunk * block_warps));
+  ScannedLabels<Feature> labels(p,
+                                reinterpret_cast<unsigned char*>(members + kChunk * block_warps));
   ClassSums<Feature, Width, kScanLoads<Feature>> sums(p, step);
   p.Stamp(kLabelsHere);
   step.SetCounted(labels.Counted());
@@ -189,8 +191,8 @@ __global__ void __launch_bounds__(kMostHashThreads, 2)
   if (p.options.has_ignore_label) labels.Count(counted);
   p.Stamp(kLabelsHere);
   ArriveBlock(&counters.counted_blocks.value);
-  // The rows of the first sample come while the blocks wait for each other. (Earlier they would delay
-  // the counting.)
+  // The rows of the first sample come while the blocks wait for each other. (Earlier they would
+  // delay the counting.)
   if (warp < p.batch) step.Load(warp, __shfl_sync(kAllLanes, own_label, 0), 0, &loaded);
   HashedLabels<Feature>::ClearNext(p, 1 - parity);
   WaitAsBlock(&counters.counted_blocks.value, blocks, p.tuning.wait_ns);
@@ -233,7 +235,8 @@ __global__ void __launch_bounds__(kMostHashThreads, 2)
       const int j = __shfl_sync(kAllLanes, i, lane);
       const int64_t its_label = __shfl_sync(kAllLanes, label, lane);
       const int its_count = __shfl_sync(kAllLanes, count, lane);
-      const int its_partner = !kAtomic && its_count == 2 ? __shfl_sync(kAllLanes, partner, lane) : -1;
+      const int its_partner =
+          !kAtomic && its_count == 2 ? __shfl_sync(kAllLanes, partner, lane) : -1;
       const int its_owner = __shfl_sync(kAllLanes, owner, lane);
       if (!is_loaded) step.Load(j, its_label, 0, &loaded);
       if (its_partner >= 0) step.LoadPartner(its_partner, 0, &loaded);
@@ -377,7 +380,8 @@ cudaError_t LaunchStep(const Parameters<Feature>& p, void* stream) {
   // The losses are added up last, in memory that the rest needs no more.
   int64_t shared = warps * kChunk * kInt;
   if (shape.scans) {
-    shared += warps * static_cast<int64_t>(sizeof(Chunk)) + ScannedLabels<Feature>::SharedBytes(p.batch);
+    shared +=
+        warps * static_cast<int64_t>(sizeof(Chunk)) + ScannedLabels<Feature>::SharedBytes(p.batch);
     return Launch(ScanStep<Feature, Width>, shape, shared, p, stream);
   }
   if (p.cuda.atomic) return Launch(HashStep<Feature, Width, true>, shape, shared, p, stream);
@@ -416,7 +420,8 @@ int CenterLossOnCuda(const StepArguments<Feature, Label>& step,
                      const CudaWorkspace& workspace, void* stream) {
   using Center = CenterType<Feature>;
   if (step.batch > kMostSamples || step.batch > workspace.batch || step.dim > workspace.dim ||
-      workspace.center_size != sizeof(Center) || options.atomic != workspace.atomic || !IsValid(workspace.tuning)) {
+      workspace.center_size != sizeof(Center) || options.atomic != workspace.atomic ||
+      !IsValid(workspace.tuning)) {
     return cudaErrorInvalidValue;
   }
   const Layout layout(workspace);

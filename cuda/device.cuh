@@ -17,8 +17,9 @@
 #define TCL_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
 
-// The emulator compiles these files for the host. There TCL_RELEASE stands for a release by the next
-// access and TCL_ACQUIRE for an acquire by the last one. nvcc's host pass only needs the names.
+// The emulator compiles these files for the host. There TCL_RELEASE stands for a release by the
+// next access and TCL_ACQUIRE for an acquire by the last one. nvcc's host pass only needs the
+// names.
 #if !defined(__CUDA_ARCH__) && !defined(TCL_RELEASE)
 #define TCL_RELEASE()
 #define TCL_ACQUIRE()
@@ -34,8 +35,8 @@ __device__ __forceinline__ int Lane() { return static_cast<int>(threadIdx.x) % k
 __device__ __forceinline__ int WarpOfBlock() { return static_cast<int>(threadIdx.x) / kWarp; }
 
 // A warp does kColumns columns of a row in one pass, kPerLane of them in each lane: 64 bytes, or 32
-// where a number takes two registers, or 16 where each has its own address. That leaves room for two
-// blocks of 256 threads on a multiprocessor.
+// where a number takes two registers, or 16 where each has its own address. That leaves room for
+// two blocks of 256 threads on a multiprocessor.
 template <typename Center, int Width>
 constexpr int kPerLane = (Width == 1            ? 16
                           : sizeof(Center) == 8 ? 32
@@ -153,8 +154,8 @@ __device__ __forceinline__ void StoreRow(T* row, int64_t column, int64_t dim,
   }
 }
 
-// The sum over the lanes, the same in each of them, always added in the same order. (cub::WarpReduce
-// leaves it in one lane, in an order that cub does not promise.)
+// The sum over the lanes, the same in each of them, always added in the same order.
+// (cub::WarpReduce leaves it in one lane, in an order that cub does not promise.)
 template <typename T>
 __device__ __forceinline__ T WarpSum(T value) {
 #pragma unroll
@@ -349,8 +350,8 @@ __device__ __forceinline__ Arrivals Arrive(Arrivals* counter, Arrivals arrival) 
   return before;
 }
 
-// Arrives for this warp. Returns whether it is the last of `arrivals`; the counter is then zero again
-// and `sum` is of all of them. What the other warps wrote before is then visible to this one.
+// Arrives for this warp. Returns whether it is the last of `arrivals`; the counter is then zero
+// again and `sum` is of all of them. What the other warps wrote before is then visible to this one.
 __device__ __forceinline__ bool LastWarpToArrive(Arrivals* counter, int arrivals, int* sum) {
   __syncwarp();  // orders the other lanes' writes before the arrival
   bool last = false;

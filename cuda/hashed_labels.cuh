@@ -130,7 +130,8 @@ class HashedLabels {
   // Clears this block's share of what the next launch uses. Its first warp has other work.
   __device__ static void ClearNext(const Parameters<Feature>& p, int parity) {
     const int own_threads = static_cast<int>(blockDim.x) - kWarp;
-    const int thread = static_cast<int>(blockIdx.x) * own_threads + static_cast<int>(threadIdx.x) - kWarp;
+    const int thread =
+        static_cast<int>(blockIdx.x) * own_threads + static_cast<int>(threadIdx.x) - kWarp;
     const int threads = static_cast<int>(gridDim.x) * own_threads;
     if (static_cast<int>(threadIdx.x) < kWarp) return;
     if (thread == 0) {
@@ -189,8 +190,8 @@ class HashedLabels {
   __device__ void FindRanks(int owner, int first, int count, int* members) const {
     const unsigned* const own = p_.tile_part + int64_t{__ldcg(&p_.heavy_class[owner])} * kTiles;
     const uint4 four = __ldcg(reinterpret_cast<const uint4*>(own) + Lane());
-    const int before = WarpSumBefore(static_cast<int>((four.x >> 16) + (four.y >> 16) +
-                                                      (four.z >> 16) + (four.w >> 16)));
+    const int before = WarpSumBefore(
+        static_cast<int>((four.x >> 16) + (four.y >> 16) + (four.z >> 16) + (four.w >> 16)));
     int rank = first + min(Lane(), count - 1);
     int lane = 0;  // the last whose tiles begin with this rank or a smaller one
 #pragma unroll

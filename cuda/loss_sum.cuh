@@ -1,5 +1,5 @@
-// The sum of the samples' losses. The warp that does a sample publishes its loss in a mailbox, so no
-// fence has to wait until rows are written. A block that has done its own samples polls them.
+// The sum of the samples' losses. The warp that does a sample publishes its loss in a mailbox, so
+// no fence has to wait until rows are written. A block that has done its own samples polls them.
 //
 // A scanned launch: the last block adds up all of them. A hashed one, whose blocks are all
 // resident: one block after the other adds up a unit of kLossUnit samples, and the last block adds

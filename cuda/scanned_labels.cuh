@@ -83,8 +83,8 @@ class ScannedLabels {
     }
   }
 
-  // Where the samples of the class would begin if the batch was sorted: no two classes share what is
-  // numbered from there.
+  // Where the samples of the class would begin if the batch was sorted: no two classes share what
+  // is numbered from there.
   __device__ int SortedPlace() const {
     int smaller = 0;
     for (int j = Lane(); j < p_.batch; j += kWarp) smaller += labels_[j] < label_;

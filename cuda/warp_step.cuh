@@ -57,8 +57,8 @@ class WarpStep {
     return p_.loss != nullptr && p_.options.reduction != Reduction::kNone;
   }
 
-  // The rows of sample i. The center may be loaded before it is known whether another warp moves it;
-  // then it is not used.
+  // The rows of sample i. The center may be loaded before it is known whether another warp moves
+  // it; then it is not used.
   __device__ void Load(int i, int64_t label, int64_t column, Loaded* loaded) const {
     LoadRow<Width, Cache::kStreamed>(p_.Features(i), column, p_.dim, loaded->row);
     const bool subtracts = !p_.features_are_residuals && p_.InTable(label);

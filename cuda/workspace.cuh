@@ -15,7 +15,8 @@ namespace {
 // partial sums below a node of the reduction tree.
 constexpr int kChunk = kWarp;
 
-// A heavy class has a partial sum, a row of the pool, for each chunk: at most one for so many samples.
+// A heavy class has a partial sum, a row of the pool, for each chunk: at most one for so many
+// samples.
 constexpr int kSamplesPerPoolRow = kChunk / 2;
 
 // Tiles of the batch for the ranks of heavy classes, four for each lane.
@@ -47,8 +48,8 @@ struct Counters {
   Counter tickets;         // groups of samples that warps have taken
 };
 
-// Hashed launches use two sets of counters, hash table and class counts by turns: each launch clears
-// the set of the next one, which no thread uses any more.
+// Hashed launches use two sets of counters, hash table and class counts by turns: each launch
+// clears the set of the next one, which no thread uses any more.
 struct Header {
   Counters counters[2];
   int parity;      // the set of the next launch
@@ -57,7 +58,7 @@ struct Header {
 };
 
 struct Layout {
-  int levels = 1;           // of the reduction tree
+  int levels = 1;         // of the reduction tree
   int64_t slots = 0;      // of each hash table
   int64_t pool_rows = 0;  // partial sums
   int64_t bytes = 0;
@@ -140,16 +141,16 @@ struct Parameters {
 
   // Of hashed launches.
   Header* header;
-  // [slots] the lower half of a label, and in the lower half the position of its owner, plus one; 0:
-  // free. Zero.
+  // [slots] the lower half of a label, and in the lower half the position of its owner, plus one;
+  // 0: free. Zero.
   unsigned long long* table[2];
-  int* others[2];       // [B] of an owner: samples of its class beside it. Zero
-  int slots;            // of the table, for this batch
-  int* members;         // [B, kChunk] of an owner: positions of the first others to arrive
-  int* owner_of;        // [B] the owner of the sample's class, -1: of no class
-  int* heavy_class;     // [B] of the owner of a heavy class: its number among them
-  // [heavy classes, kTiles] of the samples of a class in a tile: where they begin in the tile's part
-  // of tile_order, and in the upper half how many there are.
+  int* others[2];    // [B] of an owner: samples of its class beside it. Zero
+  int slots;         // of the table, for this batch
+  int* members;      // [B, kChunk] of an owner: positions of the first others to arrive
+  int* owner_of;     // [B] the owner of the sample's class, -1: of no class
+  int* heavy_class;  // [B] of the owner of a heavy class: its number among them
+  // [heavy classes, kTiles] of the samples of a class in a tile: where they begin in the tile's
+  // part of tile_order, and in the upper half how many there are.
   unsigned* tile_part;
   int* tile_order;      // [B] each tile's samples, by class and then by position
   int* first_chunk;     // [B] of the owner of a large class: its first place in class_of_chunk
@@ -158,7 +159,7 @@ struct Parameters {
   int* not_finite;      // [B] of an owner: samples of its class that are not finite
 
   int64_t pool_rows;
-  Center* pool;   // [pool_rows, D] partial sums
+  Center* pool;              // [pool_rows, D] partial sums
   Arrivals* arrivals;        // [levels, pool_rows, slices] at the nodes of the tree. Zero
   Arrivals* chunk_arrivals;  // [B] of a scanned launch: at the chunks. Zero
 

@@ -154,9 +154,9 @@ class CudaStep {
     workspace_.center_size = dtype == "float32" ? 4 : 8;
     workspace_.atomic = atomic;
     for (const auto& [name, value] : tuning) {
-      const auto* const field = std::find_if(
-          kCudaTuning, kCudaTuning + kCudaTuningFields,
-          [&name = name](const CudaTuningField& one) { return one.name == name; });
+      const auto* const field =
+          std::find_if(kCudaTuning, kCudaTuning + kCudaTuningFields,
+                       [&name = name](const CudaTuningField& one) { return one.name == name; });
       Require(field != kCudaTuning + kCudaTuningFields, "tuning: unknown constant '" + name + "'");
       Require(value >= field->least && value <= field->largest,
               "tuning: expected " + name + " from " + std::to_string(field->least) + " to " +
@@ -352,16 +352,18 @@ void DefineCuda(py::module_& module) {
 
 Arrays are of any library with DLPack or __cuda_array_interface__. For batches of up to
 [batch, dim], one after the other on one stream. With atomic=True residuals are summed by float
-atomics: the bits of the moved centers differ from run to run. `tuning` sets launch constants by name,
-see cuda_tuning(). With phases=True each launch of the whole batch notes the time, see phases().)")
+atomics: the bits of the moved centers differ from run to run. `tuning` sets launch constants by
+name, see cuda_tuning(). With phases=True each launch of the whole batch notes the time, see
+phases().)")
       .def(py::init<int64_t, int64_t, const std::string&, bool, const std::map<std::string, int>&,
                     bool>(),
            py::arg("batch"), py::arg("dim"), py::arg("dtype") = "float32", py::kw_only(),
            py::arg("atomic") = false, py::arg("tuning") = std::map<std::string, int>(),
            py::arg("phases") = false)
-      .def("phases", &CudaStep::Phases,
-           "[(point, first, last)] of the last launch: when the first and the last block passed the "
-           "point, in microseconds after the first began. Waits for the device.")
+      .def(
+          "phases", &CudaStep::Phases,
+          "[(point, first, last)] of the last launch: when the first and the last block passed the "
+          "point, in microseconds after the first began. Waits for the device.")
       .def_property_readonly("workspace",
                              py::cpp_function(&CudaStep::Workspace, py::keep_alive<0, 1>()),
                              "The memory that the launches keep their bookkeeping in, as bytes on "

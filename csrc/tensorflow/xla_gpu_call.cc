@@ -2,8 +2,8 @@
 // buffers): nothing here allocates memory or waits for the device.
 //
 // The kernel's workspace is a result of the call, so XLA's buffer assignment gives each call one
-// that no concurrent step uses, in a graph's parallel branches too. Part of it is cleared before each
-// launch, because XLA keeps nothing in it from one execution to the next.
+// that no concurrent step uses, in a graph's parallel branches too. Part of it is cleared before
+// each launch, because XLA keeps nothing in it from one execution to the next.
 
 #include "csrc/tensorflow/xla_call.h"
 

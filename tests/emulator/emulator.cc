@@ -2,11 +2,10 @@
 //
 // Where the kernels are compiled with -fsanitize=thread (its run-time library is not linked: the
 // calls that it puts in arrive below), an access is an error unless barriers, or a release and an
-// acquire, order it after every conflicting one of another thread, whatever the schedule made of it.
-// By vector clocks:
+// acquire, order it after every conflicting one of another thread, whatever the schedule made of
+// it. By vector clocks:
 //   __syncthreads, __syncwarp  order the threads that meet there
-//   TCL_RELEASE                hands what came before it to the readers of this thread's next
-//                              single access
+//   TCL_RELEASE                hands what came before to the reader of the next single access
 //   TCL_ACQUIRE                takes what this thread's last single access has read
 //   shuffles, votes            order nothing
 // Atomics, and loads and stores past the first-level cache, are single accesses, which do not
