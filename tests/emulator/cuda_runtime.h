@@ -4,12 +4,8 @@
 // Every thread of a launch is a fiber. One runs at a time; where it may lose the processor (at
 // barriers, warp functions, atomics, releases, acquires, accesses past the first-level cache) the
 // scheduler picks the next by the seed. Memory is sequentially consistent: what only a missing
-<<<<<<< HEAD
 // release or acquire would show is not in the results, but the check of races (emulator.cc) finds
 // it.
-=======
-// release or acquire would show is not in the results, but the check of races (emulator.cc) finds it.
->>>>>>> 8386dffc59d4f4d6dd96afd39997c8450b813b54
 
 #ifndef TF_CENTER_LOSS_OP_TESTS_EMULATOR_CUDA_RUNTIME_H_
 #define TF_CENTER_LOSS_OP_TESTS_EMULATOR_CUDA_RUNTIME_H_
