@@ -110,26 +110,25 @@ def main():
     if "GPU" in given.device and not gpus:
         parser.error(f"--device: expected one that TensorFlow finds, got {given.device}")
 
-    rows = []
+    result = {
+        "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "gpu": tf.config.experimental.get_device_details(gpus[0]) if gpus else None,
+        "device": given.device,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "tensorflow": tf.__version__,
+        "cuda": tcl.build_info()["cuda"],
+        "rows": [],
+    }
     print(f"{'B×D×C':>16} {'fused op':>10} {'graph':>10} {'empty loop':>10}  µs a step, net")
     with tf.device(given.device):
         for batch in given.batches:
             case = GpuCase(batch, given.dim, given.classes, rotation=given.rotation)
-            rows.append(one := row(case, times(case, given.rounds)))
+            result["rows"].append(one := row(case, times(case, given.rounds)))
             numbers = (f"{one[key]:10.2f}" for key in ("fused_us", "graph_us", "empty_us"))
             ratio = one["graph_over_fused"]
             print(f"{case.name:>16} {' '.join(numbers)}  graph / fused {ratio}", flush=True)
-    if given.path:
-        result = {
-            "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-            "gpu": tf.config.experimental.get_device_details(gpus[0]) if gpus else None,
-            "device": given.device,
-            "xla_flags": os.environ.get("XLA_FLAGS", ""),
-            "tensorflow": tf.__version__,
-            "cuda": tcl.build_info()["cuda"],
-            "rows": rows,
-        }
-        given.path.write_text(json.dumps(result, indent=1, default=str) + "\n")
+            if given.path:  # after each row: a run that is cut off leaves what it has
+                given.path.write_text(json.dumps(result, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":
