@@ -54,8 +54,6 @@ namespace {
 
 enum Phase { kBegun, kLabelsHere, kCounted, kRanked, kOwnDone, kAllDone, kSumsDone, kLossDone };
 
-constexpr int kMostSamples = 1 << 22;  // those of a tile have to fit into 16 bits
-
 // Arrives at the chunk of a sample for this warp. Returns whether it is the last one; then
 // `all_finite` tells whether all samples were. The center may move once all samples of the class
 // have arrived. The arrival depends on what the warp has read of the center, by way of `finite`, so
@@ -419,7 +417,7 @@ int CenterLossOnCuda(const StepArguments<Feature, Label>& step,
                      const CudaOptions<CenterType<Feature>>& options,
                      const CudaWorkspace& workspace, void* stream) {
   using Center = CenterType<Feature>;
-  if (step.batch > kMostSamples || step.batch > workspace.batch || step.dim > workspace.dim ||
+  if (step.batch > kMostCudaSamples || step.batch > workspace.batch || step.dim > workspace.dim ||
       workspace.center_size != sizeof(Center) || options.atomic != workspace.atomic ||
       !IsValid(workspace.tuning)) {
     return cudaErrorInvalidValue;

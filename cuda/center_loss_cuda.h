@@ -9,6 +9,9 @@
 
 namespace tcl {
 
+// The largest batch of a launch.
+constexpr int64_t kMostCudaSamples = int64_t{1} << 22;
+
 // Launch constants. The defaults are what an H200 measured best (python -m bench.gpu --tune). The
 // first three also decide the order in which losses are added up.
 struct CudaTuning {

@@ -21,6 +21,7 @@ constexpr int kSamplesPerPoolRow = kChunk / 2;
 
 // Tiles of the batch for the ranks of heavy classes, four for each lane.
 constexpr int kTiles = 4 * kWarp;
+static_assert(kMostCudaSamples / kTiles < 1 << 16, "numbers of samples of a tile fit into 16 bits");
 
 // Hash slots for each sample. A small batch, which waits for its longest chain of probes, has more.
 constexpr int kSlotsPerSample = 8, kMostSlotsPerSample = 16;

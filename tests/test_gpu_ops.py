@@ -183,3 +183,17 @@ def test_errors_of_shapes_that_tracing_cannot_know():
     with pytest.raises(tf.errors.InvalidArgumentError, match="labels: expected shape"):
         step(tf.ones([2, 2]), tf.constant([1]))
     assert not centers.numpy().any()
+
+
+def test_more_samples_than_a_launch_takes():
+    centers = tf.Variable(tf.zeros([2, 1]))
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 1]), tf.TensorSpec([None], tf.int32)])
+    def step(features, labels):
+        with on_the_emulator():
+            return tcl.center_loss(features, labels, centers, impl="native")
+
+    batch = 2**22 + 1
+    with pytest.raises(tf.errors.InvalidArgumentError, match="at most 4194304 samples .* 4194305"):
+        step(tf.ones([batch, 1]), tf.ones([batch], tf.int32))
+    assert not centers.numpy().any()

@@ -146,6 +146,9 @@ class CudaStep {
            const std::map<std::string, int>& tuning, bool phases) {
     Require(batch >= 0 && dim >= 1, "batch, dim: expected at least 0 and 1, got " +
                                         std::to_string(batch) + ", " + std::to_string(dim));
+    Require(batch <= kMostCudaSamples, "batch: expected at most " +
+                                           std::to_string(kMostCudaSamples) + ", got " +
+                                           std::to_string(batch));
     Require(dtype == "float32" || dtype == "float64",
             "dtype: expected the centers', float32 or float64, got " + dtype);
     dtype_ = dtype;

@@ -110,6 +110,10 @@ class OnGpu {
   }
 
   absl::Status Launch(OpKernelContext* context, Arguments& step) {
+    if (step.batch > kMostCudaSamples) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "features: expected at most ", kMostCudaSamples, " samples on a GPU, got ", step.batch));
+    }
     step.cuda.atomic = atomic_;
     CudaWorkspace sizes;
     sizes.batch = step.batch;
