@@ -1,11 +1,11 @@
 // The sum of the residuals of a class of three samples or more, and the move of its center.
 //
 // The work is cut into chunks of up to kChunk samples of consecutive ranks, and into slices of
-// columns, one vector for each lane: a warp each. Every sample's own warp has read the center
-// before. A class of one chunk is then done. Several chunks leave partial sums in rows of the pool,
-// slice by slice, and meet in a reduction tree: the last warp to arrive at a node adds up the up to
-// kChunk sums below it, in the row of the first one; the warp at the root moves its slice of the
-// center.
+// columns, one vector for each lane: a warp each. By then all warps with samples of the class have
+// read the center. A class of one chunk is then done. Several chunks leave partial sums in rows of
+// the pool, slice by slice, and meet in a reduction tree. The last warp to arrive at a node adds up
+// its children's sums, kChunk at most, in the row of the first one; the warp at the root moves its
+// slice of the center.
 
 #ifndef TF_CENTER_LOSS_OP_CUDA_CLASS_SUMS_CUH_
 #define TF_CENTER_LOSS_OP_CUDA_CLASS_SUMS_CUH_

@@ -101,7 +101,7 @@ class HashedLabels {
     }
   }
 
-  // A ticket for samples that are not anyone's yet; by one lane.
+  // A ticket for a group of the samples that no warp has been given; by one lane.
   __device__ int TakeTicket() { return atomicAdd(&counters_->tickets.value, 1); }
 
   // What follows is known once all blocks have listed and ranked theirs.
