@@ -305,18 +305,29 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-// The device's multiprocessors; remembered, because the question costs more than a launch.
-cudaError_t Multiprocessors(int* count) {
-  static thread_local int known_device = -1, known_count = 0;
-  int device;
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  if (device != known_device) {
-    const cudaError_t error =
-        cudaDeviceGetAttribute(&known_count, cudaDevAttrMultiProcessorCount, device);
+// What a launch asks of the current device.
+struct Device {
+  int multiprocessors = 0;
+  bool can_overlap = false;  // whether the kernels were compiled to wait for the launch before
+};
+
+// Remembered for the thread, because the questions cost more than a launch.
+cudaError_t CurrentDevice(Device* device) {
+  static thread_local int known_number = -1;
+  static thread_local Device known;
+  int number;
+  if (const cudaError_t error = cudaGetDevice(&number); error != cudaSuccess) return error;
+  if (number != known_number) {
+    cudaError_t error =
+        cudaDeviceGetAttribute(&known.multiprocessors, cudaDevAttrMultiProcessorCount, number);
     if (error != cudaSuccess) return error;
-    known_device = device;
+    cudaFuncAttributes attributes;
+    error = cudaFuncGetAttributes(&attributes, ScanStep<float, 4>);
+    if (error != cudaSuccess) return error;
+    known.can_overlap = attributes.ptxVersion >= 90;  // see OverlapLaunches
+    known_number = number;
   }
-  *count = known_count;
+  *device = known;
   return cudaSuccess;
 }
 
@@ -326,21 +337,21 @@ int64_t Quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }  // rounded u
 
 // The shape of a launch.
 struct Shape {
-  bool scans;  // ScanStep, or HashStep
+  bool scans;     // ScanStep, or HashStep
+  bool overlaps;  // the end of the launch before
   int threads;
   int64_t blocks;
 };
 
 cudaError_t ShapeOf(const CudaTuning& tuning, int64_t batch, bool atomic, Shape* shape) {
-  int multiprocessors;
-  if (const cudaError_t error = Multiprocessors(&multiprocessors); error != cudaSuccess) {
-    return error;
-  }
+  Device device;
+  if (const cudaError_t error = CurrentDevice(&device); error != cudaSuccess) return error;
+  shape->overlaps = tuning.overlap != 0 && device.can_overlap;
   shape->scans = batch <= tuning.scan_batch && !atomic;
   shape->threads = shape->scans ? tuning.scan_threads : tuning.hash_threads;
   // A scanned launch does not need all blocks resident: a few more than there is room for keep the
   // multiprocessors busy.
-  const int64_t most = multiprocessors * int64_t{shape->scans ? 8 : tuning.hash_blocks};
+  const int64_t most = device.multiprocessors * int64_t{shape->scans ? 8 : tuning.hash_blocks};
   shape->blocks = Largest(Smallest(Quotient(batch, shape->threads / kWarp), most), 1);
   return cudaSuccess;
 }
@@ -359,7 +370,7 @@ cudaError_t Launch(void (*kernel)(Parameters<Feature>), const Shape& shape, int6
     attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
     attributes[config.numAttrs++].val.cooperative = 1;
   }
-  if (p.tuning.overlap != 0) {
+  if (shape.overlaps) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
@@ -475,13 +486,11 @@ int BackwardOnCuda(const CenterType<Feature>* upstream, bool per_sample,
                    const CenterType<Feature>* residual, Feature* gradient, int64_t batch,
                    int64_t dim, void* stream) {
   if (batch * dim == 0) return cudaSuccess;
-  int multiprocessors;
-  if (const cudaError_t error = Multiprocessors(&multiprocessors); error != cudaSuccess) {
-    return error;
-  }
+  Device device;
+  if (const cudaError_t error = CurrentDevice(&device); error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
-  config.gridDim =
-      dim3(static_cast<unsigned>(Smallest(Quotient(batch, 8), int64_t{8} * multiprocessors)));
+  config.gridDim = dim3(
+      static_cast<unsigned>(Smallest(Quotient(batch, 8), int64_t{8} * device.multiprocessors)));
   config.blockDim = dim3(256);
   config.stream = static_cast<cudaStream_t>(stream);
   return cudaLaunchKernelEx(&config, Backward<Feature>, upstream, per_sample, residual, gradient,
