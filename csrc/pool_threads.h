@@ -1,4 +1,4 @@
-// A ParallelFor (center_loss_cpu.h) on the threads of somebody's pool.
+// A ParallelFor (center_loss_cpu.h) on the threads of a framework's pool.
 
 #ifndef TF_CENTER_LOSS_OP_CSRC_POOL_THREADS_H_
 #define TF_CENTER_LOSS_OP_CSRC_POOL_THREADS_H_
@@ -16,7 +16,7 @@
 
 namespace tcl {
 
-// Chunks of a range, taken one by one by whoever comes. The caller takes part until none is left
+// Chunks of a range, which the threads take one by one. The caller takes part until none is left
 // and then waits for chunks in progress only: helpers that never got a thread are not waited for,
 // so calls that hold all of a pool's threads cannot lock each other out.
 class Chunks {

@@ -12,8 +12,8 @@ namespace tcl {
 // The largest batch of a launch.
 constexpr int64_t kMostCudaSamples = int64_t{1} << 22;
 
-// Launch constants. The defaults are what an H200 measured best (python -m bench.gpu --tune). The
-// first three also decide the order in which losses are added up.
+// Launch constants. `python -m bench.gpu --tune` compares others with these defaults. The first
+// three also decide the order in which losses are added up.
 struct CudaTuning {
   int scan_batch = 1024;   // the largest batch whose labels are scanned; larger ones are hashed
   int scan_threads = 128;  // threads of a block of the scanned form: 64 or 128

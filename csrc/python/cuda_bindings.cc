@@ -124,7 +124,7 @@ void RequireArray(const CudaArray& array, const char* name, const std::string& d
 // A number, or an array of one number on the device.
 using Factor = std::variant<double, py::object>;
 
-// Bytes of device memory, for whoever reads __cuda_array_interface__.
+// Bytes of device memory, readable through __cuda_array_interface__.
 struct CudaBytes {
   void* memory;
   int64_t size;

@@ -131,12 +131,6 @@ TCL_SINGLE T atomicAdd(T* address, T value) {
   *address = before + value;
   return before;
 }
-TCL_SINGLE inline unsigned atomicOr(unsigned* address, unsigned value) {
-  ::emulator::Single(address, sizeof(unsigned), true, true, __builtin_return_address(0));
-  const unsigned before = *address;
-  *address |= value;
-  return before;
-}
 template <typename T>
 TCL_SINGLE T atomicCAS(T* address, T expected, T value) {
   ::emulator::Single(address, sizeof(T), true, true, __builtin_return_address(0));
