@@ -219,8 +219,8 @@ def _sweep_figures(sweep):
         ("the fused op under XLA, net", "fused xla", 10**6),
     ):
         where = f"{many:,} labels / {10**4:,} labels"
-        # Rows of a larger table miss the caches and the TLB more often, in any implementation. The op
-        # must not grow beyond the loop that only moves them.
+        # Rows of a larger table miss the caches and the TLB more often, in any implementation.
+        # The op must not grow beyond the loop that only moves them.
         if few and (whole := sweep.get((many, "uniform"))):
             growth = {k: net(whole, k) / net(few, k) for k in (key, "rows")}
             value = ratio(growth[key], growth["rows"])
