@@ -118,7 +118,7 @@ def measure(replicas):
                         if table == "mirrored":
                             centers = tf.Variable(tf.zeros([CLASSES, dim]), trainable=False)
                         else:
-                            centers = tcl.ShardedCenters(CLASSES, dim)
+                            centers = tcl.distribute.ShardedCenters(CLASSES, dim)
                     counting, _ = True, sent.assign(0)
                     loss, _ = step_of(centers)(*parts)
                     shares = strategy.experimental_local_results(loss)

@@ -44,7 +44,7 @@ def first_life(classes, dim, steps, folder):
 
     def create():
         nonlocal centers
-        centers = tcl.create_centers(classes, dim, initializer=tcl.RandomCenters(seed=0))
+        centers = tcl.tables.create(classes, dim, initializer=tcl.tables.RandomNormal(seed=0))
 
     @tf.function(autograph=False)
     def step(labels):
@@ -55,23 +55,23 @@ def first_life(classes, dim, steps, folder):
             step(tf.constant(rng.integers(0, classes, BATCH)))
 
     def save():
-        tcl.save_centers(centers, f"{folder}/centers.npy")
+        tcl.tables.save(centers, f"{folder}/centers.npy")
 
     def load():
-        before = tcl.centers_of(rows, centers)
+        before = tcl.tables.rows(rows, centers)
         centers.scatter_update(tf.IndexedSlices(tf.zeros_like(before), rows))
-        tcl.load_centers(centers, f"{folder}/centers.npy")
-        assert np.array_equal(tcl.centers_of(rows, centers), before), "other numbers"
+        tcl.tables.load(centers, f"{folder}/centers.npy")
+        assert np.array_equal(tcl.tables.rows(rows, centers), before), "other numbers"
 
     def checkpoint():
         os.remove(f"{folder}/centers.npy")
         tf.train.Checkpoint(centers=centers).write(f"{folder}/checkpoint")
-        np.save(f"{folder}/rows.npy", tcl.centers_of(rows, centers))
+        np.save(f"{folder}/rows.npy", tcl.tables.rows(rows, centers))
 
     def restore():
-        tcl.clear_centers(centers)
+        tcl.tables.clear(centers)
         tf.train.Checkpoint(centers=centers).read(f"{folder}/checkpoint")
-        assert np.array_equal(tcl.centers_of(rows, centers), np.load(f"{folder}/rows.npy"))
+        assert np.array_equal(tcl.tables.rows(rows, centers), np.load(f"{folder}/rows.npy"))
 
     return [
         ("create, normal random numbers", *peak_of(create)),
@@ -88,7 +88,7 @@ def first_life(classes, dim, steps, folder):
 def second_life(classes, dim, steps, folder):
     """Restores it in a new process and goes on."""
     rows = tf.constant(np.random.default_rng(0).integers(0, classes, BATCH))
-    centers = tcl.create_centers(classes, dim)
+    centers = tcl.tables.create(classes, dim)
 
     def restore():
         tf.train.Checkpoint(centers=centers).read(f"{folder}/checkpoint")
@@ -99,7 +99,7 @@ def second_life(classes, dim, steps, folder):
 
     stages = [("new process: tf.train.Checkpoint.read", *peak_of(restore))]
     saved = np.load(f"{folder}/rows.npy")
-    assert np.array_equal(tcl.centers_of(rows, centers), saved), "other numbers"
+    assert np.array_equal(tcl.tables.rows(rows, centers), saved), "other numbers"
     return [*stages, (f"{steps} steps", *peak_of(train))]
 
 
@@ -124,12 +124,12 @@ def life_in_a_layer(classes, dim, steps, folder):
 
     def write(save, path):
         nonlocal kept
-        kept = tcl.centers_of(rows, table())
+        kept = tcl.tables.rows(rows, table())
         save(f"{folder}/{path}")
 
     def read(load, path):
         load(f"{folder}/{path}")
-        assert np.array_equal(tcl.centers_of(rows, table()), kept), "other numbers"
+        assert np.array_equal(tcl.tables.rows(rows, table()), kept), "other numbers"
         os.remove(f"{folder}/{path}")
 
     def load_model(path):

@@ -7,7 +7,7 @@
 //   loss_i   = w_i * 1/2 ||d_i||^2
 //   c_j     += sum over {i : y_i = j} of s_j * d_i, s_j by the rule (center_loss_math.h)
 //
-// A sample is *counted* when its label is not ignore_label; N is their number. n_j is the number of
+// A sample is *counted* when its label is not ignore_class; N is their number. n_j is the number of
 // counted samples of class j whose features are all finite; the others never move a center.
 
 #ifndef TF_CENTER_LOSS_OP_CSRC_CENTER_LOSS_H_
@@ -22,16 +22,17 @@ namespace tcl {
 enum class Rule { kPaper, kMean, kSum, kBatchMean, kPaperBatchMean, kTutorial };
 enum class Reduction { kSum, kMean, kNone };
 
-// Everything that is not an array. `weight` multiplies the loss and its gradient (the lambda of the
-// paper's equation 5), so that a training step needs no second sweep over the residual for it.
+// Everything that is not an array. `loss_weight` multiplies the loss and its gradient (the lambda
+// of the paper's equation 5), so that a training step needs no second sweep over the residual for
+// it.
 template <typename Center>
 struct StepOptions {
   Rule rule = Rule::kPaper;
   Reduction reduction = Reduction::kMean;
-  bool has_ignore_label = false;
-  int64_t ignore_label = 0;
+  bool has_ignore_class = false;
+  int64_t ignore_class = 0;
   Center alpha = 0;
-  Center weight = 1;
+  Center loss_weight = 1;
   bool update_centers = true;
 };
 

@@ -115,12 +115,12 @@ class Step {
       return;
     }
     const StepOptions<Center>& options = step_.options;
-    bad_ = groups_.Build(step_.labels, step_.batch, step_.classes, options.has_ignore_label,
-                         options.ignore_label);
+    bad_ = groups_.Build(step_.labels, step_.batch, step_.classes, options.has_ignore_class,
+                         options.ignore_class);
     if (bad_ < 0) {
       // With alpha = 0 no center moves, so none is touched.
       moves_ = options.update_centers && options.alpha != 0;
-      sample_scale_ = ReductionScale(options.reduction, options.weight, groups_.counted());
+      sample_scale_ = ReductionScale(options.reduction, options.loss_weight, groups_.counted());
       FindSplitGroups();
       if (step_.loss != nullptr && options.reduction != Reduction::kNone) {
         sample_loss_.reset(new Center[static_cast<size_t>(step_.batch)]);
@@ -305,7 +305,7 @@ class Step {
     if (sample_loss_ == nullptr) return;
     double sum = 0;
     for (int64_t i = 0; i < step_.batch; ++i) sum += sample_loss_[static_cast<size_t>(i)];
-    sum *= step_.options.weight;
+    sum *= step_.options.loss_weight;
     if (step_.options.reduction == Reduction::kMean) {
       sum = groups_.counted() == 0 ? 0 : sum / static_cast<double>(groups_.counted());
     }

@@ -34,9 +34,9 @@ TCL_INLINE Center StepScale(Rule rule, Center alpha, int64_t count, int64_t coun
 
 // d(loss)/d(loss_i) / w_i: what the reduction does to one sample. N = 0 leaves nothing to scale.
 template <typename Center>
-TCL_INLINE Center ReductionScale(Reduction reduction, Center weight, int64_t counted) {
-  if (reduction != Reduction::kMean) return weight;
-  return counted == 0 ? Center{0} : weight / static_cast<Center>(counted);
+TCL_INLINE Center ReductionScale(Reduction reduction, Center loss_weight, int64_t counted) {
+  if (reduction != Reduction::kMean) return loss_weight;
+  return counted == 0 ? Center{0} : loss_weight / static_cast<Center>(counted);
 }
 
 }  // namespace tcl

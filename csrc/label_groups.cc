@@ -20,7 +20,7 @@ inline int64_t Slot(int64_t label, int shift) {
 
 template <typename Label>
 int64_t LabelGroups::Build(const Label* labels, int64_t batch, int64_t classes,
-                           bool has_ignore_label, int64_t ignore_label) {
+                           bool has_ignore_class, int64_t ignore_class) {
   int bits = 1;
   while ((int64_t{1} << bits) < kSlotsPerSample * batch) ++bits;
   // With few classes the label is its own slot: no hash, no collision.
@@ -42,7 +42,7 @@ int64_t LabelGroups::Build(const Label* labels, int64_t batch, int64_t classes,
   int64_t* const count = begin;  // counts first, offsets afterwards
   for (int64_t i = 0; i < batch; ++i) {
     const int64_t label = static_cast<int64_t>(labels[i]);
-    if (has_ignore_label && label == ignore_label) {
+    if (has_ignore_class && label == ignore_class) {
       group_of[i] = kIgnored;
       ++ignored;
       continue;

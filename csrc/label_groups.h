@@ -18,8 +18,8 @@ class LabelGroups {
   // Groups labels[0, batch), batch < 2^32 - 1. Returns -1, or the position of the first label
   // outside [0, classes) that is not ignored; the groups are then unusable.
   template <typename Label>
-  int64_t Build(const Label* labels, int64_t batch, int64_t classes, bool has_ignore_label,
-                int64_t ignore_label);
+  int64_t Build(const Label* labels, int64_t batch, int64_t classes, bool has_ignore_class,
+                int64_t ignore_class);
 
   int64_t size() const { return size_; }        // number of distinct counted labels
   int64_t counted() const { return counted_; }  // N

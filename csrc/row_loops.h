@@ -46,7 +46,7 @@ template <typename Feature>
 struct RowLoops {
   using Center = CenterType<Feature>;
 
-  // With d = features - centers, of each row r: squares[r] = the sum of d^2, residual = weight * d;
+  // With d = features - centers, of each row r: squares[r] = the sum of d^2, residual = scale * d;
   // and starts or continues sum += d, row by row.
   void (*residual)(const RowArguments<Feature>& rows, Sum mode, int64_t dim, Center* squares);
 

@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kMostHashThreads, 2)
     if (first == 0) own_owner = owner;
     counted += i < p.batch && !p.Ignored(label);
   }
-  if (p.options.has_ignore_label) labels.Count(counted);
+  if (p.options.has_ignore_class) labels.Count(counted);
   p.Stamp(kLabelsHere);
   ArriveBlock(&counters.counted_blocks.value);
   // The rows of the first sample come while the blocks wait for each other. (Earlier they would

@@ -59,8 +59,8 @@ extern const char* const kCudaPhaseNames[kCudaPhases];
 // What a launch may take from device memory instead of from StepOptions, and how it sums.
 template <typename Center>
 struct CudaOptions {
-  const Center* alpha = nullptr;   // one number on the device, null: StepOptions::alpha
-  const Center* weight = nullptr;  // one number on the device, null: StepOptions::weight
+  const Center* alpha = nullptr;        // one number on the device, null: StepOptions::alpha
+  const Center* loss_weight = nullptr;  // one number on the device, null: StepOptions::loss_weight
   // Sums the residuals of a class with float atomics, in whatever order they arrive: the bits of
   // the moved centers then differ from run to run.
   bool atomic = false;

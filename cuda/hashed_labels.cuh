@@ -64,7 +64,7 @@ class HashedLabels {
 
   // What follows is known once all blocks have entered their samples.
   __device__ int Counted() const {
-    return p_.options.has_ignore_label ? __ldcg(&counters_->counted.value) : p_.batch;
+    return p_.options.has_ignore_class ? __ldcg(&counters_->counted.value) : p_.batch;
   }
   __device__ bool HasLarge() const { return __ldcg(&counters_->large_classes.value) != 0; }
   __device__ bool HasHeavy() const { return __ldcg(&counters_->heavy_classes.value) != 0; }

@@ -40,7 +40,7 @@ class ScannedLabels {
   __device__ int64_t LabelAt(int i) const { return labels_[i]; }
 
   __device__ int Counted() const {
-    if (!p_.options.has_ignore_label) return p_.batch;
+    if (!p_.options.has_ignore_class) return p_.batch;
     int counted = 0;
     for (int i = Lane(); i < p_.batch; i += kWarp) counted += !p_.Ignored(labels_[i]);
     return WarpSum(counted);

@@ -162,14 +162,14 @@ class WarpStep {
  private:
   __device__ static Center NotANumber() { return static_cast<Center>(FloatOf(0x7fc00000u)); }
 
-  // Alpha and weight are loaded each time: that costs less than the registers to keep them.
+  // Alpha and loss_weight are loaded each time: that costs less than the registers to keep them.
   __device__ Center Alpha() const {
     return p_.cuda.alpha == nullptr ? p_.options.alpha : *p_.cuda.alpha;
   }
   __device__ Center Weight() const {
     // A kernel cannot raise: a bad alpha shows in the loss.
     if (p_.options.update_centers && !(IsFinite(Alpha()) && Alpha() >= 0)) return NotANumber();
-    return p_.cuda.weight == nullptr ? p_.options.weight : *p_.cuda.weight;
+    return p_.cuda.loss_weight == nullptr ? p_.options.loss_weight : *p_.cuda.loss_weight;
   }
   __device__ Center SampleWeight(int i) const {
     return p_.sample_weight == nullptr ? Center{1} : p_.sample_weight[i];

@@ -45,7 +45,7 @@ struct Counters {
   Counter heavy_classes;   // classes of several chunks
   Counter chunks;          // of all large classes
   Counter pool_rows;       // rows of the pool that are taken
-  Counter counted;         // N, with an ignore label
+  Counter counted;         // N, with an ignored class
   Counter tickets;         // groups of samples that warps have taken
 };
 
@@ -172,7 +172,7 @@ struct Parameters {
                        : static_cast<const int32_t*>(labels)[i];
   }
   __device__ bool Ignored(int64_t label) const {
-    return options.has_ignore_label && label == options.ignore_label;
+    return options.has_ignore_class && label == options.ignore_class;
   }
   __device__ bool InTable(int64_t label) const { return label >= 0 && label < classes; }
   __device__ const Feature* Features(int i) const { return features + int64_t{i} * dim; }

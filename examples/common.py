@@ -139,7 +139,7 @@ def train(task: Task, weight: float, alpha: float, seed: int) -> Run:
     image, label = keras.Input(network.input_shape[1:]), keras.Input([], dtype="int32")
     features, center = network(image), None
     if weight:
-        center = tcl.CenterLoss(task.num_classes, weight=weight, alpha=alpha)
+        center = tcl.CenterLoss(task.num_classes, loss_weight=weight, alpha=alpha)
         features = center(features, label)
     model = keras.Model([image, label], head(features))
 

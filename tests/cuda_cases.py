@@ -52,7 +52,7 @@ FACTORS = {
     "update_centers": [True, False],
     "features_are_residuals": [False, True],
     "numbers_in_memory": [False, True],
-    "weight": [1.0, 0.25],
+    "loss_weight": [1.0, 0.25],
     "unaligned": [False, True],
     "atomic": [False, True],
     "seed": [0, 1, 2, 3],
@@ -92,7 +92,7 @@ def make(row):
 
 def run(device, row):
     """The row's problem on the device, and the check of what came of it."""
-    options = {key: row[key] for key in ("rule", "reduction", "update_centers", "weight")}
+    options = {key: row[key] for key in ("rule", "reduction", "update_centers", "loss_weight")}
     options |= {key: row[key] for key in ("features_are_residuals", "numbers_in_memory", "atomic")}
     return check(device, make(row), unaligned=row["unaligned"], alpha=0.3, **options)
 
@@ -107,7 +107,7 @@ def check(device, problem, *, unaligned=False, workspace=None, atomic=False, **o
     memory = np.full([rows + 2, dim], 77, problem.centers.dtype)
     memory[1:-1] = problem.centers
     centers = memory[1:-1]
-    inputs = dict(sample_weight=problem.sample_weight, ignore_label=problem.ignore_label)
+    inputs = dict(sample_weight=problem.sample_weight, ignore_class=problem.ignore_class)
     loss, residual, squared = device.center_loss_step(
         features, labels, centers, workspace=workspace, atomic=atomic, **inputs, **options
     )
@@ -129,8 +129,8 @@ def check(device, problem, *, unaligned=False, workspace=None, atomic=False, **o
     still = np.ones(rows, bool)
     if options.get("update_centers", True) and options.get("alpha", 0.5) != 0:
         valid = (labels >= 0) & (labels < rows) & np.isfinite(features.astype(np.float64)).all(1)
-        if problem.ignore_label is not None:
-            valid &= labels != problem.ignore_label
+        if problem.ignore_class is not None:
+            valid &= labels != problem.ignore_class
         still[labels[valid]] = False
     assert centers[still].tobytes() == problem.centers[still].tobytes(), "a center without samples"
     return loss.tobytes() + residual.tobytes() + squared.tobytes() + centers.tobytes()
@@ -139,7 +139,7 @@ def check(device, problem, *, unaligned=False, workspace=None, atomic=False, **o
 def expected(
     problem,
     *,
-    weight=1.0,
+    loss_weight=1.0,
     update_centers=True,
     features_are_residuals=False,
     numbers_in_memory=False,
@@ -152,14 +152,14 @@ def expected(
     # A label that is no row of the table gets one of its own, which makes everything NaN.
     labels = problem.labels.astype(np.int64)
     outside = (labels < 0) | (labels >= rows)
-    if problem.ignore_label is not None:
-        outside &= labels != problem.ignore_label
+    if problem.ignore_class is not None:
+        outside &= labels != problem.ignore_class
     labels = np.where(outside, rows, labels)
     centers = np.concatenate([problem.centers, np.full([1, dim], np.nan)])
     features = problem.features.astype(precision)
     ignored = np.zeros(len(labels), bool)
-    if problem.ignore_label is not None:
-        ignored = labels == problem.ignore_label
+    if problem.ignore_class is not None:
+        ignored = labels == problem.ignore_class
     own = np.where(ignored, 0, labels)
     if features_are_residuals:
         features = features + centers[own].astype(precision)
@@ -169,15 +169,15 @@ def expected(
         labels,
         centers,
         sample_weight=problem.sample_weight,
-        ignore_label=problem.ignore_label,
-        upstream=weight,
+        ignore_class=problem.ignore_class,
+        upstream=loss_weight,
         precision=precision,
         **options,
     )
     with np.errstate(invalid="ignore", over="ignore"):
         distances = ((features - centers[own].astype(precision)) ** 2).sum(1)
     after = step.centers[:-1] if update_centers else problem.centers
-    step = step._replace(loss=np.asarray(step.loss * weight), centers=after)
+    step = step._replace(loss=np.asarray(step.loss * loss_weight), centers=after)
     return step, np.where(ignored, 0, distances).astype(np.float64)
 
 

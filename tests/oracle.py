@@ -59,7 +59,7 @@ def center_loss(
     rule="paper",
     reduction="mean",
     sample_weight=None,
-    ignore_label=None,
+    ignore_class=None,
     upstream=1.0,
     precision=WIDE,
 ):
@@ -80,7 +80,7 @@ def center_loss(
     total = 0  # N: samples that are not ignored, finite or not
     members = {}  # n_i: finite ones, by class
     for i in range(batch):
-        if y[i] == ignore_label:
+        if y[i] == ignore_class:
             continue
         total += 1
         if np.isfinite(x[i]).all():
@@ -94,7 +94,7 @@ def center_loss(
     up = np.broadcast_to(np.asarray(upstream).astype(precision), shape if shape else ()).reshape(-1)
     with np.errstate(invalid="ignore", over="ignore"):
         for i in range(batch):
-            if y[i] == ignore_label:
+            if y[i] == ignore_class:
                 continue
             residual = x[i] - before[y[i]]
             losses[i] = w[i] * (residual * residual).sum() / 2

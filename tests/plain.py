@@ -3,11 +3,11 @@
 import tensorflow as tf
 
 
-def loss(features, labels, centers, *, reduction="mean", sample_weight=None, ignore_label=None):
+def loss(features, labels, centers, *, reduction="mean", sample_weight=None, ignore_class=None):
     """The loss, differentiable in the features and in the centers (tensor or tf.Variable)."""
     counted = tf.ones_like(labels, tf.bool)
-    if ignore_label is not None:
-        counted = tf.not_equal(labels, tf.cast(ignore_label, labels.dtype))
+    if ignore_class is not None:
+        counted = tf.not_equal(labels, tf.cast(ignore_class, labels.dtype))
     residual = tf.cast(features, centers.dtype) - tf.gather(
         centers, tf.where(counted, labels, tf.zeros_like(labels))
     )
@@ -23,12 +23,12 @@ def loss(features, labels, centers, *, reduction="mean", sample_weight=None, ign
     return total
 
 
-def _steps(features, labels, centers, alpha, rule, ignore_label):
+def _steps(features, labels, centers, alpha, rule, ignore_class):
     """Labels [B], residuals [B, D] and step sizes [B, 1] of the samples that count."""
     features = tf.reshape(tf.cast(features, centers.dtype), [-1, features.shape[-1]])
     labels = tf.reshape(labels, [-1])
-    if ignore_label is not None:
-        keep = tf.not_equal(labels, tf.cast(ignore_label, labels.dtype))
+    if ignore_class is not None:
+        keep = tf.not_equal(labels, tf.cast(ignore_class, labels.dtype))
         features, labels = tf.boolean_mask(features, keep), tf.boolean_mask(labels, keep)
     total = tf.cast(tf.size(labels), centers.dtype)
     _, index, counts = tf.unique_with_counts(labels)
@@ -46,15 +46,15 @@ def _steps(features, labels, centers, alpha, rule, ignore_label):
     return labels, features - tf.gather(centers, labels), size
 
 
-def moved_centers(features, labels, centers, *, alpha=0.5, rule="paper", ignore_label=None):
+def moved_centers(features, labels, centers, *, alpha=0.5, rule="paper", ignore_class=None):
     """The centers after one step, as a new tensor; each sample's step is added to its row."""
-    labels, residual, size = _steps(features, labels, centers, alpha, rule, ignore_label)
+    labels, residual, size = _steps(features, labels, centers, alpha, rule, ignore_class)
     return tf.tensor_scatter_nd_add(centers, labels[:, None], size * residual)
 
 
-def centers_moved_by_sums(features, labels, centers, *, alpha=0.5, rule="paper", ignore_label=None):
+def centers_moved_by_sums(features, labels, centers, *, alpha=0.5, rule="paper", ignore_class=None):
     """The same, with the residuals summed first and scaled then: as plain, rounded otherwise."""
-    labels, residual, size = _steps(features, labels, centers, alpha, rule, ignore_label)
+    labels, residual, size = _steps(features, labels, centers, alpha, rule, ignore_class)
     classes, index, _ = tf.unique_with_counts(labels)
     sums = tf.math.unsorted_segment_sum(residual, index, tf.size(classes))
     size = tf.math.unsorted_segment_max(size, index, tf.size(classes))

@@ -54,7 +54,7 @@ class Problem(NamedTuple):
     ids: np.ndarray  # the same as class ids
     centers: np.ndarray
     sample_weight: np.ndarray | None
-    ignore_label: int | None
+    ignore_class: int | None
     upstream: np.ndarray  # of the labels' shape
 
 
@@ -82,12 +82,12 @@ def make(shape, dtype="float32", labels="int64", weights=False, ignore=None, see
     table_dtype = np.float64 if dtype == "float64" else np.float32
     centers = rng.normal(size=(shape.classes, shape.dim)).astype(table_dtype)
     ids = make_ids(rng, shape)
-    ignore_label = None
+    ignore_class = None
     if ignore == "outside":  # a label that no table row has
-        ignore_label = -1
+        ignore_class = -1
         ids[rng.random(len(ids)) < 0.3] = -1
     elif ignore == "class":  # a label that has a row, which must stay as it is
-        ignore_label = int(ids[0]) if len(ids) else 0
+        ignore_class = int(ids[0]) if len(ids) else 0
     ids = ids.reshape(shape.leading)
     sample_weight = None
     if weights:
@@ -100,4 +100,4 @@ def make(shape, dtype="float32", labels="int64", weights=False, ignore=None, see
     else:
         passed = ids.astype(labels)
     upstream = rng.uniform(-2, 2, shape.leading).astype(table_dtype)
-    return Problem(features, passed, ids, centers, sample_weight, ignore_label, upstream)
+    return Problem(features, passed, ids, centers, sample_weight, ignore_class, upstream)

@@ -49,10 +49,10 @@ def step_of(strategy, centers, *, eager=False, **options):
 # Sums per label are exchanged for few labels, samples for distinct ones.
 CASES = [
     ({}, "few"),
-    ({"rule": "batch_mean", "ignore_label": 1}, "distinct"),
-    ({"rule": "paper_batch_mean", "reduction": "sum", "ignore_label": 2}, "bad"),
+    ({"rule": "batch_mean", "ignore_class": 1}, "distinct"),
+    ({"rule": "paper_batch_mean", "reduction": "sum", "ignore_class": 2}, "bad"),
     ({"rule": "mean", "reduction": "none", "alpha": 1.0}, "distinct"),
-    ({"update_centers": False, "ignore_label": 2}, "few"),
+    ({"update_centers": False, "ignore_class": 2}, "few"),
 ]
 
 
@@ -109,7 +109,7 @@ def sharded_table(strategy):
 
     def make(start):
         with strategy.scope():
-            centers = tcl.ShardedCenters(C, D)
+            centers = tcl.distribute.ShardedCenters(C, D)
         for first, part in centers.shards:
             part.assign(start[first : first + part.shape[0]])
         return centers
@@ -132,17 +132,28 @@ def main_loss(**options):
 
 
 def trained(
-    scope, *, loss=lambda: tcl.GlobalBatchLoss(main_loss()), update="forward", steps=1, **options
+    scope,
+    *,
+    loss=lambda: tcl.distribute.GlobalBatchLoss(main_loss()),
+    deferred_update=False,
+    steps=1,
+    **options,
 ):
     """A model fitted on 3 batches of 16 and a last one of 1; its weights, logs and layer."""
     keras.utils.set_random_seed(1)
     with scope:
         inputs, labels = keras.Input([D]), keras.Input([], dtype="int32")
         embedded = keras.layers.Dense(D, kernel_regularizer="l2")(inputs)
-        layer = tcl.CenterLoss(C, weight=0.5, update=update, name="centers", **options)
+        layer = tcl.CenterLoss(
+            C, loss_weight=0.5, deferred_update=deferred_update, name="centers", **options
+        )
         x = layer([AddsAnother()(embedded), labels])
         x = keras.layers.Dropout(0.0)(keras.layers.Dense(C)(x))
-        bases = (tcl.UpdateCentersAfterStep, keras.Model) if update == "manual" else (keras.Model,)
+        bases = (
+            (tcl.training.UpdateCentersAfterStep, keras.Model)
+            if deferred_update
+            else (keras.Model,)
+        )
         model = type("Model", bases, {})([inputs, labels], x)
         model.compile("sgd", loss and loss(), steps_per_execution=steps)
     rng = np.random.default_rng(0)
@@ -161,9 +172,9 @@ def trained_for_two(scope, wrap):
     keras.utils.set_random_seed(1)
     with scope:
         inputs, labels = keras.Input([D]), keras.Input([], dtype="int32")
-        x = tcl.CenterLoss(C, weight=0.5, name="before")(keras.layers.Dense(D)(inputs), labels)
+        x = tcl.CenterLoss(C, loss_weight=0.5, name="before")(keras.layers.Dense(D)(inputs), labels)
         x = keras.layers.BatchNormalization(synchronized=True)(x)
-        x = tcl.CenterLoss(C, weight=0.5, name="after")(x, labels)
+        x = tcl.CenterLoss(C, loss_weight=0.5, name="after")(x, labels)
         outputs = {"a": keras.layers.Dense(C)(x), "b": keras.layers.Dense(1)(x)}
         model = keras.Model([inputs, labels], outputs)
         masked = main_loss(ignore_class=3, reduction="mean_with_sample_weight")

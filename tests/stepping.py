@@ -43,7 +43,7 @@ def run(problem, *, mode="eager", holder="tf.Variable", upstream=None, jit=None,
     """One call of center_loss on a problem; mode: eager, function or unknown (batch size)."""
     centers = make_variable(problem.centers, holder)
     options = dict(
-        sample_weight=problem.sample_weight, ignore_label=problem.ignore_label, **options
+        sample_weight=problem.sample_weight, ignore_class=problem.ignore_class, **options
     )
 
     def step(features, labels):
@@ -79,7 +79,7 @@ def check(problem, outcome, *, dtype, upstream=None, update_centers=True, **opti
     up = 1.0 if upstream is None else upstream
     alpha, rule = options.pop("alpha", 0.5), options.pop("rule", "paper")
     weighed = dict(
-        sample_weight=problem.sample_weight, ignore_label=problem.ignore_label, **options
+        sample_weight=problem.sample_weight, ignore_class=problem.ignore_class, **options
     )
     truth = oracle.center_loss(
         problem.features,
@@ -97,7 +97,7 @@ def check(problem, outcome, *, dtype, upstream=None, update_centers=True, **opti
     up = tf.broadcast_to(tf.constant(up, loss.dtype), tf.shape(loss))
     gradient = tape.gradient(loss, features, up)
 
-    step = dict(alpha=alpha, rule=rule, ignore_label=problem.ignore_label)
+    step = dict(alpha=alpha, rule=rule, ignore_class=problem.ignore_class)
     table_dtype = problem.centers.dtype.name
     assert outcome.loss_dtype == table_dtype
     assert outcome.gradient_dtype == dtype

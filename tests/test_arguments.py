@@ -96,8 +96,8 @@ CASES = {
         "sample_weight 10 4",
     ),
     "weights of strings": (dict(sample_weight=["a"] * 4), "sample_weight string"),
-    "ignore_label a fraction": (dict(ignore_label=1.5), "ignore_label 1.5"),
-    "ignore_label a string": (dict(ignore_label="none"), "ignore_label none"),
+    "ignore_class a fraction": (dict(ignore_class=1.5), "ignore_class 1.5"),
+    "ignore_class a string": (dict(ignore_class="none"), "ignore_class none"),
 }
 LOSS_ONLY = {"reduction", "sample_weight"}
 

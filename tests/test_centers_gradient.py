@@ -22,7 +22,7 @@ def gradient_of(impl, problem, centers, upstream=None, reduction="mean"):
             problem.labels,
             centers,
             sample_weight=problem.sample_weight,
-            ignore_label=problem.ignore_label,
+            ignore_class=problem.ignore_class,
             reduction=reduction,
             update_centers=False,
             impl=impl,
@@ -45,7 +45,7 @@ def test_values(impl, reduction, dtype, ignore):
         problem.ids,
         problem.centers,
         sample_weight=problem.sample_weight,
-        ignore_label=problem.ignore_label,
+        ignore_class=problem.ignore_class,
         reduction=reduction,
         upstream=upstream,
     )
@@ -89,7 +89,7 @@ def test_plain_descent(impl, ignore, traced):
         problem.centers,
         alpha=0.25,
         rule="sum",
-        ignore_label=problem.ignore_label,
+        ignore_class=problem.ignore_class,
     )
     assert_close(centers.numpy(), truth.centers, "float32", "centers")
 
@@ -107,7 +107,7 @@ def test_keras_optimizers(impl, kind, ignore):
         problem.ids,
         problem.centers,
         reduction="sum",
-        ignore_label=problem.ignore_label,
+        ignore_class=problem.ignore_class,
     ).centers_gradient
     kind(0.25).apply([gradient], [centers])
     moved = keras.ops.convert_to_numpy(centers) - problem.centers

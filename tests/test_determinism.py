@@ -25,7 +25,7 @@ def step_bits(kernels, problem, **options):
         problem.ids,
         centers,
         sample_weight=problem.sample_weight,
-        ignore_label=problem.ignore_label,
+        ignore_class=problem.ignore_class,
         alpha=0.3,
         **options,
     )
@@ -81,7 +81,7 @@ def test_the_op_gives_the_bits_of_the_kernel(kernels, shape, dtype):
                 alpha=0.3,
                 reduction=reduction,
                 sample_weight=problem.sample_weight,
-                ignore_label=problem.ignore_label,
+                ignore_class=problem.ignore_class,
                 impl="native",
             )
         gradient = tape.gradient(loss, features)
@@ -129,7 +129,7 @@ def test_threads_of_tensorflow(implementations, tmp_path):
                     with tf.GradientTape() as tape:
                         tape.watch(features)
                         loss = tcl.center_loss(
-                            features, problem.labels, centers, ignore_label=-1,
+                            features, problem.labels, centers, ignore_class=-1,
                             sample_weight=problem.sample_weight, impl=impl,
                             reduction=["mean", "none"][i % 2],
                         )

@@ -42,18 +42,18 @@ def test_fit(tmp_path):
 
         slower = keras.optimizers.schedules.PolynomialDecay(0.5, 5, 0.1)
         check_fit(strategy, [
-            {"loss": None, "ignore_label": 3, "rule": "batch_mean"},
-            {"update": "manual"},
+            {"loss": None, "ignore_class": 3, "rule": "batch_mean"},
+            {"deferred_update": True},
             {"sharded": True},
         ])
         layer = check_fit(strategy, [{"steps": 2, "alpha": slower, "reduction": "sum"}])
 
         # All copies are loaded.
         centers, table = layer.centers, copies(strategy, layer.centers.value)
-        tcl.save_centers(centers, "centers.npy")
+        tcl.tables.save(centers, "centers.npy")
         centers.assign(tf.zeros_like(centers))
         assert not copies(strategy, centers.value).any()
-        tcl.load_centers(centers, "centers.npy")
+        tcl.tables.load(centers, "centers.npy")
         assert np.array_equal(copies(strategy, centers.value), table)
         with strategy.scope():
             inputs, label = keras.Input([D]), keras.Input([], dtype="int32")
@@ -94,11 +94,11 @@ def test_the_main_loss(tmp_path):
         one = trained(alone, loss=main_loss)[:2]
         assert differs(check_same, *trained(strategy.scope(), loss=main_loss)[:2], *one)
         check_same(*trained(strategy.scope())[:2], *one)
-        total = lambda: tcl.GlobalBatchLoss(main_loss(reduction="sum"))
+        total = lambda: tcl.distribute.GlobalBatchLoss(main_loss(reduction="sum"))
         check_fit(strategy, [{"loss": total}])
 
         *one, predicted = trained_for_two(alone, lambda loss: loss)
-        *two, of_two = trained_for_two(strategy.scope(), tcl.GlobalBatchLoss)
+        *two, of_two = trained_for_two(strategy.scope(), tcl.distribute.GlobalBatchLoss)
         check_same(*two, *one)
         for name in predicted:
             np.testing.assert_allclose(of_two[name], predicted[name], rtol=1e-5, atol=1e-6)
@@ -108,7 +108,7 @@ def test_the_main_loss(tmp_path):
         # What is no loss of the samples has no such value.
         with strategy.scope():
             model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
-            model.compile("sgd", tcl.GlobalBatchLoss(lambda y, p: tf.reduce_mean(y - p)))
+            model.compile("sgd", tcl.distribute.GlobalBatchLoss(lambda y, p: tf.reduce_mean(y - p)))
         with pytest.raises(ValueError, match="loss: expected one that gives the loss of each"):
             model.fit(np.ones([4, 2]), np.ones([4, 1]), verbose=0)
         """,
@@ -271,10 +271,10 @@ def test_bad_input(tmp_path):
             # To look is allowed.
             tcl.center_loss(features[0], ids[0], centers, update_centers=False)
             with pytest.raises(ValueError, match="num_classes: expected at least one for each"):
-                tcl.ShardedCenters(1, D)
+                tcl.distribute.ShardedCenters(1, D)
             with pytest.raises(ValueError, match="initializer: expected zeros"):
-                tcl.ShardedCenters(C, D, initializer="glorot_uniform")
-            sharded = tcl.ShardedCenters(C, D)
+                tcl.distribute.ShardedCenters(C, D, initializer="glorot_uniform")
+            sharded = tcl.distribute.ShardedCenters(C, D)
             with pytest.raises(ValueError, match="expected a call in a replica"):
                 tcl.center_loss(features[0], ids[0], sharded)
         with pytest.raises(ValueError, match="strategy of 2 replicas"):
@@ -314,7 +314,7 @@ def test_other_strategies_are_refused_at_construction(strategy, tmp_path):
 
         name = {strategy.split(".")[-1]!r}
         with {strategy}().scope():
-            for make in (lambda: tcl.CenterLoss(3), lambda: tcl.ShardedCenters(3, 2)):
+            for make in (lambda: tcl.CenterLoss(3), lambda: tcl.distribute.ShardedCenters(3, 2)):
                 with pytest.raises(ValueError, match=f"strategy: {{name}}.*not supported: use "):
                     make()
         """,
@@ -357,20 +357,20 @@ def test_shards_are_saved_and_restored_onto_another_number(tmp_path):
             assert sum(map(len, parts)) == C
             return np.concatenate(parts)
 
-        random = tcl.RandomCenters(1.0, seed=3)
+        random = tcl.tables.RandomNormal(1.0, seed=3)
         with strategy.scope():
-            four = tcl.ShardedCenters(C, D, initializer=random)
+            four = tcl.distribute.ShardedCenters(C, D, initializer=random)
         # The same numbers on any number of replicas, and as in a table that is not split.
-        expected = tcl.create_centers(C, D, initializer=random).numpy()
+        expected = tcl.tables.create(C, D, initializer=random).numpy()
         assert np.array_equal(whole(four), expected)
         assert [first for first, _ in four.shards] == [0, 5, 11, 17]
 
         four.save("saved")
         tf.train.Checkpoint(centers=four).write("checkpoint")
-        one = tcl.ShardedCenters(C, D)
+        one = tcl.distribute.ShardedCenters(C, D)
         one.load("saved")
         assert np.array_equal(whole(one), expected)
-        one = tcl.ShardedCenters(C, D)
+        one = tcl.distribute.ShardedCenters(C, D)
         tf.train.Checkpoint(centers=one).read("checkpoint").assert_consumed()
         assert np.array_equal(whole(one), expected)
 
@@ -382,7 +382,7 @@ def test_shards_are_saved_and_restored_onto_another_number(tmp_path):
         four.load("saved")
         assert np.array_equal(whole(four), 2 * expected)
         with strategy.scope():
-            again = tcl.ShardedCenters(C, D)
+            again = tcl.distribute.ShardedCenters(C, D)
         tf.train.Checkpoint(centers=again).read("checkpoint").assert_consumed()
         assert np.array_equal(whole(again), 2 * expected)
 
@@ -393,7 +393,7 @@ def test_shards_are_saved_and_restored_onto_another_number(tmp_path):
         with pytest.raises(ValueError, match="folder: expected a complete file"):
             again.load("saved")
         with pytest.raises(ValueError, match=r"folder: expected a table float32 \\(3, 2\\)"):
-            tcl.ShardedCenters(3, 2).load("saved")
+            tcl.distribute.ShardedCenters(3, 2).load("saved")
         with pytest.raises(FileNotFoundError):
             again.load("nothing")
 

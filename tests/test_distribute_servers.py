@@ -71,7 +71,7 @@ def test_one_server(native_library, tmp_path):
 
     with strategy.scope():
         try:
-            tcl.ShardedCenters(C, D)
+            tcl.distribute.ShardedCenters(C, D)
         except ValueError as error:
             assert "ParameterServerStrategy splits tables itself" in str(error)
         else:

@@ -10,21 +10,21 @@ from replicas import Cluster
 def test_two_workers(tmp_path):
     source = """
         import tf_center_loss_op as tcl
-        strategy = tcl.MultiWorkerMirroredStrategy()
+        strategy = tcl.distribute.MultiWorkerMirroredStrategy()
         from replica_checks import *
 
         check_functions(strategy, "auto", *mirrored_table(strategy))
         check_functions(strategy, "auto", *sharded_table(strategy), cases=CASES[:2])
         check_functions(strategy, "auto", *mirrored_table(strategy), cases=CASES[:2], eager=True)
-        check_fit(strategy, [{"loss": None, "ignore_label": 3}, {"sharded": True}])
+        check_fit(strategy, [{"loss": None, "ignore_class": 3}, {"sharded": True}])
 
         # Every worker writes its part; one process reads all of them, and the other way round.
         with strategy.scope():
-            two = tcl.ShardedCenters(C, D, initializer=tcl.RandomCenters(1.0, seed=3))
+            two = tcl.distribute.ShardedCenters(C, D, initializer=tcl.tables.RandomNormal(1.0, seed=3))
         two.save("saved")
         two.save("saved")
-        expected = tcl.create_centers(C, D, initializer=tcl.RandomCenters(1.0, seed=3)).numpy()
-        one = tcl.ShardedCenters(C, D)
+        expected = tcl.tables.create(C, D, initializer=tcl.tables.RandomNormal(1.0, seed=3)).numpy()
+        one = tcl.distribute.ShardedCenters(C, D)
         one.load("saved")
         assert np.array_equal(one.shards[0][1].numpy(), expected)
         one.save(f"alone-{worker()}")
@@ -39,7 +39,7 @@ def test_two_workers(tmp_path):
             assert "expected layer.centers.save(folder) on every worker" in str(error)
         else:
             raise AssertionError("a file with a part of the table would have been written")
-        backup = tcl.AtomicBackup("backup")
+        backup = tcl.training.AtomicBackup("backup")
         with strategy.scope():
             backup.set_model(keras.Sequential([keras.Input([2]), keras.layers.Dense(1)]))
         try:
@@ -48,7 +48,7 @@ def test_two_workers(tmp_path):
             assert "strategy: expected all replicas in one process" in str(error)
         else:
             raise AssertionError("both workers would have written to one folder")
-        layer = check_fit(strategy, [{"update": "manual"}])
+        layer = check_fit(strategy, [{"deferred_update": True}])
         np.save(f"centers-{worker()}.npy", copies(strategy, layer.centers.value))
     """
     with Cluster(source, tmp_path, worker=2) as cluster:
@@ -83,7 +83,7 @@ TRAINING = """
     with strategy.scope():
         kernel = tf.Variable(np.eye(D, dtype="f"))
         centers = tf.Variable(tf.zeros([C, D]), trainable=False)
-        sharded = tcl.ShardedCenters(C, D)
+        sharded = tcl.distribute.ShardedCenters(C, D)
         optimizer = keras.optimizers.SGD(0.1)
         optimizer.build([kernel])
     done = tf.Variable(0, dtype=tf.int64, trainable=False)

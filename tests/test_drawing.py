@@ -31,7 +31,7 @@ def legend(figure):
 @pytest.mark.parametrize("source", [np.asarray, tf.constant, tf.Variable])
 def test_two_dimensions_are_drawn_as_they_are(source, tmp_path):
     features, labels, centers = problem(2)
-    figure = tcl.draw_embeddings(source(features), source(labels), source(centers), title="title")
+    figure = tcl.plots.embeddings(source(features), source(labels), source(centers), title="title")
     points, crosses = drawn(figure)
     for j in range(C):
         np.testing.assert_array_equal(points[j], features[labels == j])
@@ -46,7 +46,7 @@ def test_two_dimensions_are_drawn_as_they_are(source, tmp_path):
 
 def test_more_dimensions_are_projected_on_the_principal_components():
     features, labels, centers = problem(7)
-    figure = tcl.draw_embeddings(features, labels, centers)
+    figure = tcl.plots.embeddings(features, labels, centers)
     points, crosses = drawn(figure)
     x = features.astype("d") - features.mean(0, dtype="d")
     values, vectors = np.linalg.eigh(x.T @ x)
@@ -66,21 +66,21 @@ def test_more_dimensions_are_projected_on_the_principal_components():
 
 def test_names_and_no_centers():
     features, labels, centers = problem(2)
-    figure = tcl.draw_embeddings(features, labels, centers, class_names=["a", "b", "c"])
+    figure = tcl.plots.embeddings(features, labels, centers, class_names=["a", "b", "c"])
     assert legend(figure) == ["a", "b", "c", "centers"]
     names = np.array(["x", "y", "z"])[labels]
-    assert legend(tcl.draw_embeddings(features, names)) == ["x", "y", "z"]
+    assert legend(tcl.plots.embeddings(features, names)) == ["x", "y", "z"]
 
 
 def test_many_classes_have_no_legend():
     features, labels, centers = problem(2, classes=21)
-    assert legend(tcl.draw_embeddings(features, labels, centers)) is None
-    assert len(legend(tcl.draw_embeddings(features, labels % 20, centers))) == 21
+    assert legend(tcl.plots.embeddings(features, labels, centers)) is None
+    assert len(legend(tcl.plots.embeddings(features, labels % 20, centers))) == 21
 
 
 def test_a_sample():
     features, labels, centers = problem(2)
-    points, _ = drawn(tcl.draw_embeddings(features, labels, centers, max_samples=10))
+    points, _ = drawn(tcl.plots.embeddings(features, labels, centers, max_samples=10))
     assert sum(map(len, points)) == 10
 
 
@@ -88,12 +88,12 @@ def test_a_sample():
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_hardly_any_samples(count, dim, tmp_path):
     features, labels, centers = problem(dim)
-    figure = tcl.draw_embeddings(features[:count], labels[:count], centers)
+    figure = tcl.plots.embeddings(features[:count], labels[:count], centers)
     figure.savefig(tmp_path / "picture.png")
 
 
 def test_no_variance(tmp_path):
-    figure = tcl.draw_embeddings(np.ones([4, 5]), [0, 1, 0, 1], np.zeros([2, 5]))
+    figure = tcl.plots.embeddings(np.ones([4, 5]), [0, 1, 0, 1], np.zeros([2, 5]))
     figure.savefig(tmp_path / "picture.png")
     assert "0 % of the variance" in figure.axes[0].get_xlabel()
 
@@ -101,7 +101,7 @@ def test_no_variance(tmp_path):
 def test_wrong_arguments():
     # The checks are those of export_projector.
     with pytest.raises(ValueError, match=r"labels: expected shape \(60,\)"):
-        tcl.draw_embeddings(problem(2)[0], [1])
+        tcl.plots.embeddings(problem(2)[0], [1])
 
 
 def test_without_matplotlib(tmp_path):
@@ -111,9 +111,9 @@ def test_without_matplotlib(tmp_path):
         import sys
         sys.modules["matplotlib"] = None
         import tf_center_loss_op as tcl
-        tcl.export_projector(".", [[1.0]], [0])
+        tcl.plots.export_projector(".", [[1.0]], [0])
         try:
-            tcl.draw_embeddings([[1.0]], [0])
+            tcl.plots.embeddings([[1.0]], [0])
         except ImportError as error:
             print(error)
         """,

@@ -55,7 +55,7 @@ def outcome_of(problem, centers, upstream=None, **options):
                 labels,
                 centers,
                 sample_weight=problem.sample_weight,
-                ignore_label=problem.ignore_label,
+                ignore_class=problem.ignore_class,
                 impl="native",
                 **options,
             )
@@ -159,7 +159,7 @@ def test_atomics():
     centers, expected = tf.Variable(tf.zeros([10, 8])), tf.Variable(tf.zeros([10, 8]))
     tcl.update_centers(features, labels, expected)
     try:
-        tcl.set_gpu_atomics(True)
+        tcl.training.set_gpu_atomics(True)
 
         @tf.function
         def step():
@@ -168,7 +168,7 @@ def test_atomics():
 
         step()
     finally:
-        tcl.set_gpu_atomics(False)
+        tcl.training.set_gpu_atomics(False)
     np.testing.assert_allclose(centers.numpy(), expected.numpy(), rtol=1e-5, atol=1e-6)
 
 

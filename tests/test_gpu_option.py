@@ -12,7 +12,7 @@ pytestmark = pytest.mark.native
 @pytest.fixture(autouse=True)
 def restore():
     yield
-    tcl.set_gpu_atomics(False)
+    tcl.training.set_gpu_atomics(False)
 
 
 def traced_atomic():
@@ -33,14 +33,14 @@ def traced_atomic():
 
 def test_off_unless_asked_for(native_library):
     assert not traced_atomic()
-    tcl.set_gpu_atomics(True)
+    tcl.training.set_gpu_atomics(True)
     assert traced_atomic()
-    tcl.set_gpu_atomics(False)
+    tcl.training.set_gpu_atomics(False)
     assert not traced_atomic()
 
 
 def test_on_the_cpu_the_option_changes_nothing(native_library):
-    tcl.set_gpu_atomics(True)
+    tcl.training.set_gpu_atomics(True)
     centers = tf.Variable(tf.zeros([3, 2]))
     tcl.center_loss(tf.ones([2, 2]), [1, 1], centers, alpha=0.3, impl="native")
     assert centers.numpy().tolist() == [[0, 0], pytest.approx([0.2, 0.2]), [0, 0]]
@@ -48,7 +48,7 @@ def test_on_the_cpu_the_option_changes_nothing(native_library):
 
 def test_only_a_bool(native_library):
     with pytest.raises(TypeError, match="enabled: expected True or False, got 1"):
-        tcl.set_gpu_atomics(1)
+        tcl.training.set_gpu_atomics(1)
 
 
 @pytest.mark.parametrize("value, expected", [("1", True), ("0", False)])
@@ -59,7 +59,7 @@ def test_the_environment_decides_where_nobody_called(native_library, tmp_path, v
         from tf_center_loss_op import _native
 
         print(_native.gpu_atomics())
-        tcl.set_gpu_atomics(False)
+        tcl.training.set_gpu_atomics(False)
         print(_native.gpu_atomics())
         """,
         tmp_path,
@@ -84,13 +84,13 @@ def test_refused_under_op_determinism(native_library, tmp_path):
 
         centers = tf.Variable(tf.zeros([3, 2]))
         step = lambda: tcl.center_loss(tf.ones([1, 2]), [1], centers)
-        tcl.set_gpu_atomics(True)
+        tcl.training.set_gpu_atomics(True)
         step()
         tf.keras.utils.set_random_seed(0)
         tf.config.experimental.enable_op_determinism()
         refused(step, "set_gpu_atomics: expected False")
-        refused(lambda: tcl.set_gpu_atomics(True), "enabled: expected False")
-        tcl.set_gpu_atomics(False)
+        refused(lambda: tcl.training.set_gpu_atomics(True), "enabled: expected False")
+        tcl.training.set_gpu_atomics(False)
         step()
         import os
         from tf_center_loss_op import _native

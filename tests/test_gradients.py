@@ -35,7 +35,7 @@ def test_numerical_feature_gradient(impl, features, centers, reduction, weights,
             centers,
             reduction=reduction,
             sample_weight=weights,
-            ignore_label=ignore,
+            ignore_class=ignore,
             impl=impl,
             **options,
         )

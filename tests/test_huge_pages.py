@@ -68,7 +68,7 @@ def test_a_large_table_moves_to_large_pages_in_its_place(tmp_path):
 @pytest.mark.skipif(not OFFERED, reason=f"{SETTING} says never, or Linux before 6.1")
 def test_a_table_that_was_read_before_its_first_step(tmp_path):
     gather = PROGRAM.replace(
-        "tcl.center_loss(", "tcl.centers_of([5], centers)\ntcl.center_loss(", 1
+        "tcl.center_loss(", "tcl.tables.rows([5], centers)\ntcl.center_loss(", 1
     )
     seen = json.loads(run_python(gather, tmp_path))
     assert seen["right"] and not seen["moved"]

@@ -30,11 +30,11 @@ def test_against_the_oracle(kernels, shape, dtype, rule):
         rule=rule,
         reduction=reduction,
         sample_weight=problem.sample_weight,
-        ignore_label=problem.ignore_label,
-        weight=0.25,
+        ignore_class=problem.ignore_class,
+        loss_weight=0.25,
         threads=2,
     )
-    options = dict(ignore_label=problem.ignore_label, reduction=reduction)
+    options = dict(ignore_class=problem.ignore_class, reduction=reduction)
     truth = oracle.center_loss(
         problem.features,
         problem.ids,
@@ -63,7 +63,7 @@ def test_against_the_oracle(kernels, shape, dtype, rule):
         table,
         alpha=0.3,
         rule=rule,
-        ignore_label=problem.ignore_label,
+        ignore_class=problem.ignore_class,
     )
     table_dtype = problem.centers.dtype.name
     assert residual.dtype == problem.centers.dtype

@@ -74,7 +74,7 @@ def test_in_a_large_batch(impl, centers, position):
 
 def test_only_the_ignored_label_may_be_outside(impl, centers):
     def call(labels):
-        return tcl.center_loss(tf.ones([3, 3]), labels, centers, ignore_label=-1, impl=impl)
+        return tcl.center_loss(tf.ones([3, 3]), labels, centers, ignore_class=-1, impl=impl)
 
     refused(lambda: call([0, -1, -2]), centers, 2, -2)
     refused(lambda: call([-1, 10, 0]), centers, 1, 10)
@@ -86,7 +86,7 @@ def test_only_the_ignored_label_may_be_outside(impl, centers):
 def test_ignored_labels_may_be_outside(impl, centers, dtype, ignored):
     labels = tf.constant([ignored, 3, ignored], dtype)
     loss = tcl.center_loss(
-        tf.ones([3, 3]), labels, centers, ignore_label=ignored, reduction="none", impl=impl
+        tf.ones([3, 3]), labels, centers, ignore_class=ignored, reduction="none", impl=impl
     )
     assert loss.numpy().tolist() == [0.0, 1.5, 0.0]
 

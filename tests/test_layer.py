@@ -32,7 +32,7 @@ def check_step(layer, features, labels, weight, **options):
 
 @pytest.mark.parametrize("form", ["keywords", "positions", "list"])
 def test_training_call(impl, features, form):
-    layer = tcl.CenterLoss(C, weight=0.25, impl=impl)
+    layer = tcl.CenterLoss(C, loss_weight=0.25, impl=impl)
     if form == "keywords":
         out = layer(features, labels=LABELS, sample_weight=None, training=True)
     elif form == "positions":
@@ -44,7 +44,7 @@ def test_training_call(impl, features, form):
 
 
 def test_inference_call(impl, features):
-    layer = tcl.CenterLoss(C, weight=0.25, impl=impl)
+    layer = tcl.CenterLoss(C, loss_weight=0.25, impl=impl)
     for training in (False, None):
         out = layer(features, LABELS, training=training)
         assert np.array_equal(out, features)
@@ -54,7 +54,7 @@ def test_inference_call(impl, features):
 
 
 def test_all_options_reach_the_op(impl, features):
-    options = dict(alpha=0.125, rule="batch_mean", reduction="sum", ignore_label=1)
+    options = dict(alpha=0.125, rule="batch_mean", reduction="sum", ignore_class=1)
     layer = tcl.CenterLoss(C, impl=impl, **options)
     layer(features, LABELS, training=True)
     check_step(layer, features, LABELS, 1.0, **options)
@@ -110,7 +110,7 @@ def test_inference_after_training_keeps_the_centers(impl, features):
 
 
 def test_gradient_reaches_the_features(impl, features):
-    layer = tcl.CenterLoss(C, weight=0.5, reduction="sum", impl=impl)
+    layer = tcl.CenterLoss(C, loss_weight=0.5, reduction="sum", impl=impl)
     x = tf.constant(features)
     with tf.GradientTape() as tape:
         tape.watch(x)
@@ -123,19 +123,19 @@ def test_gradient_reaches_the_features(impl, features):
 def test_configuration(impl):
     layer = tcl.CenterLoss(
         C,
-        weight=0.25,
+        loss_weight=0.25,
         alpha=0.125,
         rule="tutorial",
         reduction="sum",
         centers_initializer="ones",
-        ignore_label=-1,
+        ignore_class=-1,
         impl=impl,
         name="my_centers",
     )
     config = layer.get_config()
     copy = tcl.CenterLoss.from_config(config)
     assert copy.get_config() == config
-    for key in ("weight", "alpha", "rule", "reduction", "ignore_label", "impl"):
+    for key in ("loss_weight", "alpha", "rule", "reduction", "ignore_class", "impl"):
         assert config[key] == getattr(copy, key)
     assert config["num_classes"] == C and copy.name == "my_centers"
     again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(layer))
@@ -155,7 +155,7 @@ def test_registered_name():
         dict(alpha=-1.0),
         dict(alpha=float("nan")),
         dict(impl="cuda"),
-        dict(ignore_label=0.5),
+        dict(ignore_class=0.5),
         dict(num_classes=0),
         dict(num_classes=2.5),
     ],
@@ -192,7 +192,7 @@ class Subclassed(keras.Model):
     def __init__(self, impl):
         super().__init__()
         self.dense = keras.layers.Dense(D)
-        self.center_loss = tcl.CenterLoss(C, weight=0.1, impl=impl)
+        self.center_loss = tcl.CenterLoss(C, loss_weight=0.1, impl=impl)
         self.logits = keras.layers.Dense(C)
 
     def call(self, inputs, training=None):
@@ -204,7 +204,7 @@ class Subclassed(keras.Model):
 def functional(impl):
     inputs = keras.Input([5], name="inputs")
     labels = keras.Input([], dtype="int32", name="labels")
-    center_loss = tcl.CenterLoss(C, weight=0.1, impl=impl)
+    center_loss = tcl.CenterLoss(C, loss_weight=0.1, impl=impl)
     features = center_loss([keras.layers.Dense(D)(inputs), labels])
     model = keras.Model(dict(inputs=inputs, labels=labels), keras.layers.Dense(C)(features))
     model.center_loss = center_loss
@@ -236,7 +236,7 @@ def test_fit_evaluate_predict(impl, make, eager):
 def test_fit_adds_the_loss_and_makes_the_steps_of_the_op(impl, features):
     # With nothing else in the model every number of `fit` is known.
     inputs, labels = keras.Input([D]), keras.Input([], dtype="int32")
-    layer = tcl.CenterLoss(C, weight=0.5, alpha=0.3, impl=impl)
+    layer = tcl.CenterLoss(C, loss_weight=0.5, alpha=0.3, impl=impl)
     model = keras.Model([inputs, labels], layer([inputs, labels]))
     model.compile("sgd")
     x = np.concatenate([features, features + 1])
@@ -264,7 +264,7 @@ def test_training_pulls_the_classes_together(impl):
     for weight in (0.0, 1.0):
         keras.utils.set_random_seed(1)
         model = functional(impl)
-        model.center_loss.weight = weight
+        model.center_loss.loss_weight = weight
         model.compile(
             keras.optimizers.Adam(0.02),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -281,7 +281,7 @@ def test_training_pulls_the_classes_together(impl):
 def test_mixed_precision(impl, policy):
     inputs, labels = keras.Input([5]), keras.Input([], dtype="int32")
     dense = keras.layers.Dense(D, dtype=policy)
-    layer = tcl.CenterLoss(3000, weight=0.1, dtype=policy, impl=impl)
+    layer = tcl.CenterLoss(3000, loss_weight=0.1, dtype=policy, impl=impl)
     out = keras.layers.Dense(1, dtype="float32")(layer([dense(inputs), labels]))
     model = keras.Model([inputs, labels], out)
     model.compile("adam", "mse")
@@ -297,8 +297,8 @@ def test_two_layers_in_a_model(impl):
     # Two tables in one model, each with its own labels and its own loss.
     inputs = keras.Input([D])
     coarse, fine = keras.Input([], dtype="int32"), keras.Input([], dtype="int32")
-    first = tcl.CenterLoss(2, weight=1.0, impl=impl)
-    second = tcl.CenterLoss(9, weight=1.0, impl=impl)
+    first = tcl.CenterLoss(2, loss_weight=1.0, impl=impl)
+    second = tcl.CenterLoss(9, loss_weight=1.0, impl=impl)
     model = keras.Model([inputs, coarse, fine], second([first([inputs, coarse]), fine]))
     model.compile(keras.optimizers.SGD(0.1))
     x, y = np.ones([4, D], np.float32), np.array([0, 1, 0, 1], np.int32)
@@ -309,7 +309,7 @@ def test_two_layers_in_a_model(impl):
 
 
 def test_stateless_call(impl, features):
-    layer = tcl.CenterLoss(C, weight=0.25, impl=impl)
+    layer = tcl.CenterLoss(C, loss_weight=0.25, impl=impl)
     layer.build((None, D))
     start = [tf.identity(variable.value) for variable in layer.non_trainable_variables]
     out, after, losses = layer.stateless_call(

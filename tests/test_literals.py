@@ -100,7 +100,7 @@ def test_ignored_samples_count_nowhere(impl, ignored):
     with tf.GradientTape() as tape:
         tape.watch(features)
         loss = tcl.center_loss(
-            features, [0, ignored, 1], centers, ignore_label=ignored, impl=impl, reduction="mean"
+            features, [0, ignored, 1], centers, ignore_class=ignored, impl=impl, reduction="mean"
         )
     # N = 2, and class 0 has one member: half of (2, 4) over 1 + 1.
     np.testing.assert_allclose(loss, 28 / 2, rtol=1e-6)
@@ -111,7 +111,7 @@ def test_ignored_samples_count_nowhere(impl, ignored):
 
 def test_an_ignored_class_keeps_its_center(impl):
     centers = tf.Variable(CENTERS)
-    loss = tcl.center_loss(FEATURES, LABELS, centers, ignore_label=0, reduction="none", impl=impl)
+    loss = tcl.center_loss(FEATURES, LABELS, centers, ignore_class=0, reduction="none", impl=impl)
     assert loss.numpy().tolist() == [0.0, 0.0, 18.0]
     np.testing.assert_allclose(centers.numpy(), [[0.0, 0.0], [10.0, 11.5]], rtol=1e-6)
 
@@ -122,7 +122,7 @@ def test_all_samples_ignored(impl, reduction, expected):
     with tf.GradientTape() as tape:
         tape.watch(features)
         loss = tcl.center_loss(
-            features, [5, 5, 5], centers, ignore_label=5, reduction=reduction, impl=impl
+            features, [5, 5, 5], centers, ignore_class=5, reduction=reduction, impl=impl
         )
     assert loss.numpy().tolist() == expected
     assert not tape.gradient(loss, features).numpy().any()
@@ -159,7 +159,7 @@ def test_features_of_rank_three(impl):
     features = [[FEATURES[0], FEATURES[1]], [FEATURES[2], [99.0, 99.0]]]
     centers = tf.Variable(CENTERS)
     loss = tcl.center_loss(
-        features, [[0, 0], [1, -1]], centers, ignore_label=-1, reduction="none", impl=impl
+        features, [[0, 0], [1, -1]], centers, ignore_class=-1, reduction="none", impl=impl
     )
     assert loss.numpy().tolist() == [[10.0, 40.0], [18.0, 0.0]]
     np.testing.assert_allclose(centers.numpy(), MOVED["paper"], rtol=1e-6)
@@ -181,7 +181,7 @@ def test_update_centers_moves_the_same_way(impl, rule):
 
 def test_update_centers_ignores(impl):
     centers = tf.Variable(CENTERS)
-    tcl.update_centers(FEATURES, [0, -1, 1], centers, ignore_label=-1, impl=impl)
+    tcl.update_centers(FEATURES, [0, -1, 1], centers, ignore_class=-1, impl=impl)
     np.testing.assert_allclose(centers.numpy(), [[0.5, 1.0], [10.0, 11.5]], rtol=1e-6)
 
 

@@ -36,17 +36,17 @@ def test_on_one_replica_it_is_the_given_loss(loss):
         data = OUTPUT, TARGET, WEIGHTS
         return model.evaluate(*data[:2], sample_weight=data[2], verbose=0, return_dict=True)
 
-    assert shown(tcl.GlobalBatchLoss(loss)) == shown(loss)
+    assert shown(tcl.distribute.GlobalBatchLoss(loss)) == shown(loss)
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=described)
 def test_it_is_saved_with_a_model(loss, tmp_path):
     model = keras.Sequential([keras.Input([3]), keras.layers.Dense(3, activation="softmax")])
-    model.compile("sgd", tcl.GlobalBatchLoss(loss, name="main"))
+    model.compile("sgd", tcl.distribute.GlobalBatchLoss(loss, name="main"))
     model.fit(OUTPUT, TARGET, verbose=0)
     model.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras")
-    assert isinstance(again.loss, tcl.GlobalBatchLoss)
+    assert isinstance(again.loss, tcl.distribute.GlobalBatchLoss)
     assert again.loss.name == "main"
     assert again.loss.reduction == model.loss.reduction
     data = OUTPUT, TARGET
@@ -56,8 +56,8 @@ def test_it_is_saved_with_a_model(loss, tmp_path):
 def test_names_are_those_of_the_loss():
     given = ["mse", fourth_power, keras.losses.Huber(name="hub"), keras.losses.MeanSquaredError]
     names = ["mse", "fourth_power", "hub", "mean_squared_error"]
-    assert [tcl.GlobalBatchLoss(loss).name for loss in given] == names
-    assert tcl.GlobalBatchLoss("mse", name="main").name == "main"
+    assert [tcl.distribute.GlobalBatchLoss(loss).name for loss in given] == names
+    assert tcl.distribute.GlobalBatchLoss("mse", name="main").name == "main"
 
 
 class Other(keras.losses.Loss):
@@ -75,10 +75,14 @@ class Other(keras.losses.Loss):
         (keras.losses.Huber(reduction=None), ValueError, "loss: .* got reduction=None"),
         (keras.losses.Huber(reduction="none"), ValueError, "loss: .* got reduction='none'"),
         (Other(), TypeError, "loss: .* got Other, which has a __call__ of its own"),
-        (tcl.GlobalBatchLoss("mse"), TypeError, "loss: .* got GlobalBatchLoss, which has"),
+        (
+            tcl.distribute.GlobalBatchLoss("mse"),
+            TypeError,
+            "loss: .* got GlobalBatchLoss, which has",
+        ),
     ],
     ids=described,
 )
 def test_wrong_losses(loss, error, message):
     with pytest.raises(error, match=message):
-        tcl.GlobalBatchLoss(loss)
+        tcl.distribute.GlobalBatchLoss(loss)

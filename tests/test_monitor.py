@@ -29,7 +29,7 @@ def functional(**options):
     inputs, labels = keras.Input([C], name="inputs"), keras.Input([], dtype="int32", name="labels")
     hidden = keras.layers.BatchNormalization()(inputs)
     hidden = keras.layers.Dropout(0.2)(keras.layers.Dense(D, name="embedding")(hidden))
-    features = tcl.CenterLoss(C, weight=0.1, name="cl", **options)(hidden, labels)
+    features = tcl.CenterLoss(C, loss_weight=0.1, name="cl", **options)(hidden, labels)
     model = keras.Model([inputs, labels], keras.layers.Dense(C)(features))
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     return model
@@ -84,7 +84,7 @@ def test_the_numbers_in_the_logs(data):
     keep = keras.callbacks.LambdaCallback(
         on_epoch_begin=lambda epoch, logs: before.append(table_of(model))
     )
-    history = train(model, data, keep, tcl.CentersMonitor(None, batches(data)), epochs=3)
+    history = train(model, data, keep, tcl.training.CentersMonitor(None, batches(data)), epochs=3)
     table, features = table_of(model), embedding(model).predict(list(data), verbose=0)
     expected = dict(zip(NAMES, truth(features, data[1], table), strict=False))
     expected["seen"] = (C - 1) / C
@@ -98,7 +98,7 @@ def test_the_numbers_in_the_logs(data):
 
 def test_csv_logger_and_no_dataset(data, tmp_path):
     logger = keras.callbacks.CSVLogger(tmp_path / "log.csv")
-    history = train(functional(), data, tcl.CentersMonitor(None), logger)
+    history = train(functional(), data, tcl.training.CentersMonitor(None), logger)
     rows = list(csv.DictReader((tmp_path / "log.csv").open()))
     assert [float(row["cl_norm"]) for row in rows] == history["cl_norm"]
     found = [name for name in history if name.startswith("cl_") and name != "cl_distance"]
@@ -114,14 +114,16 @@ def test_the_training_is_the_same(data, tmp_path):
         return history, state, np.random.random(), float(tf.random.uniform([]))
 
     history, state, *drawn = run()
-    watched = run(tcl.CentersMonitor(tmp_path, batches(data), freq=1))
+    watched = run(tcl.training.CentersMonitor(tmp_path, batches(data), freq=1))
     assert {name: watched[0][name] for name in history} == history
     assert all(np.array_equal(a, b) for a, b in zip(state, watched[1], strict=True))
     assert drawn == list(watched[2:])
 
 
 def test_event_files(data, tmp_path):
-    history = train(functional(), data, tcl.CentersMonitor(tmp_path, batches(data)), epochs=3)
+    history = train(
+        functional(), data, tcl.training.CentersMonitor(tmp_path, batches(data)), epochs=3
+    )
     values, plugins = events(tmp_path)
     histograms = {f"cl/{name}_histogram" for name in NAMES if name not in ("own_nearest", "seen")}
     assert set(values) == {f"cl/{name}" for name in NAMES} | histograms
@@ -143,13 +145,13 @@ def test_event_files(data, tmp_path):
 
 def test_every_so_many_batches(data, tmp_path):
     # Four batches an epoch.
-    train(functional(), data, tcl.CentersMonitor(tmp_path, freq=3), epochs=2)
+    train(functional(), data, tcl.training.CentersMonitor(tmp_path, freq=3), epochs=2)
     assert sorted(events(tmp_path)[0]["cl/moved"]) == [3, 6]
 
 
 def test_samples_of_samples_and_classes(data):
     model = functional()
-    monitor = tcl.CentersMonitor(None, batches(data), max_samples=40, max_classes=3)
+    monitor = tcl.training.CentersMonitor(None, batches(data), max_samples=40, max_classes=3)
     history = train(model, data, monitor)
     table, rows = table_of(model), monitor._watch.labels[monitor._watch.sampled]
     assert len(rows) == 3
@@ -168,15 +170,15 @@ def test_what_is_left_out(data):
     # Ignored labels and NaN: all means are over the rest.
     inputs, labels = data[0].copy(), data[1].copy()
     inputs[:7], labels[7:20] = np.nan, -1
-    model = functional(ignore_label=-1)
+    model = functional(ignore_class=-1)
     batch = ([inputs, labels], labels)
-    history = train(model, (data[0], data[1]), tcl.CentersMonitor(None, [batch]), epochs=1)
+    history = train(model, (data[0], data[1]), tcl.training.CentersMonitor(None, [batch]), epochs=1)
     features = embedding(model).predict([inputs, labels], verbose=0)
     expected = truth(features[20:], labels[20:], table_of(model))
     found = [history[f"cl_{name}"][0] for name in NAMES[:3]]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     nothing = ([inputs[:7], labels[:7]], labels[:7])
-    history = train(model, data, tcl.CentersMonitor(None, [nothing]), epochs=1)
+    history = train(model, data, tcl.training.CentersMonitor(None, [nothing]), epochs=1)
     assert all(math.isnan(history[f"cl_{name}"][0]) for name in NAMES[:3])
 
 
@@ -184,7 +186,7 @@ class Subclassed(keras.Model):
     def __init__(self, **options):
         super().__init__()
         self.dense = keras.layers.Dense(D)
-        self.center_loss = tcl.CenterLoss(C, weight=0.1, name="cl", **options)
+        self.center_loss = tcl.CenterLoss(C, loss_weight=0.1, name="cl", **options)
         self.logits = keras.layers.Dense(C)
         self.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
 
@@ -198,7 +200,7 @@ def test_subclassed_model_with_embed(data, rows):
     model = Subclassed()
     inputs, labels = data
     dataset = [(inputs, np.eye(C, dtype="f")[labels] if rows else labels)]
-    monitor = tcl.CentersMonitor(None, dataset, embed=lambda x: model.dense(x))
+    monitor = tcl.training.CentersMonitor(None, dataset, embed=lambda x: model.dense(x))
     history = train(model, data, monitor)
     expected = truth(model.dense(inputs).numpy(), labels, model.center_loss.centers.numpy())
     found = [history[f"cl_{name}"][-1] for name in NAMES[:3]]
@@ -210,11 +212,11 @@ def test_two_layers(data):
     first, second = (tcl.CenterLoss(C, name=name) for name in ("first", "second"))
     model = keras.Model([inputs, labels], second(first(inputs, labels), labels))
     model.compile("sgd")
-    monitors = [tcl.CentersMonitor(None, layer=layer) for layer in ("first", second)]
+    monitors = [tcl.training.CentersMonitor(None, layer=layer) for layer in ("first", second)]
     history = model.fit(list(data), verbose=0, callbacks=monitors).history
     assert history["first_seen"] == history["second_seen"] == [0.8]
     with pytest.raises(ValueError, match=r"layer: .* one in the model, got \['first', 'second'\]"):
-        model.fit(list(data), verbose=0, callbacks=[tcl.CentersMonitor(None)])
+        model.fit(list(data), verbose=0, callbacks=[tcl.training.CentersMonitor(None)])
 
 
 class Forgetful(Subclassed):
@@ -252,8 +254,8 @@ WRONG = {  # how it is made, whether the labels are all ignored, what the warnin
         "alpha = 0",
     ),
     "rule": (lambda: functional(rule="tutorial", alpha=1.0), False, "alpha (1 - alpha)"),
-    "manual": (lambda: functional(update="manual"), False, "update_centers()"),
-    "ignored": (lambda: functional(ignore_label=3), True, "all labels are ignore_label = 3"),
+    "deferred": (lambda: functional(deferred_update=True), False, "apply_deferred_update()"),
+    "ignored": (lambda: functional(ignore_class=3), True, "all labels are ignore_class = 3"),
     "evaluation": (Forgetful, False, "training=False"),
     "zeros": (Collapsed, False, "equal their centers"),
     "not built": (Skipping, False, "has not been called yet"),
@@ -265,7 +267,7 @@ def check_warning(case, data, **options):
     inputs, labels = data
     labels = np.full_like(labels, 3) if ignored else labels
     with pytest.warns(UserWarning) as caught:
-        train(make(), (inputs, labels), tcl.CentersMonitor(None), epochs=2, **options)
+        train(make(), (inputs, labels), tcl.training.CentersMonitor(None), epochs=2, **options)
     messages = [str(w.message) for w in caught if "did not move" in str(w.message)]
     assert len(messages) == 1
     assert messages[0].startswith("The centers of the layer 'cl' did not move in epoch 1: ")
@@ -286,7 +288,7 @@ def test_a_validation_does_not_hide_the_cause(data, case):
 def test_warns_of_a_layer_of_another_model(data):
     other = functional().get_layer("cl")
     with pytest.warns(UserWarning, match="not a layer of the model"):
-        train(functional(), data, tcl.CentersMonitor(None, layer=other), epochs=1)
+        train(functional(), data, tcl.training.CentersMonitor(None, layer=other), epochs=1)
 
 
 def test_warns_of_centers_that_stop(data):
@@ -296,15 +298,15 @@ def test_warns_of_centers_that_stop(data):
         on_epoch_begin=lambda epoch, logs: alpha.assign(0.5 * (epoch < 2))
     )
     with pytest.warns(UserWarning, match="in epoch 3: alpha = 0"):
-        train(model, data, stop, tcl.CentersMonitor(None), epochs=4)
+        train(model, data, stop, tcl.training.CentersMonitor(None), epochs=4)
 
 
 def test_no_warning_without_a_reason(data):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(functional(), data, tcl.CentersMonitor(None, batches(data)))
+        train(functional(), data, tcl.training.CentersMonitor(None, batches(data)))
         # One batch an epoch, and a table of which few rows are looked at.
-        monitor = tcl.CentersMonitor(None, batches(data), max_classes=1)
+        monitor = tcl.training.CentersMonitor(None, batches(data), max_classes=1)
         train(functional(), data, monitor, batch_size=N)
 
 
@@ -315,10 +317,10 @@ def test_a_large_table_of_which_other_classes_were_trained():
     model.compile("sgd")
     x, y = np.ones([4, 2], "f"), np.arange(4)
     with pytest.warns(UserWarning, match="of the 10 classes that are looked at, of 100000"):
-        model.fit([x, y], verbose=0, callbacks=[tcl.CentersMonitor(None, max_classes=10)])
+        model.fit([x, y], verbose=0, callbacks=[tcl.training.CentersMonitor(None, max_classes=10)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        monitor = tcl.CentersMonitor(None, [([x, y],)], max_classes=10)
+        monitor = tcl.training.CentersMonitor(None, [([x, y],)], max_classes=10)
         model.fit([x, y], verbose=0, callbacks=[monitor])
 
 
@@ -337,7 +339,7 @@ def test_the_table_is_not_copied(tmp_path):
             model.compile("sgd")
             data = [np.ones([256, 64], "f"), labels]
             before = memory("VmHWM")
-            monitor = tcl.CentersMonitor("logs", [(data,)], freq=2)
+            monitor = tcl.training.CentersMonitor("logs", [(data,)], freq=2)
             model.fit(data, batch_size=64, epochs=2, verbose=0, callbacks=[monitor])
             return before, memory("VmHWM")
 
@@ -372,7 +374,7 @@ def test_the_table_is_not_copied(tmp_path):
 )
 def test_wrong_arguments(arguments, error, words):
     with pytest.raises(error) as caught:
-        tcl.CentersMonitor(None, **arguments)
+        tcl.training.CentersMonitor(None, **arguments)
     message = str(caught.value)
     assert message.startswith(words[0] + ":") and all(word in message for word in words)
 
@@ -395,6 +397,6 @@ def test_wrong_when_the_training_begins(data):
         model = make()
         before = [weight.numpy() for weight in model.weights]
         with pytest.raises(ValueError, match=message):
-            train(model, data, tcl.CentersMonitor(None, **arguments))
+            train(model, data, tcl.training.CentersMonitor(None, **arguments))
         after = [weight.numpy() for weight in model.weights][: len(before)]
         assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))

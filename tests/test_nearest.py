@@ -61,7 +61,7 @@ def test_every_source(source, mode, k):
     table = SOURCES[source](centers)
 
     def nearest(x):
-        return tcl.nearest_centers(x, table, k=k, block=64)
+        return tcl.nearest.predict(x, table, k=k, block=64)
 
     if mode != "eager":  # a batch size that is not known while tracing
         unknown = [tf.TensorSpec([None, D])]
@@ -73,13 +73,13 @@ def test_every_source(source, mode, k):
 def test_any_block(block):
     # Also one in which fewer rows remain than are asked for.
     features, centers = problem()
-    assert_exact(tcl.nearest_centers(features, centers, k=3, block=block), features, centers, 3)
+    assert_exact(tcl.nearest.predict(features, centers, k=3, block=block), features, centers, 3)
 
 
 def test_more_samples_than_are_read_at_a_time():
     rng = np.random.default_rng(1)
     features, centers = rng.normal(size=(1100, 3)).astype("f"), problem()[1][:, :3]
-    assert_exact(tcl.nearest_centers(features, centers), features, centers)
+    assert_exact(tcl.nearest.predict(features, centers), features, centers)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_more_samples_than_are_read_at_a_time():
 def test_far_from_the_origin(offset, noise):
     # |x|^2 - 2 x.c + |c|^2 has no right digit here.
     features, centers = problem(offset, noise)
-    assert_exact(tcl.nearest_centers(features, centers, k=2), features, centers, 2)
+    assert_exact(tcl.nearest.predict(features, centers, k=2), features, centers, 2)
 
 
 def test_two_clusters_far_apart():
@@ -98,39 +98,39 @@ def test_two_clusters_far_apart():
     features, centers = problem(noise=1e-2)
     features[::2] += 5e3
     centers[::3] += 5e3
-    assert_exact(tcl.nearest_centers(features, centers, k=5), features, centers, 5)
+    assert_exact(tcl.nearest.predict(features, centers, k=5), features, centers, 5)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e18, 1e30], ids=str)
 def test_squares_that_over_and_underflow(scale):
     features, centers = (scale * part for part in problem())
     features, centers = features.astype("f"), centers.astype("f")
-    assert_exact(tcl.nearest_centers(features, centers), features, centers)
+    assert_exact(tcl.nearest.predict(features, centers), features, centers)
 
 
 def test_float64():
     features, centers = problem(1e7, dtype=np.float64)
-    found = tcl.nearest_centers(features, centers, k=2)
+    found = tcl.nearest.predict(features, centers, k=2)
     assert_exact(found, features, centers, 2, "float64")
     narrow = centers.astype(np.float32)
-    assert_exact(tcl.nearest_centers(features, narrow), features, narrow, 1, "float64")
+    assert_exact(tcl.nearest.predict(features, narrow), features, narrow, 1, "float64")
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
 def test_features_and_tables_of_16_bits(dtype):
     features, centers = problem()
     features = features.astype(dtype)
-    assert_exact(tcl.nearest_centers(features, tf.Variable(centers)), features, centers)
+    assert_exact(tcl.nearest.predict(features, tf.Variable(centers)), features, centers)
     table = centers.astype(dtype)
-    assert_exact(tcl.nearest_centers(features, table, k=3), features, table, 3)
+    assert_exact(tcl.nearest.predict(features, table, k=3), features, table, 3)
 
 
 def test_ties_go_to_the_lowest_label():
     centers = np.tile(np.float32([[3, 4], [0, 0], [-3, -4], [6, 8]]), (50, 1))
-    labels, distances = tcl.nearest_centers(np.zeros([3, 2], "f"), centers, k=50, block=7)
+    labels, distances = tcl.nearest.predict(np.zeros([3, 2], "f"), centers, k=50, block=7)
     assert labels[2].numpy().tolist() == list(range(1, 200, 4))
     assert not distances.numpy().any()
-    assert_exact(tcl.nearest_centers(np.ones([1, 2], "f"), centers, k=120), [[1, 1]], centers, 120)
+    assert_exact(tcl.nearest.predict(np.ones([1, 2], "f"), centers, k=120), [[1, 1]], centers, 120)
 
 
 @pytest.mark.parametrize("far, near", [(1e3, 1e-3), (1.0, 1e-5), (1.0, 1e-20), (1e-15, 1e-22)])
@@ -139,7 +139,7 @@ def test_distances_that_round_to_one_number(far, near):
     features, centers = problem()
     features, centers = features * np.float32(far), centers * np.float32(near)
     for block in (300, 64):
-        found = tcl.nearest_centers(features, centers, k=4, block=block)
+        found = tcl.nearest.predict(features, centers, k=4, block=block)
         assert_exact(found, features, centers, 4)
 
 
@@ -147,9 +147,9 @@ def test_distances_that_round_to_one_number(far, near):
 def test_a_table_of_zeros(k):
     features = problem()[0]
     centers = np.zeros([500, D], "f")
-    assert_exact(tcl.nearest_centers(features, centers, k=k), features, centers, k)
+    assert_exact(tcl.nearest.predict(features, centers, k=k), features, centers, k)
     centers[[0, 77, 400]] = 100
-    assert_exact(tcl.nearest_centers(features, centers, k=k), features, centers, k)
+    assert_exact(tcl.nearest.predict(features, centers, k=k), features, centers, k)
 
 
 def test_not_finite():
@@ -157,7 +157,7 @@ def test_not_finite():
     bad = [1, 5, 6]
     features[1, 0], features[5], features[6, 2] = np.nan, np.inf, -np.inf
     centers[:3] = [[np.nan], [np.inf], [-np.inf]]
-    labels, distances = (part.numpy() for part in tcl.nearest_centers(features, centers))
+    labels, distances = (part.numpy() for part in tcl.nearest.predict(features, centers))
     assert labels[bad].tolist() == [-1] * 3 and np.isnan(distances[bad]).all()
     good = np.setdiff1d(np.arange(B), bad)
     expected = brute_force(features[good], centers[3:], 1)
@@ -166,7 +166,7 @@ def test_not_finite():
 
 
 def test_fewer_finite_centers_than_k():
-    labels, distances = tcl.nearest_centers([[1.0]], [[np.nan], [3.0], [np.inf]], k=3)
+    labels, distances = tcl.nearest.predict([[1.0]], [[np.nan], [3.0], [np.inf]], k=3)
     assert labels.numpy().tolist() == [[1, -1, -1]]
     assert distances.numpy().tolist() == [[2.0, np.inf, np.inf]]
 
@@ -174,10 +174,10 @@ def test_fewer_finite_centers_than_k():
 def test_threshold():
     centers, features = [[0.0], [10.0]], [[1.0], [4.0], [9.5], [np.nan]]
     for threshold in (2, 2.0, tf.constant(2.0), tf.Variable(2.0)):
-        labels, distances = tcl.nearest_centers(features, centers, threshold=threshold)
+        labels, distances = tcl.nearest.predict(features, centers, threshold=threshold)
         assert labels.numpy().tolist() == [0, -1, 1, -1]
         np.testing.assert_array_equal(distances, np.float32([1, 4, 0.5, np.nan]))
-    at = tcl.nearest_centers(features, centers, threshold=4.0)[0]
+    at = tcl.nearest.predict(features, centers, threshold=4.0)[0]
     assert at.numpy().tolist() == [0, 0, 1, -1]  # "beyond" leaves the threshold itself in
 
 
@@ -185,10 +185,10 @@ def test_threshold():
 def test_shapes(shape):
     features, centers = np.ones([*shape, D], np.float32), problem()[1]
     for k, last in ((1, []), (2, [2])):
-        labels, distances = tcl.nearest_centers(features, centers, k=k)
+        labels, distances = tcl.nearest.predict(features, centers, k=k)
         assert labels.shape == distances.shape == shape + last
-    labels = tcl.nearest_centers(features, centers)[0]
-    assert tcl.distance_to_center(features, labels, centers).shape == shape
+    labels = tcl.nearest.predict(features, centers)[0]
+    assert tcl.nearest.distance_to_center(features, labels, centers).shape == shape
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -201,7 +201,7 @@ def test_distance_to_center(source):
     table = SOURCES[source](centers)
 
     def distance(x, y):
-        return tcl.distance_to_center(x, y, table)
+        return tcl.nearest.distance_to_center(x, y, table)
 
     for function in (distance, tf.function(distance), tf.function(distance, jit_compile=True)):
         found = function(features, labels)
@@ -214,7 +214,7 @@ def test_xla_ties_and_what_is_not_finite():
     features[0, 0] = np.nan
 
     def nearest(x):
-        return tcl.nearest_centers(x, centers, k=C, threshold=3.0, block=64)
+        return tcl.nearest.predict(x, centers, k=C, threshold=3.0, block=64)
 
     compiled = tf.function(nearest, jit_compile=True)(features)
     for actual, expected in zip(compiled, nearest(features), strict=True):
@@ -222,14 +222,14 @@ def test_xla_ties_and_what_is_not_finite():
 
 
 def test_xla_labels_out_of_range():
-    compiled = tf.function(tcl.distance_to_center, jit_compile=True)
+    compiled = tf.function(tcl.nearest.distance_to_center, jit_compile=True)
     found = compiled(np.zeros([5, 1], "f"), [0, -1, 2, -2, 1], np.float32([[3], [4]]))
     np.testing.assert_array_equal(found, np.float32([3, np.nan, np.nan, np.nan, 4]))
 
 
 def test_xla_keeps_no_array_of_all_differences():
     features, centers = np.zeros([500, 64], "f"), tf.Variable(tf.zeros([9000, 64]))
-    compiled = tf.function(lambda x: tcl.nearest_centers(x, centers), jit_compile=True)
+    compiled = tf.function(lambda x: tcl.nearest.predict(x, centers), jit_compile=True)
     program = compiled.experimental_get_compiler_ir(tf.constant(features))(stage="optimized_hlo")
     sizes = {s: math.prod(map(int, s.split(","))) for s in re.findall(r"\w\[([\d,]+)\]", program)}
     assert max(sizes.values()) < 500 * 4096 * 2, sizes  # samples by a block of rows
@@ -239,8 +239,8 @@ def test_a_memory_mapped_file(tmp_path):
     features, centers = problem()
     np.save(tmp_path / "centers.npy", centers)
     mapped = np.load(tmp_path / "centers.npy", mmap_mode="r")
-    assert_exact(tcl.nearest_centers(features, mapped, block=50), features, centers)
-    traced = tf.function(lambda x: tcl.nearest_centers(x, mapped, block=50))
+    assert_exact(tcl.nearest.predict(features, mapped, block=50), features, centers)
+    traced = tf.function(lambda x: tcl.nearest.predict(x, mapped, block=50))
     assert_exact(traced(features), features, centers)
     operations = traced.get_concrete_function(features).graph.get_operations()
     sizes = [out.shape.num_elements() or 0 for op in operations for out in op.outputs]
@@ -250,8 +250,8 @@ def test_a_memory_mapped_file(tmp_path):
 def test_no_gradient_and_nothing_on_the_tape():
     features, centers = (tf.Variable(part) for part in problem())
     with tf.GradientTape(persistent=True) as tape:
-        distances = tcl.nearest_centers(features, centers)[1]
-        own = tcl.distance_to_center(features, tf.range(B), centers)
+        distances = tcl.nearest.predict(features, centers)[1]
+        own = tcl.nearest.distance_to_center(features, tf.range(B), centers)
     for value in (distances, own):
         assert tape.gradient(value, [features, centers]) == [None, None]
 
@@ -272,7 +272,11 @@ def test_no_gradient_and_nothing_on_the_tape():
         (dict(features=1.0), ValueError, ["features", "[..., D]", "()"]),
         (dict(centers=np.zeros([C, D], int)), TypeError, ["centers", "float32", "int64"]),
         (dict(centers=np.zeros([C], "f")), ValueError, ["centers", "[C, D]", "(300,)"]),
-        (dict(centers=tcl.ShardedCenters(C, D)), TypeError, ["centers", "ShardedCenters"]),
+        (
+            dict(centers=tcl.distribute.ShardedCenters(C, D)),
+            TypeError,
+            ["centers", "ShardedCenters"],
+        ),
     ],
     ids=described,
 )
@@ -280,7 +284,7 @@ def test_wrong_arguments(wrong, error, words):
     features, centers = problem()
     arguments = dict(features=features, centers=centers) | wrong
     with pytest.raises(error) as caught:
-        tcl.nearest_centers(**arguments)
+        tcl.nearest.predict(**arguments)
     message = str(caught.value)
     assert message.startswith(words[0] + ":") and all(word in message for word in words)
 
@@ -290,13 +294,13 @@ def test_wrong_labels(source):
     features, centers = problem()
     table, labels = SOURCES[source](centers), np.zeros(B, np.int32)
     with pytest.raises(TypeError, match="labels: expected dtype int32 or int64, got float32"):
-        tcl.distance_to_center(features, labels.astype("f"), table)
+        tcl.nearest.distance_to_center(features, labels.astype("f"), table)
     with pytest.raises(ValueError, match=r"labels: expected shape \(40,\).* got \(39,\)"):
-        tcl.distance_to_center(features, labels[1:], table)
+        tcl.nearest.distance_to_center(features, labels[1:], table)
     for value in (300, -2):
         labels[7] = value
         with pytest.raises(tf.errors.InvalidArgumentError, match="is outside") as caught:
-            tcl.distance_to_center(features, labels, table)
+            tcl.nearest.distance_to_center(features, labels, table)
         assert f"labels[7] = {value} is outside [0, 300)" in str(caught.value)
 
 
@@ -323,7 +327,7 @@ def test_memory(tmp_path):
         features = file[labels] + rng.random((B, D), np.float32) / 100
         # A step: the mode in which a dense read copies.
         tcl.update_centers(features[:1], labels[:1], variable, alpha=1e-9)
-        tcl.nearest_centers(features, file[:1000])  # whatever TensorFlow allocates once
+        tcl.nearest.predict(features, file[:1000])  # whatever TensorFlow allocates once
         process = psutil.Process()
 
         def anonymous():  # the pages of a mapped file are not ours
@@ -338,9 +342,9 @@ def test_memory(tmp_path):
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        nearest = lambda table: tcl.nearest_centers(features, table, block=2**15)[0]
+        nearest = lambda table: tcl.nearest.predict(features, table, block=2**15)[0]
         found = [nearest(file), nearest(variable), tf.function(nearest)(variable)]
-        own = tcl.distance_to_center(features, labels, variable)
+        own = tcl.nearest.distance_to_center(features, labels, variable)
         done.set()
         watcher.join()
         good = all(np.array_equal(f, labels) for f in found)

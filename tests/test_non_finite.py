@@ -95,7 +95,7 @@ def test_one_bad_row_in_a_group_that_is_split(impl):
 def test_an_ignored_bad_row_is_not_seen_at_all(impl):
     centers = tf.Variable([[0.0], [0.0]])
     loss, gradient = step(
-        impl, [[2.0], [np.nan]], [0, -1], centers, ignore_label=-1, reduction="mean"
+        impl, [[2.0], [np.nan]], [0, -1], centers, ignore_class=-1, reduction="mean"
     )
     assert loss == 2.0
     assert gradient.numpy().tolist() == [[2.0], [0.0]]

@@ -21,7 +21,7 @@ def test_loss_and_gradients(shape, reduction, ignore):
     options = dict(
         reduction=reduction,
         sample_weight=problem.sample_weight,
-        ignore_label=problem.ignore_label,
+        ignore_class=problem.ignore_class,
     )
     truth = oracle.center_loss(
         problem.features, problem.labels, problem.centers, upstream=upstream, **options
@@ -42,7 +42,7 @@ def test_loss_and_gradients(shape, reduction, ignore):
 @pytest.mark.parametrize("shape", SMALL, ids=str)
 def test_moved_centers(shape, rule, ignore):
     problem = problems.make(shape, "float64", ignore=ignore)
-    options = dict(alpha=0.3, rule=rule, ignore_label=problem.ignore_label)
+    options = dict(alpha=0.3, rule=rule, ignore_class=problem.ignore_class)
     truth = oracle.center_loss(problem.features, problem.labels, problem.centers, **options)
     moved = plain.moved_centers(
         tf.constant(problem.features), problem.labels, tf.constant(problem.centers), **options

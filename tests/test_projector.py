@@ -42,7 +42,7 @@ def entries(config):
 @pytest.mark.parametrize("source", [np.asarray, tf.constant, tf.Variable])
 def test_numbers_and_labels(tmp_path, data, source):
     features, labels, centers = data
-    config = tcl.export_projector(
+    config = tcl.plots.export_projector(
         tmp_path / "new" / "folder", source(features), source(labels), source(centers)
     )
     assert config == tmp_path / "new" / "folder" / "projector_config.pbtxt"
@@ -57,7 +57,7 @@ def test_numbers_and_labels(tmp_path, data, source):
 def test_names(tmp_path, data, kind):
     names = ["plain", "tab\there", "two\nlines", "return\r", "Ünïcode 数", "unused"]
     given = names if kind is list else dict(enumerate(names[: C - 1]))
-    tcl.export_projector(tmp_path, *data, class_names=given)
+    tcl.plots.export_projector(tmp_path, *data, class_names=given)
     shown = ["plain", "tab\\there", "two\\nlines", "return\\r", "Ünïcode 数"]
     rows = read(tmp_path)[1]
     assert [row[0] for row in rows[:N]] == [shown[label] for label in data[1]]
@@ -66,13 +66,13 @@ def test_names(tmp_path, data, kind):
 
 @pytest.mark.parametrize("source", [list, np.asarray, tf.constant])
 def test_labels_that_are_names(tmp_path, source):
-    tcl.export_projector(tmp_path, np.eye(3), source(["a", "b\tc", "ä"]))
+    tcl.plots.export_projector(tmp_path, np.eye(3), source(["a", "b\tc", "ä"]))
     assert read(tmp_path)[1] == [("a", "sample"), ("b\\tc", "sample"), ("ä", "sample")]
 
 
 def test_a_sample(tmp_path, data):
     features, labels, centers = data
-    tcl.export_projector(tmp_path, *data, max_samples=7)
+    tcl.plots.export_projector(tmp_path, *data, max_samples=7)
     points, rows = read(tmp_path)
     kinds = [row[1] for row in rows]
     assert kinds.count("sample") == 7
@@ -83,8 +83,8 @@ def test_a_sample(tmp_path, data):
     assert [row[0] for row in rows[7:]] == [str(label) for label in classes]
     assert np.array_equal(points[7:], centers[classes])
     again, other = tmp_path / "again", tmp_path / "other"
-    tcl.export_projector(again, *data, max_samples=7)
-    tcl.export_projector(other, *data, max_samples=7, seed=1)
+    tcl.plots.export_projector(again, *data, max_samples=7)
+    tcl.plots.export_projector(other, *data, max_samples=7, seed=1)
     assert np.array_equal(read(again)[0], points)
     assert not np.array_equal(read(other)[0][:7], points[:7])
 
@@ -92,14 +92,14 @@ def test_a_sample(tmp_path, data):
 def test_a_huge_table_costs_nothing(tmp_path):
     # 1 TB, were it written to; only the rows of two classes are.
     centers = np.broadcast_to(np.ones(256, "f"), [10**9, 256])
-    tcl.export_projector(tmp_path, np.ones([2, 256]), [5, 10**9 - 1], centers)
+    tcl.plots.export_projector(tmp_path, np.ones([2, 256]), [5, 10**9 - 1], centers)
     assert len(read(tmp_path)[0]) == 4
 
 
 def test_not_finite(tmp_path, data):
     features, labels, _ = data
     features[3, 0], features[4] = np.nan, np.inf
-    tcl.export_projector(tmp_path, features, labels)
+    tcl.plots.export_projector(tmp_path, features, labels)
     points, rows = read(tmp_path)
     assert len(rows) == N - 2 and np.isfinite(points).all()
 
@@ -108,7 +108,7 @@ def test_several_in_one_folder(tmp_path, data):
     config = tmp_path / "projector_config.pbtxt"
     config.write_text('embeddings {\n  tensor_name: "mine"\n}\n')
     for name in ("train", "test", "train"):
-        tcl.export_projector(tmp_path, *data, name=name)
+        tcl.plots.export_projector(tmp_path, *data, name=name)
     assert list(entries(config)) == ["mine", "train", "test"]
     assert entries(config)["test"] == ("test.tsv", "test_metadata.tsv")
 
@@ -133,7 +133,7 @@ def test_several_in_one_folder(tmp_path, data):
 def test_wrong_arguments(tmp_path, data, wrong, error, words):
     arguments = dict(zip(["features", "labels", "centers"], data, strict=True)) | wrong
     with pytest.raises(error) as caught:
-        tcl.export_projector(tmp_path, **arguments)
+        tcl.plots.export_projector(tmp_path, **arguments)
     message = str(caught.value)
     assert message.startswith(words[0] + ":") and all(word in message for word in words)
     assert not (tmp_path / "projector_config.pbtxt").exists()

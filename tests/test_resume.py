@@ -33,7 +33,7 @@ inputs = rng.normal(size=(256, 16)).astype("float32")
 image, label = keras.Input([16]), keras.Input([], dtype="int32")
 x = keras.layers.Dropout(0.1, seed=1)(keras.layers.Dense(8)(image))
 warm_up = keras.optimizers.schedules.PolynomialDecay(0.01, 20, 0.1)
-x = tcl.CenterLoss(50, weight=warm_up, name="centers")([x, label])
+x = tcl.CenterLoss(50, loss_weight=warm_up, name="centers")([x, label])
 model = keras.Model([image, label], keras.layers.Dense(50)(x))
 model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
 """
@@ -42,7 +42,7 @@ WITH_CALLBACK = (
     TRAINING
     + """
 model.fit([inputs, labels], labels, batch_size=32, epochs=4, verbose=0, callbacks=[
-    tcl.AtomicBackup("backup", save_freq=3),
+    tcl.training.AtomicBackup("backup", save_freq=3),
     keras.callbacks.LambdaCallback(on_train_batch_end=lambda *_, **__: time.sleep(0.05))])
 """
 )
@@ -134,18 +134,18 @@ def end_of_training(*callbacks):
         inputs, labels = keras.Input([D]), keras.Input([], dtype="int32")
         z = keras.layers.Dropout(0.1)(keras.layers.Dense(D)(inputs))
         z = keras.layers.BatchNormalization()(z)
-        layers = [tcl.CenterLoss(C, weight=0.1, sharded=sharded) for sharded in (False, True)]
+        layers = [tcl.CenterLoss(C, loss_weight=0.1, sharded=sharded) for sharded in (False, True)]
         for layer in layers:
             z = layer(z, labels)
         model = keras.Model([inputs, labels], keras.layers.Dense(C)(z))
-        model.compile("adam", tcl.GlobalBatchLoss(main_loss()), metrics=["accuracy"])
+        model.compile("adam", tcl.distribute.GlobalBatchLoss(main_loss()), metrics=["accuracy"])
     logs = model.fit(data, epochs=2, verbose=0, callbacks=[*callbacks]).history
     variables = [v.value for v in model.variables + model.optimizer.variables]
     variables += [part for _, part in layers[1].centers.shards]
     copies = [c for v in variables for c in strategy.experimental_local_results(v)]
     return {str(k): copy.numpy() for k, copy in enumerate(copies)} | {k: logs[k][-1] for k in logs}
 
-backup = tcl.AtomicBackup("backup", save_freq=2)
+backup = tcl.training.AtomicBackup("backup", save_freq=2)
 if not os.path.exists("backup"):
     np.savez("whole.npz", **end_of_training())
     kill = lambda batch, logs: os.path.exists("backup/4") and os.kill(os.getpid(), 9)
@@ -195,7 +195,7 @@ def make_model(steps_per_execution=1, width=4, policy="float32"):
     keras.utils.set_random_seed(5)
     image, label = keras.Input([3]), keras.Input([], dtype="int32")
     x = keras.layers.Dropout(0.2)(keras.layers.Dense(width, dtype=policy)(image))
-    x = tcl.CenterLoss(7, weight=0.1, name="center_loss")([x, label])
+    x = tcl.CenterLoss(7, loss_weight=0.1, name="center_loss")([x, label])
     model = keras.Model([image, label], keras.layers.Dense(7, dtype="float32")(x))
     model.compile(
         keras.optimizers.Adam(0.01),
@@ -244,12 +244,12 @@ def uninterrupted(steps_per_execution=1, policy="float32"):
 def test_it_goes_on_from_any_batch(save_freq, steps, after, trained_before, tmp_path):
     whole, history = uninterrupted(steps)
     with pytest.raises(Interruption):
-        fit(make_model(steps), tcl.AtomicBackup(tmp_path, save_freq), Interrupt(after))
+        fit(make_model(steps), tcl.training.AtomicBackup(tmp_path, save_freq), Interrupt(after))
     model, seen = make_model(steps), []
     count = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda *_, **__: seen.append(int(model.optimizer.iterations.numpy()))
     )
-    resumed = fit(model, tcl.AtomicBackup(tmp_path, save_freq), count)
+    resumed = fit(model, tcl.training.AtomicBackup(tmp_path, save_freq), count)
     assert_same(model, whole)
     # What was trained before is not trained again.
     first = min(seen)
@@ -289,10 +289,10 @@ def test_a_backup_that_is_not_complete_is_never_loaded(moment, tmp_path, monkeyp
             "no name": (Path, "rename", no_name),
         }[moment]
         patch.setattr(target, name, replacement)
-        fit(make_model(), tcl.AtomicBackup(tmp_path, save_freq=2))
+        fit(make_model(), tcl.training.AtomicBackup(tmp_path, save_freq=2))
     assert sorted(os.listdir(tmp_path)) == ["1", "new.partial"]
     model = make_model()
-    fit(model, tcl.AtomicBackup(tmp_path, save_freq=2))
+    fit(model, tcl.training.AtomicBackup(tmp_path, save_freq=2))
     assert_same(model, uninterrupted()[0])
 
 
@@ -301,14 +301,14 @@ def test_mixed_precision_and_sixteen_bit_variables(tmp_path):
     whole, _ = uninterrupted(policy=policy)
     assert any(v.dtype == "bfloat16" for v in whole.variables)
     with pytest.raises(Interruption):
-        fit(make_model(policy=policy), tcl.AtomicBackup(tmp_path), Interrupt(BATCHES + 1))
+        fit(make_model(policy=policy), tcl.training.AtomicBackup(tmp_path), Interrupt(BATCHES + 1))
     model = make_model(policy=policy)
-    fit(model, tcl.AtomicBackup(tmp_path))
+    fit(model, tcl.training.AtomicBackup(tmp_path))
     assert_same(model, whole)
 
 
 def test_it_takes_the_place_of_kerass_own(tmp_path):
-    backup = tcl.AtomicBackup(
+    backup = tcl.training.AtomicBackup(
         backup_dir=str(tmp_path / "backup"),
         save_freq="epoch",
         double_checkpoint=True,
@@ -324,14 +324,14 @@ def test_it_takes_the_place_of_kerass_own(tmp_path):
 )
 def test_wrong_arguments(wrong):
     with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
-        tcl.AtomicBackup(**dict(backup_dir="backup") | wrong)
+        tcl.training.AtomicBackup(**dict(backup_dir="backup") | wrong)
 
 
 def test_without_backups_it_only_resumes(tmp_path):
     with pytest.raises(Interruption):
-        fit(make_model(), tcl.AtomicBackup(tmp_path), Interrupt(BATCHES + 1))
+        fit(make_model(), tcl.training.AtomicBackup(tmp_path), Interrupt(BATCHES + 1))
     model = make_model()
-    fit(model, tcl.AtomicBackup(tmp_path, save_freq=False, delete_checkpoint=False))
+    fit(model, tcl.training.AtomicBackup(tmp_path, save_freq=False, delete_checkpoint=False))
     assert os.listdir(tmp_path) == ["1"]
     assert_same(model, uninterrupted()[0])
 
@@ -350,12 +350,14 @@ def damage(folder, how):
 def test_a_damaged_backup(how, tmp_path):
     options = dict(double_checkpoint=True, delete_checkpoint=False)
     with pytest.raises(Interruption):
-        fit(make_model(), tcl.AtomicBackup(tmp_path, **options), Interrupt(2 * BATCHES + 1))
+        fit(
+            make_model(), tcl.training.AtomicBackup(tmp_path, **options), Interrupt(2 * BATCHES + 1)
+        )
     assert sorted(os.listdir(tmp_path)) == ["1", "2"]
     damage(tmp_path / "2", how)
     model = make_model()
     with pytest.warns(UserWarning, match="A backup is damaged, the one before is used"):
-        fit(model, tcl.AtomicBackup(tmp_path, **options))
+        fit(model, tcl.training.AtomicBackup(tmp_path, **options))
     assert_same(model, uninterrupted()[0])
     for folder in tmp_path.iterdir():
         damage(folder, how)
@@ -363,7 +365,7 @@ def test_a_damaged_backup(how, tmp_path):
     model.optimizer.build(model.trainable_variables)
     before = numbers(model)
     with pytest.raises(ValueError, match="backup_dir: expected complete backups"):
-        fit(model, tcl.AtomicBackup(tmp_path, **options))
+        fit(model, tcl.training.AtomicBackup(tmp_path, **options))
     for a, b in zip(numbers(model), before, strict=True):
         assert np.array_equal(a, b)
 
@@ -383,23 +385,23 @@ def test_killed_while_it_removes_the_backups(removed_before, tmp_path, monkeypat
 
     with monkeypatch.context() as patch, pytest.raises(Interruption):
         patch.setattr(shutil, "rmtree", half)
-        fit(make_model(), tcl.AtomicBackup(tmp_path))
+        fit(make_model(), tcl.training.AtomicBackup(tmp_path))
     assert (tmp_path / str(removed_before + 1)).exists()
     model = make_model()
-    fit(model, tcl.AtomicBackup(tmp_path))
+    fit(model, tcl.training.AtomicBackup(tmp_path))
     assert_same(model, uninterrupted()[0])
 
 
 def test_a_backup_of_another_model(tmp_path):
-    fit(make_model(), tcl.AtomicBackup(tmp_path, delete_checkpoint=False))
+    fit(make_model(), tcl.training.AtomicBackup(tmp_path, delete_checkpoint=False))
     state = json.loads((tmp_path / str(EPOCHS) / "state.json").read_text())
     assert state["epoch"] == EPOCHS
     with pytest.raises(ValueError, match="backup_dir: expected a backup of this model"):
-        fit(make_model(width=5), tcl.AtomicBackup(tmp_path))
+        fit(make_model(width=5), tcl.training.AtomicBackup(tmp_path))
 
 
 def test_a_model_that_is_not_built(tmp_path):
     model = keras.Sequential([keras.layers.Dense(1)])
     model.compile("sgd", "mse")
     with pytest.raises(ValueError, match="model: expected a built model"):
-        model.fit(np.ones([2, 2]), np.ones([2, 1]), callbacks=[tcl.AtomicBackup(tmp_path)])
+        model.fit(np.ones([2, 2]), np.ones([2, 1]), callbacks=[tcl.training.AtomicBackup(tmp_path)])

@@ -20,7 +20,7 @@ def make_model(impl="auto", classes=C, dim=D, weight=0.1):
     inputs = keras.Input([WIDTH], name="inputs")
     labels = keras.Input([], dtype="int32", name="labels")
     features = keras.layers.Dense(dim, name="features")(inputs)
-    layer = tcl.CenterLoss(classes, weight=weight, alpha=0.3, impl=impl, name="center_loss")
+    layer = tcl.CenterLoss(classes, loss_weight=weight, alpha=0.3, impl=impl, name="center_loss")
     features = layer([features, labels])
     outputs = keras.layers.Dense(C, name="logits")(features)
     model = keras.Model([inputs, labels], outputs)
@@ -93,7 +93,7 @@ class Subclassed(keras.Model):
     def __init__(self, **options):
         super().__init__(**options)
         self.dense = keras.layers.Dense(D)
-        self.center_loss = tcl.CenterLoss(C, weight=0.1)
+        self.center_loss = tcl.CenterLoss(C, loss_weight=0.1)
         self.logits = keras.layers.Dense(C)
 
     def call(self, inputs, training=None):

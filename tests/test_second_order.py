@@ -48,7 +48,7 @@ def test_features_against_finite_differences(impl, features, centers, reduction,
                 centers,
                 reduction=reduction,
                 sample_weight=WEIGHTS,
-                ignore_label=1,
+                ignore_class=1,
                 impl=impl,
                 **options,
             )
@@ -73,7 +73,7 @@ def test_features_and_centers_against_plain_tensorflow(
             centers,
             reduction=reduction,
             sample_weight=WEIGHTS,
-            ignore_label=ignore,
+            ignore_class=ignore,
             update_centers=False,
             impl=impl,
         )
@@ -85,7 +85,7 @@ def test_features_and_centers_against_plain_tensorflow(
             centers,
             reduction=reduction,
             sample_weight=WEIGHTS,
-            ignore_label=ignore,
+            ignore_class=ignore,
         )
 
     def derivatives(loss_function):

@@ -28,7 +28,7 @@ def centers():
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_create(dtype):
-    centers = tcl.create_centers(C, D, dtype=dtype)
+    centers = tcl.tables.create(C, D, dtype=dtype)
     assert centers.shape == (C, D) and centers.dtype.name == dtype and not centers.trainable
     assert not centers.numpy().any()
     tcl.update_centers(tf.ones([1, D], dtype), [3], centers)
@@ -36,7 +36,7 @@ def test_create(dtype):
 
 
 def test_two_tables_do_not_share_memory():
-    first, second = tcl.create_centers(C, D), tcl.create_centers(C, D)
+    first, second = tcl.tables.create(C, D), tcl.tables.create(C, D)
     tcl.update_centers(tf.ones([1, D]), [3], first)
     assert not second.numpy().any()
 
@@ -44,16 +44,16 @@ def test_two_tables_do_not_share_memory():
 @pytest.mark.parametrize("wrong", [dict(num_classes=0), dict(dim=2.0), dict(dtype="float16")])
 def test_create_with_wrong_sizes(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        tcl.create_centers(**dict(num_classes=C, dim=D) | wrong)
+        tcl.tables.create(**dict(num_classes=C, dim=D) | wrong)
 
 
-@pytest.mark.parametrize("initializer", ["zeros", tcl.RandomCenters()])
+@pytest.mark.parametrize("initializer", ["zeros", tcl.tables.RandomNormal()])
 @pytest.mark.parametrize("make", ["create", "layer"])
 def test_a_table_that_no_memory_holds_is_an_early_error(initializer, make):
     # A petabyte.
     with pytest.raises(MemoryError, match=r"got 1000000000000 x 256 float32, 1024000.0 GB"):
         if make == "create":
-            tcl.create_centers(10**12, 256, initializer=initializer)
+            tcl.tables.create(10**12, 256, initializer=initializer)
         else:
             layer = tcl.CenterLoss(10**12, centers_initializer=initializer)
             layer.build((None, 256))
@@ -76,65 +76,65 @@ def test_what_counts_as_room(tmp_path, monkeypatch):
 @pytest.mark.parametrize("wrap", [lambda v: v, lambda v: keras.Variable(v)])
 def test_clear(centers, wrap):
     centers = wrap(centers)
-    tcl.clear_centers(centers)
+    tcl.tables.clear(centers)
     assert centers.shape == (C, D) and not keras.ops.convert_to_numpy(centers).any()
     tcl.update_centers(tf.ones([1, D]), [3], centers)
-    assert np.flatnonzero(tcl.centers_of(tf.range(C), centers).numpy().any(axis=1)) == [3]
+    assert np.flatnonzero(tcl.tables.rows(tf.range(C), centers).numpy().any(axis=1)) == [3]
     with pytest.raises(TypeError, match="centers: expected a tf.Variable"):
-        tcl.clear_centers(np.zeros([C, D]))
+        tcl.tables.clear(np.zeros([C, D]))
 
 
 def test_random_centers():
-    same = [tcl.RandomCenters(2.0, seed=5)((4000, D), "float32").numpy() for _ in range(2)]
+    same = [tcl.tables.RandomNormal(2.0, seed=5)((4000, D), "float32").numpy() for _ in range(2)]
     assert np.array_equal(*same)
     assert abs(same[0].mean()) < 0.05 and abs(same[0].std() - 2) < 0.05
     # Each block has numbers of its own.
     assert len(np.unique(same[0])) > 0.99 * same[0].size
-    other = tcl.RandomCenters(2.0, seed=6)((4000, D), "float32").numpy()
+    other = tcl.tables.RandomNormal(2.0, seed=6)((4000, D), "float32").numpy()
     assert not np.array_equal(same[0], other)
-    unseeded = [tcl.RandomCenters()((3, D), "float32").numpy() for _ in range(2)]
+    unseeded = [tcl.tables.RandomNormal()((3, D), "float32").numpy() for _ in range(2)]
     assert not np.array_equal(*unseeded)
     seeded = []
     for _ in range(2):
         keras.utils.set_random_seed(7)
-        seeded.append(tcl.RandomCenters()((3, D), "float32").numpy())
+        seeded.append(tcl.tables.RandomNormal()((3, D), "float32").numpy())
     assert np.array_equal(*seeded)
 
 
 def test_random_centers_in_a_layer(tmp_path):
-    layer = tcl.CenterLoss(C, centers_initializer=tcl.RandomCenters(0.5, seed=1))
+    layer = tcl.CenterLoss(C, centers_initializer=tcl.tables.RandomNormal(0.5, seed=1))
     layer.build((None, D))
-    expected = tcl.RandomCenters(0.5, seed=1)((C, D), "float32")
+    expected = tcl.tables.RandomNormal(0.5, seed=1)((C, D), "float32")
     assert np.array_equal(layer.centers.numpy(), expected)
     again = tcl.CenterLoss.from_config(layer.get_config())
     assert again.centers_initializer.get_config() == {"stddev": 0.5, "seed": 1}
 
 
 def test_rows(centers):
-    assert np.array_equal(tcl.centers_of([3, 36, 3], centers), centers.numpy()[[3, 36, 3]])
-    assert tcl.centers_of(tf.zeros([2, 4], tf.int64), centers).shape == (2, 4, D)
+    assert np.array_equal(tcl.tables.rows([3, 36, 3], centers), centers.numpy()[[3, 36, 3]])
+    assert tcl.tables.rows(tf.zeros([2, 4], tf.int64), centers).shape == (2, 4, D)
     with pytest.raises(TypeError, match="labels: expected dtype int32 or int64, got float32"):
-        tcl.centers_of([1.0], centers)
+        tcl.tables.rows([1.0], centers)
     with pytest.raises(tf.errors.InvalidArgumentError, match="37"):
-        tcl.centers_of([37], centers)
+        tcl.tables.rows([37], centers)
     with pytest.raises(TypeError, match="centers: expected a tf.Variable"):
-        tcl.centers_of([1], centers.numpy())
+        tcl.tables.rows([1], centers.numpy())
 
 
 @pytest.mark.parametrize("wrap", [lambda v: v, lambda v: keras.Variable(v)])
 def test_save_and_load(centers, wrap, tmp_path):
     path, numbers = tmp_path / "centers.npy", centers.numpy()
-    tcl.save_centers(wrap(centers), path)
+    tcl.tables.save(wrap(centers), path)
     assert np.array_equal(np.load(path), numbers)
     assert os.listdir(tmp_path) == ["centers.npy"]
     loaded = wrap(tf.Variable(tf.zeros([C, D]), trainable=False))
-    tcl.load_centers(loaded, path)
+    tcl.tables.load(loaded, path)
     assert np.array_equal(loaded.numpy(), numbers)
 
 
 def test_a_write_that_fails_leaves_the_old_file(centers, tmp_path, monkeypatch):
     path = tmp_path / "centers.npy"
-    tcl.save_centers(centers, path)
+    tcl.tables.save(centers, path)
     before = path.read_bytes()
     centers.assign_add(tf.ones([C, D]))
 
@@ -143,7 +143,7 @@ def test_a_write_that_fails_leaves_the_old_file(centers, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        tcl.save_centers(centers, path)
+        tcl.tables.save(centers, path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["centers.npy"]
 
@@ -179,13 +179,13 @@ def test_a_bad_file_changes_nothing(centers, name, words, tmp_path):
     before = centers.numpy()
     bad_files(tmp_path, before + 1)
     with pytest.raises(ValueError, match=f"path: .*{words}"):
-        tcl.load_centers(centers, tmp_path / f"{name}.npy")
+        tcl.tables.load(centers, tmp_path / f"{name}.npy")
     assert np.array_equal(centers.numpy(), before)
 
 
 def test_a_file_that_is_not_there(centers, tmp_path):
     with pytest.raises(FileNotFoundError):
-        tcl.load_centers(centers, tmp_path / "none.npy")
+        tcl.tables.load(centers, tmp_path / "none.npy")
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_class_means_of_a_dataset(samples, centers):
     features[7, 2], features[9, 0] = np.nan, np.inf
     labels[11] = -1
     dataset = tf.data.Dataset.from_tensor_slices((features, labels)).batch(32)
-    counts = tcl.centers_from_dataset(dataset, centers, ignore_label=-1, progress=False)
+    counts = tcl.tables.from_dataset(dataset, centers, ignore_class=-1, progress=False)
     good = np.isfinite(features).all(axis=1)
     for j in range(C):
         members = features[good & (labels == j)].astype(np.float64)
@@ -214,7 +214,7 @@ def test_class_means_of_millions():
     # A float32 sum of two million numbers 0.1 is off by a hundredth.
     centers = tf.Variable(tf.zeros([1, 2]))
     batch = (np.full([1000, 2], 0.1, np.float32), np.zeros(1000, np.uint8))
-    tcl.centers_from_dataset([batch] * 2000, centers, progress=False)
+    tcl.tables.from_dataset([batch] * 2000, centers, progress=False)
     np.testing.assert_allclose(centers.numpy(), 0.1, rtol=1e-6)
 
 
@@ -222,7 +222,7 @@ def test_class_means_of_embedded_inputs(samples, centers, capsys):
     features, labels = samples
     model = keras.Sequential([keras.Input([D]), keras.layers.Dense(D)])
     batches = [(features[:100], labels[:100]), (features[100:], labels[100:])]
-    tcl.centers_from_dataset(batches, centers, embed=model)
+    tcl.tables.from_dataset(batches, centers, embed=model)
     embedded = np.asarray(model(features))
     j = labels[0]
     expected = embedded[labels == j].mean(axis=0)
@@ -232,7 +232,7 @@ def test_class_means_of_embedded_inputs(samples, centers, capsys):
 
 def test_saving_into_no_folder_names_the_file(centers, tmp_path):
     with pytest.raises(FileNotFoundError, match="path: expected .*none/centers.npy"):
-        tcl.save_centers(centers, tmp_path / "none" / "centers.npy")
+        tcl.tables.save(centers, tmp_path / "none" / "centers.npy")
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_class_means_of_bad_batches(centers, batch, words):
     before = centers.numpy()
     good = (np.ones([2, 5]), np.array([0, 1]))
     with pytest.raises(ValueError, match=words):
-        tcl.centers_from_dataset([good, batch], centers, progress=False)
+        tcl.tables.from_dataset([good, batch], centers, progress=False)
     assert np.array_equal(centers.numpy(), before)
 
 
@@ -271,7 +271,7 @@ def test_no_second_copy_of_a_large_table(impl, tmp_path):
 
         C, D = 2**20, 256
         start = memory("VmHWM")
-        centers = tcl.create_centers(C, D, initializer=tcl.RandomCenters(seed=0))
+        centers = tcl.tables.create(C, D, initializer=tcl.tables.RandomNormal(seed=0))
         tcl.update_centers(tf.ones([2, D]), [0, C - 1], centers, impl={impl!r})
         seen = dict(made=memory("VmHWM") - start)
         for what in "save_centers", "load_centers":  # but for what is mapped of the file
@@ -281,18 +281,18 @@ def test_no_second_copy_of_a_large_table(impl, tmp_path):
             seen[what] = memory("VmHWM") - memory("RssFile") - before
         reset()
         before = memory("VmHWM")
-        tcl.centers_of([5, 7], centers)
+        tcl.tables.rows([5, 7], centers)
         seen["centers_of"] = memory("VmHWM") - before
         checkpoint = tf.train.Checkpoint(centers=centers)
         checkpoint.write("checkpoint")
         tcl.update_centers(tf.ones([2, D]), [0, C - 1], centers, impl={impl!r})
-        kept = tcl.centers_of([5, 7], centers)
+        kept = tcl.tables.rows([5, 7], centers)
         reset()
         before = memory("VmHWM")
-        tcl.clear_centers(centers)
+        tcl.tables.clear(centers)
         checkpoint.read("checkpoint")
         seen["clear_centers, read"] = memory("VmHWM") - before
-        assert np.array_equal(tcl.centers_of([5, 7], centers), kept)
+        assert np.array_equal(tcl.tables.rows([5, 7], centers), kept)
         print(json.dumps(seen))
         """,
         tmp_path,
@@ -315,7 +315,7 @@ def test_zeros_take_up_memory_only_where_they_are_written(tmp_path):
         from child import memory
 
         layer = tcl.CenterLoss(2**22)  # 4 GiB
-        tcl.update_centers(tf.ones([1, 256]), [1], tcl.create_centers(10, 256))
+        tcl.update_centers(tf.ones([1, 256]), [1], tcl.tables.create(10, 256))
         before = memory("RssAnon")
         layer.build((None, 256))
         layer(tf.ones([1, 256]), tf.constant([2**22 - 1]), training=True)

@@ -41,7 +41,7 @@ def classifier(layer, bases=(), **compile_options):
 @pytest.mark.parametrize("kind", [tf.Variable, lambda x: keras.Variable(x, trainable=False)])
 def test_variables_are_read_at_each_call(impl, kind, batch):
     weight, alpha = kind(0.5), kind(0.25)
-    layer = tcl.CenterLoss(C, weight=weight, alpha=alpha, impl=impl)
+    layer = tcl.CenterLoss(C, loss_weight=weight, alpha=alpha, impl=impl)
     assert [variable.name for variable in layer.weights] == []
     call = tf.function(lambda x, y: [layer(x, y, training=True), layer.losses[-1]][1])
     truth = oracle.center_loss(*batch, np.zeros([C, D]), alpha=0.25)
@@ -52,14 +52,14 @@ def test_variables_are_read_at_each_call(impl, kind, batch):
     expected = 2 * oracle.center_loss(*batch, truth.centers).loss
     np.testing.assert_allclose(call(*batch), expected, rtol=1e-5)
     assert_close(numbers(layer), truth.centers, "float32", "centers")
-    assert layer.get_config()["weight"] == 2.0
+    assert layer.get_config()["loss_weight"] == 2.0
 
 
 def test_schedules_follow_the_training_calls(impl, batch):
     # weight 0, 1, 2, ... and alpha 0.5, 0.4, ...; evaluation in between does not count.
     warm_up = keras.optimizers.schedules.PolynomialDecay(0.0, 10, 10.0)
     slower = keras.optimizers.schedules.PolynomialDecay(0.5, 5, 0.0)
-    layer = tcl.CenterLoss(C, weight=warm_up, alpha=slower, impl=impl)
+    layer = tcl.CenterLoss(C, loss_weight=warm_up, alpha=slower, impl=impl)
     call = tf.function(lambda x, y, train: [layer(x, y, training=train), layer.losses[-1]][1])
     centers = np.zeros([C, D])
     for k in range(3):
@@ -72,24 +72,24 @@ def test_schedules_follow_the_training_calls(impl, batch):
 
 def test_a_schedule_is_saved_with_its_step(impl, batch, tmp_path):
     warm_up = keras.optimizers.schedules.PolynomialDecay(0.0, 10, 10.0)
-    model = classifier(tcl.CenterLoss(C, weight=warm_up, impl=impl, name="centers"))
+    model = classifier(tcl.CenterLoss(C, loss_weight=warm_up, impl=impl, name="centers"))
     model.fit([*batch], batch[1], batch_size=4, verbose=0)
     model.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras")
     layer = again.get_layer("centers")
     assert int(layer.steps.numpy()) == 3
-    assert layer.weight.get_config() == warm_up.get_config()
+    assert layer.loss_weight.get_config() == warm_up.get_config()
     assert np.array_equal(numbers(layer), numbers(model.get_layer("centers")))
 
 
-@pytest.mark.parametrize("name", ["weight", "alpha"])
+@pytest.mark.parametrize("name", ["loss_weight", "alpha"])
 @pytest.mark.parametrize("value", [-1.0, float("nan"), "0.5", True, tf.Variable([1.0])])
 def test_wrong_factors(name, value):
     with pytest.raises((TypeError, ValueError), match=f"^{name}: expected"):
         tcl.CenterLoss(C, **{name: value})
 
 
-@pytest.mark.parametrize("name", ["weight", "alpha"])
+@pytest.mark.parametrize("name", ["loss_weight", "alpha"])
 def test_factors_that_are_set_later(name, batch):
     layer = tcl.CenterLoss(C)
     layer(*batch, training=True)
@@ -112,7 +112,7 @@ def test_factors_that_are_set_later(name, batch):
 def test_the_distance_stands_beside_the_loss(impl, batch, capsys):
     features, labels = batch
     inputs, label = keras.Input([D]), keras.Input([], dtype="int32")
-    layer = tcl.CenterLoss(C, alpha=0.0, impl=impl, name="centers", ignore_label=0)
+    layer = tcl.CenterLoss(C, alpha=0.0, impl=impl, name="centers", ignore_class=0)
     model = keras.Model([inputs, label], layer([inputs, label]))
     model.compile("sgd")
     features[1] = np.nan
@@ -133,14 +133,14 @@ def test_without_the_metric(impl, batch):
 # When the centers move.
 
 
-def test_manual_update_moves_once_by_all_batches(impl, batch):
-    layer = tcl.CenterLoss(C, alpha=0.3, impl=impl, update="manual")
+def test_deferred_update_moves_once_by_all_batches(impl, batch):
+    layer = tcl.CenterLoss(C, alpha=0.3, impl=impl, deferred_update=True)
     for traced in (False, True):
 
         def step():
             for part in (slice(0, 5), slice(5, B)):
                 layer(batch[0][part], batch[1][part], training=True)
-            layer.update_centers()
+            layer.apply_deferred_update()
 
         before = numbers(layer) if layer.built else np.zeros([C, D])
         (tf.function(step) if traced else step)()
@@ -148,30 +148,32 @@ def test_manual_update_moves_once_by_all_batches(impl, batch):
         assert_close(numbers(layer), truth.centers, "float32", "centers")
     layer(*batch, training=False)
     with pytest.raises(RuntimeError, match="expected a training call of the layer before it"):
-        layer.update_centers()
+        layer.apply_deferred_update()
 
 
-def test_manual_update_without_manual_mode(batch):
+def test_apply_deferred_update_without_deferred_update(batch):
     layer = tcl.CenterLoss(C)
     layer(*batch, training=True)
-    with pytest.raises(RuntimeError, match='update="manual"'):
-        layer.update_centers()
+    with pytest.raises(RuntimeError, match="deferred_update=True"):
+        layer.apply_deferred_update()
 
 
 def test_calls_left_over_from_another_trace_are_forgotten(impl, batch):
-    layer = tcl.CenterLoss(C, impl=impl, update="manual")
+    layer = tcl.CenterLoss(C, impl=impl, deferred_update=True)
     layer.build((None, D))
     tf.function(lambda: layer(*batch, training=True))()
     with pytest.raises(RuntimeError, match="expected a training call"):
-        layer.update_centers()
+        layer.apply_deferred_update()
 
 
 def test_an_update_that_never_comes_is_an_error(batch, monkeypatch):
     monkeypatch.setattr("tf_center_loss_op.layer.MOST_PENDING", 3)
-    layer = tcl.CenterLoss(C, update="manual")
+    layer = tcl.CenterLoss(C, deferred_update=True)
     for _ in range(3):
         layer(*batch, training=True)
-    with pytest.raises(RuntimeError, match=r"expected update_centers\(\) at least once in 3"):
+    with pytest.raises(
+        RuntimeError, match=r"expected apply_deferred_update\(\) at least once in 3"
+    ):
         layer(*batch, training=True)
 
 
@@ -179,19 +181,19 @@ def test_an_update_that_never_comes_is_an_error(batch, monkeypatch):
 def test_after_the_optimizer_step(impl, batch, steps_per_execution):
     # The residual is that of the forward pass, so it makes no difference when the centers move.
     results = []
-    for update, bases in (("forward", ()), ("manual", (tcl.UpdateCentersAfterStep,))):
+    for deferred, bases in ((False, ()), (True, (tcl.training.UpdateCentersAfterStep,))):
         keras.utils.set_random_seed(1)
-        layer = tcl.CenterLoss(C, impl=impl, update=update)
+        layer = tcl.CenterLoss(C, impl=impl, deferred_update=deferred)
         model = classifier(layer, bases, steps_per_execution=steps_per_execution)
         model.fit([*batch], batch[1], batch_size=4, epochs=2, shuffle=False, verbose=0)
         results.append(model.get_weights())
-    for forward, manual in zip(*results, strict=True):
-        assert np.array_equal(forward, manual)
+    for forward, deferred in zip(*results, strict=True):
+        assert np.array_equal(forward, deferred)
 
 
 def test_gradient_checkpointing_moves_the_centers_once(impl, batch):
     dense = keras.layers.Dense(D)
-    layer = tcl.CenterLoss(C, impl=impl, update="manual")
+    layer = tcl.CenterLoss(C, impl=impl, deferred_update=True)
     dense.build((None, D)), layer.build((None, D))
     calls = []
 
@@ -206,7 +208,7 @@ def test_gradient_checkpointing_moves_the_centers_once(impl, batch):
         loss = layer.losses[0]
     tape.gradient(loss, dense.trainable_weights)
     assert len(calls) == 2
-    layer.update_centers()
+    layer.apply_deferred_update()
     truth = oracle.center_loss(embedded.numpy(), batch[1], np.zeros([C, D]))
     assert_close(numbers(layer), truth.centers, "float32", "centers")
 
@@ -219,10 +221,10 @@ RECOMPUTING = {
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["eager", "function"])
-@pytest.mark.parametrize("update", ["forward", "manual"])
+@pytest.mark.parametrize("deferred", [False, True])
 @pytest.mark.parametrize("what", RECOMPUTING)
-def test_a_step_that_would_be_recomputed_is_an_error(impl, batch, what, update, traced):
-    layer = tcl.CenterLoss(C, impl=impl, update=update)
+def test_a_step_that_would_be_recomputed_is_an_error(impl, batch, what, deferred, traced):
+    layer = tcl.CenterLoss(C, impl=impl, deferred_update=deferred)
     layer.build((None, D))
     block = tf.recompute_grad(lambda x: RECOMPUTING[what](x, batch[1], layer))
 
@@ -238,15 +240,15 @@ def test_a_step_that_would_be_recomputed_is_an_error(impl, batch, what, update, 
 
 
 @pytest.mark.parametrize(
-    "update, bases", [("forward", ()), ("manual", (tcl.UpdateCentersAfterStep,))]
+    "deferred, bases", [(False, ()), (True, (tcl.training.UpdateCentersAfterStep,))]
 )
-def test_a_scope_that_recomputes_leaves_the_layer_alone(impl, batch, update, bases):
+def test_a_scope_that_recomputes_leaves_the_layer_alone(impl, batch, deferred, bases):
     # In eager mode: in functions Keras cannot recompute a layer that takes `training`.
     results = []
     for mode in ("list_of_layers", None):
         keras.utils.set_random_seed(1)
         with keras.RematScope(mode, layer_names=["embedding", "centers"]):
-            layer = tcl.CenterLoss(C, impl=impl, update=update, name="centers")
+            layer = tcl.CenterLoss(C, impl=impl, deferred_update=deferred, name="centers")
             model = classifier(layer, bases, run_eagerly=True)
         model.fit([*batch], batch[1], batch_size=4, shuffle=False, verbose=0)
         results.append(model.get_weights())
@@ -324,7 +326,7 @@ def test_a_train_step_of_ones_own(impl, batch):
     results = []
     for bases in ((), (OwnTrainStep,)):
         keras.utils.set_random_seed(1)
-        layer = tcl.CenterLoss(C, weight=0.3, impl=impl)
+        layer = tcl.CenterLoss(C, loss_weight=0.3, impl=impl)
         model = classifier(layer, bases)
         logs = model.fit([*batch], batch[1], batch_size=4, epochs=2, shuffle=False, verbose=0)
         assert f"{layer.name}_distance" in logs.history
@@ -337,7 +339,7 @@ def test_the_same_seed_gives_the_same_bits(impl, batch):
     results = []
     for _ in range(2):
         keras.utils.set_random_seed(7)
-        initializer = tcl.RandomCenters(0.1, seed=2)
+        initializer = tcl.tables.RandomNormal(0.1, seed=2)
         model = classifier(tcl.CenterLoss(C, impl=impl, centers_initializer=initializer))
         model.fit([*batch], batch[1], batch_size=5, epochs=3, verbose=0)
         results.append(model.get_weights())
@@ -400,7 +402,7 @@ def overflowing_fit(layer):
 
 def test_an_overflow_in_float16_does_not_poison_the_table(impl):
     table, losses, kernel = overflowing_fit(
-        tcl.CenterLoss(C, weight=0.1, impl=impl, dtype="mixed_float16")
+        tcl.CenterLoss(C, loss_weight=0.1, impl=impl, dtype="mixed_float16")
     )
     assert np.isfinite(table).all() and table.any()
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
@@ -417,7 +419,7 @@ def test_bfloat16_learns(impl, batch):
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
-        model = classifier(tcl.CenterLoss(C, weight=0.1, impl=impl))
+        model = classifier(tcl.CenterLoss(C, loss_weight=0.1, impl=impl))
     finally:
         keras.config.set_dtype_policy("float32")
     losses = model.fit([*batch], batch[1], epochs=10, verbose=0).history["loss"]
@@ -427,7 +429,7 @@ def test_bfloat16_learns(impl, batch):
 def test_float64_throughout(impl, batch):
     keras.config.set_floatx("float64")
     try:
-        layer = tcl.CenterLoss(C, weight=0.1, impl=impl)
+        layer = tcl.CenterLoss(C, loss_weight=0.1, impl=impl)
         model = classifier(layer)
         losses = model.fit([*batch], batch[1], epochs=10, verbose=0).history["loss"]
     finally:

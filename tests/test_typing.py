@@ -17,7 +17,7 @@ SIGNATURES = {
         | dict(
             reduction="mean",
             sample_weight=None,
-            ignore_label=None,
+            ignore_class=None,
             update_centers=True,
             impl="auto",
             name=None,
@@ -25,14 +25,14 @@ SIGNATURES = {
     ),
     "update_centers": (
         dict(features=REQUIRED, labels=REQUIRED, centers=REQUIRED),
-        STEP | dict(ignore_label=None, impl="auto", name=None),
+        STEP | dict(ignore_class=None, impl="auto", name=None),
     ),
     "CenterLoss": (
         dict(num_classes=REQUIRED),
-        dict(weight=1.0)
+        dict(loss_weight=1.0)
         | STEP
-        | dict(reduction="mean", centers_initializer="zeros", ignore_label=None, impl="auto")
-        | dict(update="forward", distance_metric=True, sharded=False),
+        | dict(reduction="mean", centers_initializer="zeros", ignore_class=None, impl="auto")
+        | dict(deferred_update=False, distance_metric=True, sharded=False),
     ),
     "GlobalBatchLoss": (dict(loss=REQUIRED), dict(name=None)),
     "compat.v1.center_loss": (dict(features=REQUIRED, labels=REQUIRED, alpha=0.0), {}),

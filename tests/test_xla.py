@@ -121,7 +121,7 @@ def loss_and_gradient(impl, centers, **options):
 @pytest.mark.parametrize("bad", [-1, 3, 2**40])
 def test_a_bad_label_raises_and_nothing_is_written(xla_library, bad, update):
     centers = tf.Variable(tf.ones([3, 2]))
-    step = loss_and_gradient("native", centers, update_centers=update, ignore_label=9)
+    step = loss_and_gradient("native", centers, update_centers=update, ignore_class=9)
     text = re.escape(f"labels[2] = {bad} is outside [0, 3)")
     with pytest.raises(tf.errors.InvalidArgumentError, match=text):
         step(tf.zeros([4, 2]), tf.constant([0, 9, bad, -7], tf.int64))
@@ -154,7 +154,7 @@ def test_a_bad_label_is_nan_and_moves_nothing(impl, reduction, ignore):
     labels = tf.constant([2, -1, 2, 3, 0, 2**40, 9], tf.int64)
     before = np.random.default_rng(0).normal(size=[3, 5]).astype(np.float32)
     centers = tf.Variable(before)
-    loss, gradient = loss_and_gradient(impl, centers, reduction=reduction, ignore_label=ignore)(
+    loss, gradient = loss_and_gradient(impl, centers, reduction=reduction, ignore_class=ignore)(
         features, labels
     )
     # The rest is as if the bad samples had features of NaN, which count in N.
@@ -164,7 +164,7 @@ def test_a_bad_label_is_nan_and_moves_nothing(impl, reduction, ignore):
         np.where(bad, 0, labels),
         before,
         reduction=reduction,
-        ignore_label=ignore,
+        ignore_class=ignore,
     )
     np.testing.assert_allclose(loss, truth.loss, rtol=1e-5)
     np.testing.assert_allclose(gradient, truth.feature_gradient, rtol=1e-5, atol=1e-6)
@@ -237,10 +237,10 @@ def test_update_centers(impl):
 
     @compiled
     def step():
-        tcl.update_centers(features, labels, centers, rule="mean", ignore_label=-1, impl=impl)
+        tcl.update_centers(features, labels, centers, rule="mean", ignore_class=-1, impl=impl)
 
     step()
-    truth = oracle.center_loss(features, labels, before, rule="mean", ignore_label=-1)
+    truth = oracle.center_loss(features, labels, before, rule="mean", ignore_class=-1)
     assert_close(centers.numpy(), truth.centers, "float32")
 
 
@@ -273,7 +273,7 @@ def test_second_derivatives(impl):
                 with tf.GradientTape() as inner:
                     inner.watch(x)
                     loss = loss_function(
-                        x, labels, centers, sample_weight=weights, ignore_label=0, **options
+                        x, labels, centers, sample_weight=weights, ignore_class=0, **options
                     )
                     loss = loss**2
                 gradients = inner.gradient(loss, [x, centers])
@@ -301,7 +301,7 @@ def test_gradient_to_the_centers(impl):
                 labels,
                 centers,
                 reduction="sum",
-                ignore_label=-1,
+                ignore_class=-1,
                 impl=impl,
                 update_centers=False,
             )
@@ -613,7 +613,7 @@ def test_whichever_comes_first(xla_library, tmp_path, first):
     )
 
 
-class StepsAfterTheOptimizer(tcl.UpdateCentersAfterStep, keras.Model):
+class StepsAfterTheOptimizer(tcl.training.UpdateCentersAfterStep, keras.Model):
     pass
 
 
@@ -621,7 +621,7 @@ def layer_model(impl, jit, **options):
     keras.utils.set_random_seed(0)
     image, label = keras.Input([8]), keras.Input([], dtype="int32")
     embedding = keras.layers.Dense(4)(image)
-    layer = tcl.CenterLoss(3, impl=impl, **{"weight": 0.1} | options)
+    layer = tcl.CenterLoss(3, impl=impl, **{"loss_weight": 0.1} | options)
     outputs = keras.layers.Dense(3)(layer(embedding, label))
     model = StepsAfterTheOptimizer([image, label], outputs)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -632,7 +632,7 @@ def layer_model(impl, jit, **options):
 def everything():
     decay = keras.optimizers.schedules.ExponentialDecay
     schedules = {"weight": decay(0.1, 2, 0.9), "alpha": decay(0.5, 2, 0.5)}
-    return schedules | {"update": "manual", "ignore_label": 2, "reduction": "sum"}
+    return schedules | {"deferred_update": True, "ignore_class": 2, "reduction": "sum"}
 
 
 @pytest.mark.parametrize("options", [dict, everything])

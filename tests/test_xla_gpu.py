@@ -91,7 +91,7 @@ def lowered(program, batch, rule, reduction, alpha, **given):
     shape = problems.Shape((batch,), DIM, CLASSES, "uniform", "several samples of a class")
     problem = problems.make(shape, **given)
     centers = tf.Variable(problem.centers)
-    step_options = {"rule": rule, "ignore_label": problem.ignore_label, "impl": "native"}
+    step_options = {"rule": rule, "ignore_class": problem.ignore_class, "impl": "native"}
     loss_options = {"reduction": reduction, "sample_weight": problem.sample_weight}
 
     def compute(features, labels, step_size):

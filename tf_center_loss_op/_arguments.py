@@ -33,9 +33,9 @@ class Arguments:
     alpha: tf.Tensor  # [] in the centers' type; the implementation checks its value
     rule: str
     reduction: str
-    weight: tf.Tensor  # [] in the centers' type, multiplies the loss
+    loss_weight: tf.Tensor  # [] in the centers' type, multiplies the loss
     sample_weight: tf.Tensor | None  # [B] in the centers' type
-    ignore_label: int | None
+    ignore_class: int | None
     update_centers: bool
     loss_shape: tf.Tensor | None  # what a loss [B] is reshaped to, None where it is [B] already
 
@@ -48,9 +48,9 @@ def check(
     alpha,
     rule,
     reduction="mean",
-    weight=1.0,
+    loss_weight=1.0,
     sample_weight=None,
-    ignore_label=None,
+    ignore_class=None,
     update_centers=True,
 ) -> Arguments:
     """Checks and converts the arguments of one call."""
@@ -58,7 +58,7 @@ def check(
     one_of("reduction", reduction, REDUCTIONS)
     if not isinstance(update_centers, bool):
         raise TypeError(f"update_centers: expected True or False, got {_describe(update_centers)}")
-    ignore_label = _ignore_label(ignore_label)
+    ignore_class = _ignore_class(ignore_class)
     features = _features(features)
     centers = _centers(centers, features, update_centers)
     labels = _labels(labels, features, centers)
@@ -73,9 +73,9 @@ def check(
         alpha=_alpha(alpha, dtype),
         rule=rule,
         reduction=reduction,
-        weight=tf.cast(weight, dtype),
+        loss_weight=tf.cast(loss_weight, dtype),
         sample_weight=None if sample_weight is None else _flatten(sample_weight, [-1], rank=1),
-        ignore_label=ignore_label,
+        ignore_class=ignore_class,
         update_centers=update_centers,
         loss_shape=loss_shape,
     )
@@ -328,14 +328,14 @@ def _alpha(alpha, dtype):
     return tf.cast(tf.stop_gradient(alpha), dtype)
 
 
-def _ignore_label(ignore_label):
-    if ignore_label is None:
+def _ignore_class(ignore_class):
+    if ignore_class is None:
         return None
-    if isinstance(ignore_label, bool) or not isinstance(ignore_label, numbers.Integral):
-        raise TypeError(f"ignore_label: expected None or an int, got {_describe(ignore_label)}")
-    if not -(2**63) <= ignore_label < 2**63:
-        raise ValueError(f"ignore_label: expected a 64-bit integer, got {ignore_label}")
-    return int(ignore_label)
+    if isinstance(ignore_class, bool) or not isinstance(ignore_class, numbers.Integral):
+        raise TypeError(f"ignore_class: expected None or an int, got {_describe(ignore_class)}")
+    if not -(2**63) <= ignore_class < 2**63:
+        raise ValueError(f"ignore_class: expected a 64-bit integer, got {ignore_class}")
+    return int(ignore_class)
 
 
 def _flatten(tensor, shape, rank):

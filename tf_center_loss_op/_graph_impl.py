@@ -158,9 +158,9 @@ def step_scale(a: Arguments, n: tf.Tensor, batch: tf.Tensor) -> tf.Tensor:
 
 def counted(a: Arguments) -> tf.Tensor:
     """[B], whether a sample is not ignored."""
-    if a.ignore_label is None:
+    if a.ignore_class is None:
         return tf.fill(tf.shape(a.labels), True)
-    return tf.not_equal(tf.cast(a.labels, tf.int64), a.ignore_label)
+    return tf.not_equal(tf.cast(a.labels, tf.int64), a.ignore_class)
 
 
 def _good_alpha(a):
@@ -170,8 +170,8 @@ def _good_alpha(a):
 def _weight(a):
     # Where no check can raise, a bad alpha shows in the loss.
     if not (a.update_centers and _native.in_xla()):
-        return a.weight
-    return tf.where(_good_alpha(a), a.weight, math.nan)
+        return a.loss_weight
+    return tf.where(_good_alpha(a), a.loss_weight, math.nan)
 
 
 def _classes(a):

@@ -210,7 +210,7 @@ def set_gpu_atomics(enabled: bool) -> None:
         that is called later, at the next call of the op.
 
     >>> import tf_center_loss_op as tcl
-    >>> tcl.set_gpu_atomics(False)
+    >>> tcl.training.set_gpu_atomics(False)
     """
     global _gpu_atomics
     if not isinstance(enabled, bool):

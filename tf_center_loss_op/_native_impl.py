@@ -38,7 +38,7 @@ def update_from_residual(a: Arguments, residual: tf.Tensor) -> tf.Operation | No
 
 def residual_and_step(a: Arguments) -> tf.Tensor:
     """x_i - c_{y_i} [B, D]; the centers have moved where a.update_centers."""
-    a = dataclasses.replace(a, reduction="sum", weight=tf.ones([], a.centers.dtype))
+    a = dataclasses.replace(a, reduction="sum", loss_weight=tf.ones([], a.centers.dtype))
     out = _step(a) if a.update_centers else _read_only(a)
     return tf.bitcast(out.residual_bits, a.centers.dtype)
 
@@ -66,15 +66,15 @@ def _batch(a):
     return {
         "features": a.features,
         "labels": a.labels,
-        "has_ignore_label": a.ignore_label is not None,
-        "ignore_label": a.ignore_label or 0,
+        "has_ignore_class": a.ignore_class is not None,
+        "ignore_class": a.ignore_class or 0,
         "Tcenters": a.centers.dtype,
     }
 
 
 def _loss(a):
     return {
-        **_number("weight", a.weight),
+        **_number("loss_weight", a.loss_weight),
         "sample_weight": [] if a.sample_weight is None else [a.sample_weight],
         "reduction": a.reduction,
         "Tbits": tf.int64 if a.centers.dtype == tf.float64 else tf.uint32,
@@ -92,26 +92,26 @@ def _number(name, tensor):
     return {name: [], f"constant_{name}": float(value)}
 
 
-def _backward(op, upstream, residual_bits, features, labels, weight, sample_weight, centers):
+def _backward(op, upstream, residual_bits, features, labels, loss_weight, sample_weight, centers):
     return _native.ops().tcl_center_loss_backward(
         upstream=upstream,
         residual_bits=residual_bits,
         features=features,
         labels=labels,
-        weight=weight,
-        constant_weight=op.get_attr("constant_weight"),
+        loss_weight=loss_weight,
+        constant_loss_weight=op.get_attr("constant_loss_weight"),
         sample_weight=sample_weight,
         centers=centers,
         reduction=op.get_attr("reduction"),
-        has_ignore_label=op.get_attr("has_ignore_label"),
-        ignore_label=op.get_attr("ignore_label"),
+        has_ignore_class=op.get_attr("has_ignore_class"),
+        ignore_class=op.get_attr("ignore_class"),
         Tcenters=op.get_attr("Tcenters"),
     )
 
 
 def _weights(op, inputs):
-    """weight and sample_weight, each a list of none or one, and the inputs after them."""
-    weights, sample_weights = len(op.get_attr("Tweight")), len(op.get_attr("Tsample_weight"))
+    """loss_weight and sample_weight, each a list of none or one, and the inputs after them."""
+    weights, sample_weights = len(op.get_attr("Tloss_weight")), len(op.get_attr("Tsample_weight"))
     rest = inputs[weights:]
     return inputs[:weights], rest[:sample_weights], rest[sample_weights:]
 
@@ -128,8 +128,8 @@ def _slices(op, handle, labels, rows):
     XLA knows no shapes that depend on values: there the others are rows of zeros for class 0.
     """
     rows = -tf.cast(rows, op.get_attr("Tcenters"))
-    if op.get_attr("has_ignore_label"):
-        counted = tf.not_equal(labels, tf.cast(op.get_attr("ignore_label"), labels.dtype))
+    if op.get_attr("has_ignore_class"):
+        counted = tf.not_equal(labels, tf.cast(op.get_attr("ignore_class"), labels.dtype))
         if _native.in_xla():
             labels, rows = tf.where(counted, labels, 0), tf.where(counted[:, tf.newaxis], rows, 0)
         else:
@@ -140,9 +140,9 @@ def _slices(op, handle, labels, rows):
 @tf.RegisterGradient("TclCenterLossStep")
 def _step_gradient(op, upstream, *_):
     _, features, labels, *rest = op.inputs
-    weight, sample_weight, _ = _weights(op, rest[len(op.get_attr("Talpha")) :])
+    loss_weight, sample_weight, _ = _weights(op, rest[len(op.get_attr("Talpha")) :])
     gradient = _backward(
-        op, _unless_one(upstream), op.outputs[1], features, labels, weight, sample_weight, []
+        op, _unless_one(upstream), op.outputs[1], features, labels, loss_weight, sample_weight, []
     )
     return [None, gradient] + [None] * (len(op.inputs) - 2)
 
@@ -150,11 +150,11 @@ def _step_gradient(op, upstream, *_):
 @tf.RegisterGradient("TclCenterLoss")
 def _center_loss_gradient(op, upstream, *_):
     handle, features, labels, *rest = op.inputs
-    weight, sample_weight, _ = _weights(op, rest)
+    loss_weight, sample_weight, _ = _weights(op, rest)
     # In the centers' type: the gradient to the centers is not rounded to 16 bits on its way.
     wide = tf.cast(features, op.get_attr("Tcenters"))
     gradient = _backward(
-        op, _unless_one(upstream), op.outputs[1], wide, labels, weight, sample_weight, [handle]
+        op, _unless_one(upstream), op.outputs[1], wide, labels, loss_weight, sample_weight, [handle]
     )
     d_features = tf.cast(gradient, features.dtype)
     return [_slices(op, handle, labels, gradient), d_features] + [None] * (len(op.inputs) - 2)
@@ -162,26 +162,28 @@ def _center_loss_gradient(op, upstream, *_):
 
 @tf.RegisterGradient("TclCenterLossBackward")
 def _backward_gradient(op, g):
-    """gradient_i = upstream_i * f_i * (x_i - c_{y_i}), with f_i = weight * w_i (/ N)."""
+    """gradient_i = upstream_i * f_i * (x_i - c_{y_i}), with f_i = loss_weight * w_i (/ N)."""
     residual_bits, *rest = op.inputs
     upstreams = len(op.get_attr("Tupstream"))
     upstream, (features, labels, *rest) = rest[:upstreams], rest[upstreams:]
-    weight, sample_weight, centers = _weights(op, rest)
+    loss_weight, sample_weight, centers = _weights(op, rest)
 
     # Taken through the op again, not from its bits, so that third derivatives exist.
-    residual = _backward(op, [], residual_bits, features, labels, weight, sample_weight, centers)
+    residual = _backward(
+        op, [], residual_bits, features, labels, loss_weight, sample_weight, centers
+    )
     dtype = op.get_attr("Tcenters")
     g = tf.cast(g, dtype)
     per_sample = tf.reduce_sum(g * tf.cast(residual, dtype), axis=1)
     d_upstream = [per_sample if u.shape.rank == 1 else tf.reduce_sum(per_sample) for u in upstream]
 
-    factor = tf.fill(tf.shape(labels), tf.constant(op.get_attr("constant_weight"), dtype))
-    for given in weight + sample_weight + upstream:
+    factor = tf.fill(tf.shape(labels), tf.constant(op.get_attr("constant_loss_weight"), dtype))
+    for given in loss_weight + sample_weight + upstream:
         factor *= given
     counted = tf.ones_like(factor)
-    if op.get_attr("has_ignore_label"):
-        ignore_label = tf.cast(op.get_attr("ignore_label"), labels.dtype)
-        counted = tf.cast(tf.not_equal(labels, ignore_label), dtype)
+    if op.get_attr("has_ignore_class"):
+        ignore_class = tf.cast(op.get_attr("ignore_class"), labels.dtype)
+        counted = tf.cast(tf.not_equal(labels, ignore_class), dtype)
         factor = tf.where(counted > 0, factor, 0)
     if op.get_attr("reduction") == b"mean":
         factor = tf.math.divide_no_nan(factor, tf.reduce_sum(counted))
@@ -189,5 +191,5 @@ def _backward_gradient(op, g):
 
     d_centers = [_slices(op, handle, labels, rows) for handle in centers]
     d_features = tf.cast(rows, features.dtype)
-    nothing = [None] * len(weight + sample_weight)
+    nothing = [None] * len(loss_weight + sample_weight)
     return [None, *d_upstream, d_features, None, *nothing, *d_centers]

@@ -55,7 +55,7 @@ class AtomicBackup(keras.callbacks.BackupAndRestore):
         damaged. Nothing has been loaded.
 
     >>> import tf_center_loss_op as tcl
-    >>> callback = tcl.AtomicBackup("backup", save_freq=1000)
+    >>> callback = tcl.training.AtomicBackup("backup", save_freq=1000)
     """
 
     def __init__(

@@ -116,7 +116,7 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
     will do.
 
     >>> import tf_center_loss_op as tcl
-    >>> strategy = tcl.MultiWorkerMirroredStrategy()  # of the workers in TF_CONFIG
+    >>> strategy = tcl.distribute.MultiWorkerMirroredStrategy()  # of the workers in TF_CONFIG
     """
 
     def reduce(self, reduce_op, value, axis=None):
@@ -194,7 +194,7 @@ class ShardedCenters(_arguments.TableLike, Trackable, KerasSaveable):
 
     >>> import tensorflow as tf
     >>> import tf_center_loss_op as tcl
-    >>> centers = tcl.ShardedCenters(1000, 64)
+    >>> centers = tcl.distribute.ShardedCenters(1000, 64)
     >>> loss = tcl.center_loss(tf.ones([32, 64]), tf.range(32), centers)
     """
 
@@ -479,7 +479,7 @@ class Replicated:
     def _by_samples(self, a, step):
         features, labels = step.everything()
         everything = dataclasses.replace(
-            a, features=features, labels=labels, ignore_label=_NOBODY, sample_weight=None
+            a, features=features, labels=labels, ignore_class=_NOBODY, sample_weight=None
         )
         self._run.update_centers(everything)
         return True
@@ -500,7 +500,7 @@ class Replicated:
             a,
             features=total,
             labels=labels,
-            ignore_label=_NOBODY,
+            ignore_class=_NOBODY,
             sample_weight=None,
             rule="sum",
             alpha=tf.ones([], dtype),
@@ -516,8 +516,11 @@ def _share(a, step):
         # The forward pass of a step, without the step.
         changes["alpha"] = tf.zeros([], a.alpha.dtype)
     if a.reduction == "mean":
-        counted = tf.cast(step.total(_COUNTED), a.weight.dtype)
-        changes |= {"reduction": "sum", "weight": tf.math.divide_no_nan(a.weight, counted)}
+        counted = tf.cast(step.total(_COUNTED), a.loss_weight.dtype)
+        changes |= {
+            "reduction": "sum",
+            "loss_weight": tf.math.divide_no_nan(a.loss_weight, counted),
+        }
     return changes
 
 
@@ -572,7 +575,7 @@ def _own_rows(a, step):
     mine = (labels >= begin) & (labels < end)
     # N is over all owners' samples.
     dtype = a.centers.dtype
-    a = dataclasses.replace(a, sample_weight=None, ignore_label=_NOBODY, reduction="sum")
+    a = dataclasses.replace(a, sample_weight=None, ignore_class=_NOBODY, reduction="sum")
     if "batch_mean" in a.rule:
         counted = tf.cast(step.total(_COUNTED), dtype)
         rule = {"batch_mean": "sum", "paper_batch_mean": "paper"}[a.rule]

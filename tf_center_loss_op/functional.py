@@ -38,7 +38,7 @@ def center_loss(
     rule: str = "paper",
     reduction: str = "mean",
     sample_weight: tf.types.experimental.TensorLike | None = None,
-    ignore_label: int | None = None,
+    ignore_class: int | None = None,
     update_centers: bool = True,
     impl: str = "auto",
     name: str | None = None,
@@ -65,7 +65,7 @@ def center_loss(
     Args:
       features: float32, float64, float16 or bfloat16 ``[..., D]``. 16-bit features are computed
         with in float32 and rounded once, at the end.
-      labels: int32 or int64 ``[...]``, each in ``[0, C)`` or ``ignore_label``; or one-hot or
+      labels: int32 or int64 ``[...]``, each in ``[0, C)`` or ``ignore_class``; or one-hot or
         probability rows ``[..., C]`` of any numeric type, of which the argmax is the label.
       centers: ``tf.Variable`` (a resource variable) or ``keras.Variable`` ``[C, D]``; float64 for
         float64 features, else float32.
@@ -77,7 +77,7 @@ def center_loss(
         losses in the labels' shape.
       sample_weight: numbers in the labels' shape (class ids), default all one. They scale loss
         and gradient, not the step of the centers. No gradient flows to them.
-      ignore_label: samples with this label have loss 0, count nowhere and move nothing.
+      ignore_class: samples with this label have loss 0, count nowhere and move nothing.
       update_centers: with False nothing is written, and the loss has a gradient to the centers
         too (``tf.IndexedSlices``), for those who train them with an optimizer.
       impl: ``"native"`` the fused op, ``"graph"`` plain TensorFlow ops, ``"auto"`` the fused op
@@ -115,12 +115,12 @@ def center_loss(
         features,
         labels,
         centers,
-        weight=1.0,
+        loss_weight=1.0,
         alpha=alpha,
         rule=rule,
         reduction=reduction,
         sample_weight=sample_weight,
-        ignore_label=ignore_label,
+        ignore_class=ignore_class,
         update_centers=update_centers,
         impl=impl,
         name=name,
@@ -136,11 +136,13 @@ class Result(NamedTuple):
     labels: tf.Tensor  # [B] class ids
 
 
-def loss_and_squared_distance(features, labels, centers, *, weight, impl, name=None, **options):
-    """`center_loss` times weight, which the fused op multiplies in on its way, and more."""
+def loss_and_squared_distance(
+    features, labels, centers, *, loss_weight, impl, name=None, **options
+):
+    """`center_loss` times loss_weight, which the fused op multiplies in on its way, and more."""
     distribute.require_supported_strategy()
     with tf.name_scope(name or "center_loss"):
-        a = _arguments.check(features, labels, centers, weight=weight, **options)
+        a = _arguments.check(features, labels, centers, loss_weight=loss_weight, **options)
         if a.update_centers:
             _arguments.require_no_recomputation()
         run = implementation(impl, a.centers)
@@ -157,7 +159,7 @@ def update_centers(
     *,
     alpha: tf.types.experimental.TensorLike = 0.5,
     rule: str = "paper",
-    ignore_label: int | None = None,
+    ignore_class: int | None = None,
     impl: str = "auto",
     name: str | None = None,
 ) -> None:
@@ -175,7 +177,7 @@ def update_centers(
       centers: as in `center_loss`.
       alpha: as in `center_loss`.
       rule: as in `center_loss`.
-      ignore_label: as in `center_loss`.
+      ignore_class: as in `center_loss`.
       impl: as in `center_loss`.
       name: a name scope for the ops.
 
@@ -200,7 +202,7 @@ def update_centers(
     distribute.require_supported_strategy()
     with tf.name_scope(name or "update_centers"):
         a = _arguments.check(
-            features, labels, centers, alpha=alpha, rule=rule, ignore_label=ignore_label
+            features, labels, centers, alpha=alpha, rule=rule, ignore_class=ignore_class
         )
         _arguments.require_no_recomputation()
         run = implementation(impl, a.centers)

@@ -14,27 +14,27 @@ from tf_center_loss_op.functional import loss_and_squared_distance, update_cente
 
 UPDATES = ("forward", "manual")
 
-# Training calls in eager mode that a layer with update="manual" keeps for its update_centers().
+# Training calls in eager mode that a layer with deferred_update=True keeps for its update_centers().
 MOST_PENDING = 1024
 
 
 @keras.saving.register_keras_serializable(package="tf_center_loss_op")
 class CenterLoss(keras.layers.Layer):
-    """Adds ``weight`` times the center loss of its inputs; passes the features on unchanged.
+    """Adds ``loss_weight`` times the center loss of its inputs; passes the features on unchanged.
 
     Equals, in ``call``:
 
-        self.add_loss(weight * tcl.center_loss(features, labels, self.centers, ...))
+        self.add_loss(loss_weight * tcl.center_loss(features, labels, self.centers, ...))
         return features
 
     The centers move in training only, once for each forward pass; evaluation and prediction leave
-    them as they are. They are a non-trainable weight: no optimizer touches them, and they are
+    them as they are. They are a non-trainable loss_weight: no optimizer touches them, and they are
     saved and restored with the model. The progress bar shows the mean distance of the samples to
     the centers of their classes beside the loss, as ``<layer's name>_distance``.
 
     Args:
       num_classes: C, the number of classes.
-      weight: lambda, the factor of the loss (equation 5 of the paper), >= 0: a number, a scalar
+      loss_weight: lambda, the factor of the loss (equation 5 of the paper), >= 0: a number, a scalar
         variable, or a schedule from `keras.optimizers.schedules` over the training calls of this
         layer (a warm-up, for example).
       alpha: step size of the centers, >= 0: likewise.
@@ -42,7 +42,7 @@ class CenterLoss(keras.layers.Layer):
       reduction: ``"mean"`` (default) or ``"sum"`` over the batch, or ``"none"``.
       centers_initializer: a Keras initializer, or its name, for the centers ``[C, D]``. Zeros and
         `RandomCenters` are made in place, without a second copy of a large table.
-      ignore_label: samples with this label are left out.
+      ignore_class: samples with this label are left out.
       impl: ``"auto"``, ``"native"`` or ``"graph"``, see `center_loss`.
       update: when the centers move. ``"forward"``: in each training call. ``"manual"``: when
         `update_centers` is called, once for all training calls since; for gradient accumulation,
@@ -61,7 +61,7 @@ class CenterLoss(keras.layers.Layer):
 
     Attributes:
       centers: float32 ``[C, D]``; `ShardedCenters` with ``sharded=True``.
-      weight, alpha: may be set between calls; a compiled function keeps a number it was traced
+      loss_weight, alpha: may be set between calls; a compiled function keeps a number it was traced
         with, but reads a variable anew.
       distance: the `keras.metrics.Mean` of the distances, or None. Samples that are ignored or
         not finite are left out.
@@ -76,7 +76,7 @@ class CenterLoss(keras.layers.Layer):
     >>> image = keras.Input([64])
     >>> label = keras.Input([], dtype="int32")
     >>> embedding = keras.layers.Dense(8)(image)
-    >>> embedding = tcl.CenterLoss(10, weight=0.01)(embedding, label)
+    >>> embedding = tcl.CenterLoss(10, loss_weight=0.01)(embedding, label)
     >>> model = keras.Model([image, label], keras.layers.Dense(10)(embedding))
 
     Source: Wen et al., ECCV 2016, equations 2 to 5.
@@ -86,12 +86,12 @@ class CenterLoss(keras.layers.Layer):
         self,
         num_classes: int,
         *,
-        weight: float | tf.Variable | keras.Variable | LearningRateSchedule = 1.0,
+        loss_weight: float | tf.Variable | keras.Variable | LearningRateSchedule = 1.0,
         alpha: float | tf.Variable | keras.Variable | LearningRateSchedule = 0.5,
         rule: str = "paper",
         reduction: str = "mean",
         centers_initializer: str | keras.initializers.Initializer = "zeros",
-        ignore_label: int | None = None,
+        ignore_class: int | None = None,
         impl: str = "auto",
         update: str = "forward",
         distance_metric: bool = True,
@@ -112,12 +112,12 @@ class CenterLoss(keras.layers.Layer):
         if not isinstance(sharded, bool):
             raise TypeError(f"sharded: expected True or False, got {sharded!r}")
         self.num_classes = num_classes
-        self.weight = weight
+        self.loss_weight = loss_weight
         self.alpha = alpha
         self.rule = rule
         self.reduction = reduction
         self.centers_initializer = keras.initializers.get(centers_initializer)
-        self.ignore_label = ignore_label
+        self.ignore_class = ignore_class
         self.impl = impl
         self.update = update
         self.sharded = sharded
@@ -127,8 +127,8 @@ class CenterLoss(keras.layers.Layer):
         self._pending = _Pending()
 
     def __setattr__(self, name, value):
-        """Checks weight and alpha whenever they are set."""
-        if name in ("weight", "alpha"):
+        """Checks loss_weight and alpha whenever they are set."""
+        if name in ("loss_weight", "alpha"):
             value = _factor(name, value)
             if isinstance(value, LearningRateSchedule) and self.built and self.steps is None:
                 raise ValueError(
@@ -159,7 +159,9 @@ class CenterLoss(keras.layers.Layer):
                 trainable=False,
                 autocast=False,
             )
-        if any(isinstance(factor, LearningRateSchedule) for factor in (self.weight, self.alpha)):
+        if any(
+            isinstance(factor, LearningRateSchedule) for factor in (self.loss_weight, self.alpha)
+        ):
             self.steps = self.add_weight(
                 name="steps", shape=(), initializer="zeros", dtype="int64", trainable=False
             )
@@ -181,7 +183,7 @@ class CenterLoss(keras.layers.Layer):
         return features
 
     def update_centers(self):
-        """Moves the centers, once, by the training calls since the last time (update="manual").
+        """Moves the centers, once, by the training calls since the last time (deferred_update=True).
 
         The batches of several calls count as one: n_j and N are over all of them. Call it where
         those calls were made: in the same `tf.function`, or in eager mode.
@@ -191,7 +193,7 @@ class CenterLoss(keras.layers.Layer):
         """
         if self.update != "manual":
             raise RuntimeError(
-                'update_centers: expected a layer with update="manual", got '
+                "update_centers: expected a layer with deferred_update=True, got "
                 f"update={self.update!r}, whose centers moved in the forward pass already"
             )
         batches = self._pending.take()
@@ -207,7 +209,7 @@ class CenterLoss(keras.layers.Layer):
             self.centers,
             alpha=self._now(self.alpha),
             rule=self.rule,
-            ignore_label=self.ignore_label,
+            ignore_class=self.ignore_class,
             impl=self.impl,
         )
 
@@ -238,12 +240,12 @@ class CenterLoss(keras.layers.Layer):
         """The constructor's arguments."""
         return super().get_config() | {
             "num_classes": self.num_classes,
-            "weight": _factor_config(self.weight),
+            "loss_weight": _factor_config(self.loss_weight),
             "alpha": _factor_config(self.alpha),
             "rule": self.rule,
             "reduction": self.reduction,
             "centers_initializer": keras.initializers.serialize(self.centers_initializer),
-            "ignore_label": self.ignore_label,
+            "ignore_class": self.ignore_class,
             "impl": self.impl,
             "update": self.update,
             "distance_metric": self.distance is not None,
@@ -285,12 +287,12 @@ class CenterLoss(keras.layers.Layer):
             features,
             labels,
             self.centers,
-            weight=self._now(self.weight),
+            loss_weight=self._now(self.loss_weight),
             alpha=self._now(self.alpha),
             rule=self.rule,
             reduction=self.reduction,
             sample_weight=sample_weight,
-            ignore_label=self.ignore_label,
+            ignore_class=self.ignore_class,
             update_centers=training and self.update == "forward",
             impl=self.impl,
         )
@@ -302,8 +304,8 @@ class CenterLoss(keras.layers.Layer):
         if self.distance is not None:
             squared = result.squared_distance
             counts = tf.math.is_finite(squared)
-            if self.ignore_label is not None:
-                counts &= tf.not_equal(result.labels, self.ignore_label)
+            if self.ignore_class is not None:
+                counts &= tf.not_equal(result.labels, self.ignore_class)
             self.distance.update_state(tf.sqrt(tf.where(counts, squared, 0)), counts)
         loss = distribute.loss_for_keras(result.loss)
         # Keras adds it to losses of this type.
@@ -317,16 +319,16 @@ class CenterLoss(keras.layers.Layer):
 class UpdateCentersAfterStep:
     """Mixin for a `keras.Model`: its centers move after each step of the optimizer.
 
-    Equals, for each `CenterLoss` layer with ``update="manual"`` in the model:
+    Equals, for each `CenterLoss` layer with ``deferred_update=True`` in the model:
 
         logs = super().train_step(data)
-        layer.update_centers()
+        layer.apply_deferred_update()
 
     The residuals are those of the forward pass, x_i - c_{y_i}: no sample is embedded anew.
 
     >>> import keras
     >>> import tf_center_loss_op as tcl
-    >>> class Model(tcl.UpdateCentersAfterStep, keras.Model):
+    >>> class Model(tcl.training.UpdateCentersAfterStep, keras.Model):
     ...     pass
     """
 
@@ -335,7 +337,7 @@ class UpdateCentersAfterStep:
         logs = super().train_step(*args, **kwargs)
         for layer in self._flatten_layers(include_self=False):
             if isinstance(layer, CenterLoss) and layer.update == "manual":
-                layer.update_centers()
+                layer.apply_deferred_update()
         return logs
 
 
@@ -353,7 +355,7 @@ class _Pending:
         if len(batches) >= MOST_PENDING:
             raise RuntimeError(
                 f"update: expected update_centers() at least once in {MOST_PENDING} training "
-                'calls of a layer with update="manual", got none'
+                "calls of a layer with deferred_update=True, got none"
             )
         batches.append((features, labels))
 

@@ -56,7 +56,7 @@ class GlobalBatchLoss(keras.losses.Loss):
 
     >>> import keras
     >>> import tf_center_loss_op as tcl
-    >>> loss = tcl.GlobalBatchLoss(keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    >>> loss = tcl.distribute.GlobalBatchLoss(keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     """
 
     def __init__(

@@ -68,7 +68,7 @@ class CentersMonitor(keras.callbacks.Callback):
     >>> model = keras.Model([image, label], tcl.CenterLoss(3, name="cl")(image, label))
     >>> model.compile("sgd")
     >>> x, y = np.ones([6, 8], "f"), np.arange(6) % 3
-    >>> monitor = tcl.CentersMonitor(None, [([x, y],)])
+    >>> monitor = tcl.training.CentersMonitor(None, [([x, y],)])
     >>> history = model.fit([x, y], verbose=0, callbacks=[monitor]).history
     >>> history["cl_seen"]
     [1.0]
@@ -215,8 +215,8 @@ class CentersMonitor(keras.callbacks.Callback):
         features = features.reshape(-1, features.shape[-1]).astype(np.float32)
         labels = labels.reshape(-1).astype(np.int64)
         kept = np.isfinite(features).all(1)
-        if self._layer.ignore_label is not None:
-            kept &= labels != self._layer.ignore_label
+        if self._layer.ignore_class is not None:
+            kept &= labels != self._layer.ignore_class
         bad = np.flatnonzero(kept & ((labels < 0) | (labels >= self._layer.num_classes)))
         if len(bad):
             raise ValueError(
@@ -318,15 +318,15 @@ class CentersMonitor(keras.callbacks.Callback):
             return 'the step of the rule "tutorial" is alpha (1 - alpha), which is 0 for alpha = 1'
         if layer.update == "manual":
             return (
-                'with update="manual" they wait for update_centers(), which is not called after '
+                "with deferred_update=True they wait for update_centers(), which is not called after "
                 "the steps; UpdateCentersAfterStep does that"
             )
         counted, distance = self._counted or self._metric() or (math.nan, math.nan)
         if counted == 0:
             ignored = (
                 ""
-                if layer.ignore_label is None
-                else f"all labels are ignore_label = {layer.ignore_label}, or "
+                if layer.ignore_class is None
+                else f"all labels are ignore_class = {layer.ignore_class}, or "
             )
             return (
                 f"the layer has counted no sample: {ignored}all features are NaN or infinite, or "

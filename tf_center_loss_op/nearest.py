@@ -74,10 +74,10 @@ def nearest_centers(
     >>> import tf_center_loss_op as tcl
     >>> centers = tf.constant([[0.0, 0.0], [3.0, 4.0]])
     >>> features = tf.constant([[3.0, 3.0], [9.0, 12.0]])
-    >>> labels, distances = tcl.nearest_centers(features, centers)
+    >>> labels, distances = tcl.nearest.predict(features, centers)
     >>> labels.numpy().tolist(), distances.numpy().tolist()
     ([1, 1], [1.0, 10.0])
-    >>> tcl.nearest_centers(features, centers, threshold=5.0)[0].numpy().tolist()
+    >>> tcl.nearest.predict(features, centers, threshold=5.0)[0].numpy().tolist()
     [1, -1]
 
     Source: open-set rejection by distance to the class mean: Bendale and Boult, "Towards Open Set
@@ -143,7 +143,7 @@ def distance_to_center(
     >>> import tensorflow as tf
     >>> import tf_center_loss_op as tcl
     >>> centers = tf.constant([[0.0, 0.0], [3.0, 4.0]])
-    >>> tcl.distance_to_center(tf.constant([[0.0, 0.0]]), [1], centers).numpy().tolist()
+    >>> tcl.nearest.distance_to_center(tf.constant([[0.0, 0.0]]), [1], centers).numpy().tolist()
     [5.0]
 
     Source: as `nearest_centers`.

@@ -61,7 +61,7 @@ def export_projector(
     >>> import tempfile
     >>> import tf_center_loss_op as tcl
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     file = tcl.export_projector(folder, [[1.0, 2.0]], ["a name"])
+    ...     file = tcl.plots.export_projector(folder, [[1.0, 2.0]], ["a name"])
     ...     file.with_name("embeddings_metadata.tsv").read_text()
     'label\\tkind\\na name\\tsample\\n'
 
@@ -135,7 +135,7 @@ def draw_embeddings(
       TypeError, ValueError: an argument is of the wrong type, shape or value.
 
     >>> import tf_center_loss_op as tcl
-    >>> figure = tcl.draw_embeddings([[0.0, 1.0], [2.0, 1.0]], [0, 1], [[0.0, 0.0], [2.0, 0.0]])
+    >>> figure = tcl.plots.embeddings([[0.0, 1.0], [2.0, 1.0]], [0, 1], [[0.0, 0.0], [2.0, 0.0]])
     >>> figure.axes[0].get_xlabel()
     'dimension 1'
 

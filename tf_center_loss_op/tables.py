@@ -55,7 +55,7 @@ def create_centers(
         less than their size, it is asked for what it has in all, else for what is available now.
 
     >>> import tf_center_loss_op as tcl
-    >>> tcl.create_centers(1000, 64).shape
+    >>> tcl.tables.create(1000, 64).shape
     TensorShape([1000, 64])
     """
     for what, value in (("num_classes", num_classes), ("dim", dim)):
@@ -78,7 +78,7 @@ class RandomCenters(keras.initializers.Initializer):
         `keras.utils.set_random_seed`.
 
     >>> import tf_center_loss_op as tcl
-    >>> layer = tcl.CenterLoss(1000, centers_initializer=tcl.RandomCenters(0.1, seed=0))
+    >>> layer = tcl.CenterLoss(1000, centers_initializer=tcl.tables.RandomNormal(0.1, seed=0))
     """
 
     def __init__(self, stddev: float = 1.0, seed: int | None = None):
@@ -131,9 +131,9 @@ def clear_centers(centers: tf.Variable | keras.Variable) -> None:
       TypeError: centers is no such variable.
 
     >>> import tf_center_loss_op as tcl
-    >>> centers = tcl.create_centers(1000, 64, initializer="ones")
-    >>> tcl.clear_centers(centers)
-    >>> float(tcl.centers_of([7], centers)[0, 0])
+    >>> centers = tcl.tables.create(1000, 64, initializer="ones")
+    >>> tcl.tables.clear(centers)
+    >>> float(tcl.tables.rows([7], centers)[0, 0])
     0.0
     """
     table = _table(centers)
@@ -302,7 +302,7 @@ def centers_from_dataset(
     centers: tf.Variable | keras.Variable,
     *,
     embed: Callable | None = None,
-    ignore_label: int | None = None,
+    ignore_class: int | None = None,
     progress: bool = True,
 ) -> np.ndarray:
     """Sets the centers to the means of their classes, in one pass over a dataset.
@@ -317,7 +317,7 @@ def centers_from_dataset(
       centers: a resource ``tf.Variable`` or a ``keras.Variable`` ``[C, D]``, written in place.
       embed: a function or model from inputs to features ``[B, D]``; None where the inputs are the
         features.
-      ignore_label: samples with this label are left out.
+      ignore_class: samples with this label are left out.
       progress: whether to draw a progress bar.
 
     Returns:
@@ -353,8 +353,8 @@ def centers_from_dataset(
                 f"got {labels.dtype} {labels.shape}"
             )
         kept = np.isfinite(features).all(axis=1)
-        if ignore_label is not None:
-            kept &= labels != ignore_label
+        if ignore_class is not None:
+            kept &= labels != ignore_class
         bad = np.flatnonzero(kept & ((labels < 0) | (labels >= classes)))
         if len(bad):
             raise ValueError(f"labels[{bad[0]}] = {labels[bad[0]]} is outside [0, {classes})")

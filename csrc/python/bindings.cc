@@ -125,7 +125,7 @@ template <typename Feature>
 py::tuple Dispatch(const py::array& features, const py::array& labels, py::array& centers,
                    double alpha, const std::string& rule, const std::string& reduction,
                    const std::optional<py::array>& sample_weight,
-                   std::optional<int64_t> ignore_label, bool update_centers, double weight,
+                   std::optional<int64_t> ignore_class, bool update_centers, double loss_weight,
                    int threads, Isa isa) {
   using Center = CenterType<Feature>;
   StepOptions<Center> options;
@@ -134,10 +134,10 @@ py::tuple Dispatch(const py::array& features, const py::array& labels, py::array
           "reduction: unknown reduction '" + reduction + "'");
   Require(std::isfinite(alpha) && alpha >= 0,
           "alpha: expected a finite number >= 0, got " + std::to_string(alpha));
-  options.has_ignore_label = ignore_label.has_value();
-  options.ignore_label = ignore_label.value_or(0);
+  options.has_ignore_class = ignore_class.has_value();
+  options.ignore_class = ignore_class.value_or(0);
   options.alpha = static_cast<Center>(alpha);
-  options.weight = static_cast<Center>(weight);
+  options.loss_weight = static_cast<Center>(loss_weight);
   options.update_centers = update_centers;
   if (!py::isinstance<py::array_t<Center>>(centers)) {
     throw py::value_error("centers: expected dtype " +
@@ -156,8 +156,8 @@ py::tuple Dispatch(const py::array& features, const py::array& labels, py::array
 py::tuple CenterLossStep(const py::array& features, const py::array& labels, py::array centers,
                          double alpha, const std::string& rule, const std::string& reduction,
                          const std::optional<py::array>& sample_weight,
-                         std::optional<int64_t> ignore_label, bool update_centers, double weight,
-                         int threads, const std::string& isa) {
+                         std::optional<int64_t> ignore_class, bool update_centers,
+                         double loss_weight, int threads, const std::string& isa) {
   Require(features.ndim() == 2, "features: expected shape [B, D]");
   Require(labels.ndim() == 1 && labels.shape(0) == features.shape(0),
           "labels: expected shape [" + std::to_string(features.shape(0)) + "]");
@@ -174,7 +174,7 @@ py::tuple CenterLossStep(const py::array& features, const py::array& labels, py:
 #define TCL_DISPATCH(condition, Feature)                                                       \
   if (condition) {                                                                             \
     return Dispatch<Feature>(features, labels, centers, alpha, rule, reduction, sample_weight, \
-                             ignore_label, update_centers, weight, threads, chosen);           \
+                             ignore_class, update_centers, loss_weight, threads, chosen);      \
   }
   TCL_DISPATCH(type.num() == py::detail::npy_api::NPY_FLOAT_, float)
   TCL_DISPATCH(type.num() == py::detail::npy_api::NPY_DOUBLE_, double)
@@ -192,8 +192,8 @@ PYBIND11_MODULE(_kernels, module) {
   module.def("center_loss_step", CenterLossStep, py::arg("features"), py::arg("labels"),
              py::arg("centers"), py::kw_only(), py::arg("alpha") = 0.5, py::arg("rule") = "paper",
              py::arg("reduction") = "mean", py::arg("sample_weight") = py::none(),
-             py::arg("ignore_label") = py::none(), py::arg("update_centers") = true,
-             py::arg("weight") = 1.0, py::arg("threads") = 1, py::arg("isa") = "auto",
+             py::arg("ignore_class") = py::none(), py::arg("update_centers") = true,
+             py::arg("loss_weight") = 1.0, py::arg("threads") = 1, py::arg("isa") = "auto",
              R"(One step on arrays: (loss, residual); centers move in place.
 
 features [B, D] float32, float64, float16 or bfloat16; labels [B] int32 or int64; centers [C, D]

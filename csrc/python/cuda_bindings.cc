@@ -216,8 +216,8 @@ class CudaStep {
   void Run(const py::object& features, const py::object& labels, const py::object& centers,
            const py::object& loss, const py::object& residual, const py::object& squared_distance,
            const Factor& alpha, const std::string& rule, const std::string& reduction,
-           const py::object& sample_weight, std::optional<int64_t> ignore_label,
-           bool update_centers, const Factor& weight, bool features_are_residuals,
+           const py::object& sample_weight, std::optional<int64_t> ignore_class,
+           bool update_centers, const Factor& loss_weight, bool features_are_residuals,
            uintptr_t stream) {
     const std::string type = Array(features, "features").dtype;
     const auto run = [&](auto feature) {
@@ -225,8 +225,9 @@ class CudaStep {
       const CudaArray y = Array(labels, "labels");
       const auto run_labels = [&](auto label) {
         RunTyped<Feature, decltype(label)>(features, y, centers, loss, residual, squared_distance,
-                                           alpha, rule, reduction, sample_weight, ignore_label,
-                                           update_centers, weight, features_are_residuals, stream);
+                                           alpha, rule, reduction, sample_weight, ignore_class,
+                                           update_centers, loss_weight, features_are_residuals,
+                                           stream);
       };
       if (y.dtype == "int32") return run_labels(int32_t{});
       Require(y.dtype == "int64", "labels: expected dtype int32 or int64, got " + y.dtype);
@@ -246,7 +247,7 @@ class CudaStep {
                 const py::object& loss, const py::object& residual,
                 const py::object& squared_distance, const Factor& alpha, const std::string& rule,
                 const std::string& reduction, const py::object& sample_weight,
-                std::optional<int64_t> ignore_label, bool update_centers, const Factor& weight,
+                std::optional<int64_t> ignore_class, bool update_centers, const Factor& loss_weight,
                 bool features_are_residuals, uintptr_t stream) {
     using Center = CenterType<Feature>;
     const CudaArray x = Array(features, "features"), c = Array(centers, "centers");
@@ -273,8 +274,8 @@ class CudaStep {
     Require(ParseRule(rule, &step.options.rule), "rule: unknown rule '" + rule + "'");
     Require(ParseReduction(reduction, &step.options.reduction),
             "reduction: unknown reduction '" + reduction + "'");
-    step.options.has_ignore_label = ignore_label.has_value();
-    step.options.ignore_label = ignore_label.value_or(0);
+    step.options.has_ignore_class = ignore_class.has_value();
+    step.options.ignore_class = ignore_class.value_or(0);
     step.options.update_centers = update_centers;
     const auto optional = [&](const py::object& object, const char* name,
                               const std::vector<int64_t>& shape) -> Center* {
@@ -301,10 +302,10 @@ class CudaStep {
     } else {
       options.alpha = optional(std::get<py::object>(alpha), "alpha", {});
     }
-    if (const double* number = std::get_if<double>(&weight)) {
-      step.options.weight = static_cast<Center>(*number);
+    if (const double* number = std::get_if<double>(&loss_weight)) {
+      step.options.loss_weight = static_cast<Center>(*number);
     } else {
-      options.weight = optional(std::get<py::object>(weight), "weight", {});
+      options.loss_weight = optional(std::get<py::object>(loss_weight), "loss_weight", {});
     }
     Check(CenterLossOnCuda(step, options, workspace_, reinterpret_cast<void*>(stream)),
           "launching the center loss step");
@@ -375,14 +376,14 @@ phases().)")
            py::arg("loss") = py::none(), py::arg("residual") = py::none(),
            py::arg("squared_distance") = py::none(), py::kw_only(), py::arg("alpha") = 0.5,
            py::arg("rule") = "paper", py::arg("reduction") = "mean",
-           py::arg("sample_weight") = py::none(), py::arg("ignore_label") = py::none(),
-           py::arg("update_centers") = true, py::arg("weight") = 1.0,
+           py::arg("sample_weight") = py::none(), py::arg("ignore_class") = py::none(),
+           py::arg("update_centers") = true, py::arg("loss_weight") = 1.0,
            py::arg("features_are_residuals") = false, py::arg("stream") = 0,
            R"(One launch on the stream (a cudaStream_t as an int); returns at once.
 
 Writes loss ([], or [B] for reduction "none"), residual [B, D] and squared_distance [B] where given,
 in the centers' type, and the centers in place; none of them may overlap another array. alpha and
-weight may be arrays of one number on the device. A label out of range makes its sample's loss and
+loss_weight may be arrays of one number on the device. A label out of range makes its sample's loss and
 residual NaN. Raises ValueError, with nothing written.)");
   module.def(
       "cuda_tuning",

@@ -89,8 +89,8 @@ class OnGpu {
                     "depend on the order in which threads come"));
   }
 
-  static void SetWeight(const Tensor& weight, Arguments* step) {
-    step->cuda.weight = weight.scalar<Center>().data();
+  static void SetLossWeight(const Tensor& loss_weight, Arguments* step) {
+    step->cuda.loss_weight = loss_weight.scalar<Center>().data();
   }
 
   static void SetAlpha(const Tensor& alpha, Arguments* step) {

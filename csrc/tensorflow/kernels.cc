@@ -93,8 +93,8 @@ class OnCpu {
 
   explicit OnCpu(OpKernelConstruction*) {}
 
-  static void SetWeight(const Tensor& weight, Arguments* step) {
-    step->options.weight = weight.scalar<Center>()();
+  static void SetLossWeight(const Tensor& loss_weight, Arguments* step) {
+    step->options.loss_weight = loss_weight.scalar<Center>()();
   }
 
   static void SetAlpha(const Tensor& alpha, Arguments* step) {

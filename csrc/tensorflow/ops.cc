@@ -61,8 +61,8 @@ absl::Status CheckBatch(InferenceContext* c, int centers, int features, int labe
   return absl::OkStatus();
 }
 
-// alpha [], weight [] and sample_weight [B], as far as the op has them, are the inputs from next
-// on.
+// alpha [], loss_weight [] and sample_weight [B], as far as the op has them, are the inputs from
+// next on.
 absl::Status CheckOptional(InferenceContext* c, int next, DimensionHandle batch) {
   const auto check = [&](const char* attr, const char* name, ShapeHandle expected) {
     std::vector<tensorflow::DataType> types;
@@ -76,7 +76,7 @@ absl::Status CheckOptional(InferenceContext* c, int next, DimensionHandle batch)
     return absl::OkStatus();
   };
   TF_RETURN_IF_ERROR(check("Talpha", "alpha", c->Scalar()));
-  TF_RETURN_IF_ERROR(check("Tweight", "weight", c->Scalar()));
+  TF_RETURN_IF_ERROR(check("Tloss_weight", "loss_weight", c->Scalar()));
   return check("Tsample_weight", "sample_weight", c->Vector(batch));
 }
 
@@ -93,8 +93,8 @@ absl::Status SetLossOutputs(InferenceContext* c, const BatchShape& shape) {
   Attr("T: {float, double, half, bfloat16}")  \
       .Attr("Tcenters: {float, double}")      \
       .Attr("Tlabels: {int32, int64}")        \
-      .Attr("has_ignore_label: bool = false") \
-      .Attr("ignore_label: int = 0")
+      .Attr("has_ignore_class: bool = false") \
+      .Attr("ignore_class: int = 0")
 
 #define TCL_RULE_ATTR                                                                   \
   Attr(                                                                                 \
@@ -113,8 +113,10 @@ absl::Status SetLossOutputs(InferenceContext* c, const BatchShape& shape) {
 // tracing stands in the op itself: a node less that runs in each step.
 #define TCL_OPTIONAL_ATTR(Name) Attr("T" Name ": list({float, double}) >= 0")
 #define TCL_ALPHA_ATTRS TCL_OPTIONAL_ATTR("alpha").Attr("constant_alpha: float = 0")
-#define TCL_WEIGHT_ATTRS \
-  TCL_OPTIONAL_ATTR("weight").Attr("constant_weight: float = 1").TCL_OPTIONAL_ATTR("sample_weight")
+#define TCL_WEIGHT_ATTRS                       \
+  TCL_OPTIONAL_ATTR("loss_weight")             \
+      .Attr("constant_loss_weight: float = 1") \
+      .TCL_OPTIONAL_ATTR("sample_weight")
 
 // Only for a GPU, see CudaOptions::atomic.
 #define TCL_ATOMIC_ATTR Attr("atomic: bool = false")
@@ -131,7 +133,7 @@ REGISTER_OP("TclCenterLossStep")
     .Input("features: T")
     .Input("labels: Tlabels")
     .Input("alpha: Talpha")
-    .Input("weight: Tweight")
+    .Input("loss_weight: Tloss_weight")
     .Input("sample_weight: Tsample_weight")
     .TCL_AFTER.Output("loss: Tcenters")
     .Output("residual_bits: Tbits")
@@ -150,7 +152,7 @@ REGISTER_OP("TclCenterLoss")
     .Input("centers: resource")
     .Input("features: T")
     .Input("labels: Tlabels")
-    .Input("weight: Tweight")
+    .Input("loss_weight: Tloss_weight")
     .Input("sample_weight: Tsample_weight")
     .Output("loss: Tcenters")
     .Output("residual_bits: Tbits")
@@ -203,7 +205,7 @@ REGISTER_OP("TclCenterLossBackward")
     .Input("upstream: Tupstream")
     .Input("features: T")
     .Input("labels: Tlabels")
-    .Input("weight: Tweight")
+    .Input("loss_weight: Tloss_weight")
     .Input("sample_weight: Tsample_weight")
     .Input("centers: handles")
     .Output("gradient: T")

@@ -3,7 +3,7 @@
 // A Backend says what a device does its own way. It has the types Element (TensorFlow's, of the
 // features), Label and Arguments (a StepArguments and whatever else Launch takes), and
 //
-//   SetWeight(tensor, arguments), SetAlpha(...)  a scalar of the centers' type that is an input
+//   SetLossWeight(tensor, arguments), SetAlpha(...)  a scalar of the centers' type that is an input
 //   Copy(context, table, copy)                   another buffer with the table's numbers
 //   Allocate(context, output, shape, tensor)     memory for that output
 //   Launch(context, arguments)                   does the step
@@ -67,10 +67,10 @@ class StepOp : public tensorflow::OpKernel {
 
   explicit StepOp(tensorflow::OpKernelConstruction* context)
       : OpKernel(context), backend_(context) {
-    OP_REQUIRES_OK(context, context->GetAttr("has_ignore_label", &options_.has_ignore_label));
-    int64_t ignore_label;
-    OP_REQUIRES_OK(context, context->GetAttr("ignore_label", &ignore_label));
-    options_.ignore_label = ignore_label;
+    OP_REQUIRES_OK(context, context->GetAttr("has_ignore_class", &options_.has_ignore_class));
+    int64_t ignore_class;
+    OP_REQUIRES_OK(context, context->GetAttr("ignore_class", &ignore_class));
+    options_.ignore_class = ignore_class;
     std::string name;
     float constant;
     options_.update_centers = context->HasAttr("rule");
@@ -88,9 +88,9 @@ class StepOp : public tensorflow::OpKernel {
       OP_REQUIRES(
           context, ParseReduction(name, &options_.reduction),
           absl::InvalidArgumentError(absl::StrCat("reduction: unknown reduction '", name, "'")));
-      OP_REQUIRES_OK(context, context->GetAttr("constant_weight", &constant));
-      options_.weight = constant;
-      OP_REQUIRES_OK(context, FindOptional(context, "Tweight", &weight_));
+      OP_REQUIRES_OK(context, context->GetAttr("constant_loss_weight", &constant));
+      options_.loss_weight = constant;
+      OP_REQUIRES_OK(context, FindOptional(context, "Tloss_weight", &loss_weight_));
       OP_REQUIRES_OK(context, FindOptional(context, "Tsample_weight", &sample_weight_));
     }
     if (context->HasAttr("from_residual")) {
@@ -180,10 +180,10 @@ class StepOp : public tensorflow::OpKernel {
   }
 
   absl::Status BindWeights(Context* context, Arguments* step) const {
-    if (weight_ >= 0) {
-      const Tensor& weight = context->input(weight_);
-      if (weight.dims() != 0) return Mismatch("weight", weight, "[]");
-      backend_.SetWeight(weight, step);
+    if (loss_weight_ >= 0) {
+      const Tensor& loss_weight = context->input(loss_weight_);
+      if (loss_weight.dims() != 0) return Mismatch("loss_weight", loss_weight, "[]");
+      backend_.SetLossWeight(loss_weight, step);
     }
     if (sample_weight_ >= 0) {
       const Tensor& sample_weight = context->input(sample_weight_);
@@ -220,7 +220,7 @@ class StepOp : public tensorflow::OpKernel {
   bool has_loss_ = false;
   bool from_residual_ = false;
   int next_input_ = 3;
-  int alpha_ = -1, weight_ = -1, sample_weight_ = -1;
+  int alpha_ = -1, loss_weight_ = -1, sample_weight_ = -1;
   Backend backend_;
 };
 

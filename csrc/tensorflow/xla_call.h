@@ -1,10 +1,10 @@
 // The step as an XLA custom call: what the lowering (xla_kernels.cc) and the handlers
 // (xla_cpu_call.cc, xla_gpu_call.cc) agree on.
 //
-// Operands: centers [C, D], features [B, D], labels [B], alpha [], weight [], sample_weight [B]
-// where `weighted`, then any values that have to be computed before the step.
-// Results: the centers where `moves`, in the buffer of their operand; loss, residual [B, D] and
-// squared_distance [B] where `has_loss`; on a GPU, last, the kernel's workspace, in bytes.
+// Operands: centers [C, D], features [B, D], labels [B], alpha [], loss_weight [], sample_weight
+// [B] where `weighted`, then any values that have to be computed before the step. Results: the
+// centers where `moves`, in the buffer of their operand; loss, residual [B, D] and squared_distance
+// [B] where `has_loss`; on a GPU, last, the kernel's workspace, in bytes.
 
 #ifndef TF_CENTER_LOSS_OP_CSRC_TENSORFLOW_XLA_CALL_H_
 #define TF_CENTER_LOSS_OP_CSRC_TENSORFLOW_XLA_CALL_H_
@@ -24,8 +24,8 @@ constexpr char kGpuTarget[] = "tf_center_loss_op.cuda";
 struct StepKind {
   Rule rule = Rule::kPaper;
   Reduction reduction = Reduction::kMean;
-  bool has_ignore_label = false;
-  int64_t ignore_label = 0;
+  bool has_ignore_class = false;
+  int64_t ignore_class = 0;
   bool moves = false;     // the centers
   bool has_loss = false;  // and residual
   bool from_residual = false;
@@ -43,8 +43,8 @@ XLA_FFI_REGISTER_ENUM_ATTR_DECODING(tcl::Rule);
 XLA_FFI_REGISTER_ENUM_ATTR_DECODING(tcl::Reduction);
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(tcl::StepKind, StructMember<tcl::Rule>("rule"),
                                       StructMember<tcl::Reduction>("reduction"),
-                                      StructMember<bool>("has_ignore_label"),
-                                      StructMember<int64_t>("ignore_label"),
+                                      StructMember<bool>("has_ignore_class"),
+                                      StructMember<int64_t>("ignore_class"),
                                       StructMember<bool>("moves"), StructMember<bool>("has_loss"),
                                       StructMember<bool>("from_residual"),
                                       StructMember<bool>("weighted"));
@@ -91,14 +91,14 @@ ffi::Error RunStep(const ffi::RemainingArgs& args, const ffi::RemainingRets& ret
   step.features_are_residuals = kind.from_residual;
   step.options.rule = kind.rule;
   step.options.reduction = kind.reduction;
-  step.options.has_ignore_label = kind.has_ignore_label;
-  step.options.ignore_label = kind.ignore_label;
+  step.options.has_ignore_class = kind.has_ignore_class;
+  step.options.ignore_class = kind.ignore_class;
   step.options.update_centers = kind.moves;
   return run(step, static_cast<const Center*>(operand(3)), static_cast<const Center*>(operand(4)));
 }
 
-// Returns run(step, alpha, weight) of the types that a call's buffers have. alpha and weight are
-// pointers, because a GPU's host cannot read them.
+// Returns run(step, alpha, loss_weight) of the types that a call's buffers have. alpha and
+// loss_weight are pointers, because a GPU's host cannot read them.
 template <typename Run>
 ffi::Error WithStep(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
                     const StepKind& kind, const Run& run) {

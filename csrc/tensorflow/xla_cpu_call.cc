@@ -19,9 +19,9 @@ ffi::Error RunOnCpu(ffi::RemainingArgs args, ffi::RemainingRets rets, StepKind k
   const auto schedule = [&pool](std::function<void()> task, bool again) {
     if (!again) pool.Schedule(std::move(task));
   };
-  return WithStep(args, rets, kind, [&](auto& step, const auto* alpha, const auto* weight) {
+  return WithStep(args, rets, kind, [&](auto& step, const auto* alpha, const auto* loss_weight) {
     step.options.alpha = *alpha;
-    step.options.weight = *weight;
+    step.options.loss_weight = *loss_weight;
     const absl::Status status = StepOnCpu(step, OnThreads(schedule, pool.num_threads()));
     return status.ok() ? ffi::Error::Success()
                        : ffi::Error::InvalidArgument(std::string(status.message()));

@@ -27,19 +27,21 @@ CudaWorkspace WorkspaceFor(int64_t batch, int64_t dim, int64_t center_size) {
 }
 
 ffi::Error RunOnGpu(ffi::RemainingArgs args, ffi::RemainingRets rets, StepKind kind, void* stream) {
-  return WithStep(args, rets, kind, [&](const auto& step, const auto* alpha, const auto* weight) {
-    if (step.batch > kMostCudaSamples) {
-      return ffi::Error::InvalidArgument(absl::StrCat(
-          "features: expected at most ", kMostCudaSamples, " samples on a GPU, got ", step.batch));
-    }
-    CudaWorkspace workspace = WorkspaceFor(step.batch, step.dim, sizeof(*alpha));
-    workspace.memory = (*rets.get<ffi::AnyBuffer>(rets.size() - 1))->untyped_data();
-    int error = ZeroOnCuda(workspace.memory, CudaWorkspaceClearBytes(workspace), stream);
-    if (error == 0) error = CenterLossOnCuda(step, {alpha, weight}, workspace, stream);
-    if (error == 0) return ffi::Error::Success();
-    return ffi::Error::Internal(absl::StrCat("launching the center loss step: CUDA error ", error,
-                                             ", ", CudaErrorText(error)));
-  });
+  return WithStep(
+      args, rets, kind, [&](const auto& step, const auto* alpha, const auto* loss_weight) {
+        if (step.batch > kMostCudaSamples) {
+          return ffi::Error::InvalidArgument(absl::StrCat("features: expected at most ",
+                                                          kMostCudaSamples,
+                                                          " samples on a GPU, got ", step.batch));
+        }
+        CudaWorkspace workspace = WorkspaceFor(step.batch, step.dim, sizeof(*alpha));
+        workspace.memory = (*rets.get<ffi::AnyBuffer>(rets.size() - 1))->untyped_data();
+        int error = ZeroOnCuda(workspace.memory, CudaWorkspaceClearBytes(workspace), stream);
+        if (error == 0) error = CenterLossOnCuda(step, {alpha, loss_weight}, workspace, stream);
+        if (error == 0) return ffi::Error::Success();
+        return ffi::Error::Internal(absl::StrCat("launching the center loss step: CUDA error ",
+                                                 error, ", ", CudaErrorText(error)));
+      });
 }
 
 #if !defined(TCL_EMULATED_CUDA)

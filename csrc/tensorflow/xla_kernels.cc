@@ -96,8 +96,8 @@ std::string Attributes(const StepKind& kind) {
   return absl::StrCat(
       "{rule = ", static_cast<int>(kind.rule),
       " : i32, reduction = ", static_cast<int>(kind.reduction),
-      " : i32, has_ignore_label = ", boolean(kind.has_ignore_label),
-      ", ignore_label = ", kind.ignore_label, " : i64, moves = ", boolean(kind.moves),
+      " : i32, has_ignore_class = ", boolean(kind.has_ignore_class),
+      ", ignore_class = ", kind.ignore_class, " : i64, moves = ", boolean(kind.moves),
       ", has_loss = ", boolean(kind.has_loss), ", from_residual = ", boolean(kind.from_residual),
       ", weighted = ", boolean(kind.weighted), "}");
 }
@@ -106,10 +106,10 @@ class StepLowering : public XlaOpKernel {
  public:
   explicit StepLowering(OpKernelConstruction* context) : XlaOpKernel(context) {
     OP_REQUIRES_OK(context, context->GetAttr("Tcenters", &type_));
-    OP_REQUIRES_OK(context, context->GetAttr("has_ignore_label", &kind_.has_ignore_label));
-    int64_t ignore_label;
-    OP_REQUIRES_OK(context, context->GetAttr("ignore_label", &ignore_label));
-    kind_.ignore_label = ignore_label;
+    OP_REQUIRES_OK(context, context->GetAttr("has_ignore_class", &kind_.has_ignore_class));
+    int64_t ignore_class;
+    OP_REQUIRES_OK(context, context->GetAttr("ignore_class", &ignore_class));
+    kind_.ignore_class = ignore_class;
     std::string name;
     if (context->HasAttr("rule")) {
       OP_REQUIRES_OK(context, context->GetAttr("rule", &name));
@@ -120,8 +120,8 @@ class StepLowering : public XlaOpKernel {
     if (context->HasAttr("reduction")) {
       OP_REQUIRES_OK(context, context->GetAttr("reduction", &name));
       kind_.has_loss = ParseReduction(name, &kind_.reduction);
-      OP_REQUIRES_OK(context, context->GetAttr("Tweight", &weight_types_));
-      OP_REQUIRES_OK(context, context->GetAttr("constant_weight", &constant_weight_));
+      OP_REQUIRES_OK(context, context->GetAttr("Tloss_weight", &loss_weight_types_));
+      OP_REQUIRES_OK(context, context->GetAttr("constant_loss_weight", &constant_loss_weight_));
       tensorflow::DataTypeVector sample_weight_types;
       OP_REQUIRES_OK(context, context->GetAttr("Tsample_weight", &sample_weight_types));
       kind_.weighted = !sample_weight_types.empty();
@@ -145,7 +145,8 @@ class StepLowering : public XlaOpKernel {
     std::vector<XlaOp> operands = {centers, context->Input(1), context->Input(2)};
     int next = 3;
     operands.push_back(alpha_types_.empty() ? number(constant_alpha_) : context->Input(next++));
-    operands.push_back(weight_types_.empty() ? number(constant_weight_) : context->Input(next++));
+    operands.push_back(loss_weight_types_.empty() ? number(constant_loss_weight_)
+                                                  : context->Input(next++));
     if (kind_.weighted) operands.push_back(context->Input(next++));
     for (; next < context->num_inputs(); ++next) {
       const auto shape = context->InputXlaShape(next);
@@ -243,8 +244,8 @@ class StepLowering : public XlaOpKernel {
 
   DataType type_;
   StepKind kind_;
-  tensorflow::DataTypeVector alpha_types_, weight_types_;  // of none or one
-  float constant_alpha_ = 0, constant_weight_ = 1;
+  tensorflow::DataTypeVector alpha_types_, loss_weight_types_;  // of none or one
+  float constant_alpha_ = 0, constant_loss_weight_ = 1;
 };
 
 class BackwardLowering : public XlaOpKernel {

@@ -23,17 +23,17 @@ int Step(const Emulated& e) {
   step.features_are_residuals = e.features_are_residuals;
   step.options.rule = static_cast<tcl::Rule>(e.rule);
   step.options.reduction = static_cast<tcl::Reduction>(e.reduction);
-  step.options.has_ignore_label = e.has_ignore_label;
-  step.options.ignore_label = e.ignore_label;
+  step.options.has_ignore_class = e.has_ignore_class;
+  step.options.ignore_class = e.ignore_class;
   step.options.update_centers = e.update_centers;
-  const Center alpha = static_cast<Center>(e.alpha), weight = static_cast<Center>(e.weight);
+  const Center alpha = static_cast<Center>(e.alpha), loss_weight = static_cast<Center>(e.loss_weight);
   tcl::CudaOptions<Center> options;
   if (e.numbers_in_memory) {
     options.alpha = &alpha;
-    options.weight = &weight;
+    options.loss_weight = &loss_weight;
   } else {
     step.options.alpha = alpha;
-    step.options.weight = weight;
+    step.options.loss_weight = loss_weight;
   }
   options.atomic = e.atomic;
   options.clock = e.clock;
@@ -57,12 +57,12 @@ struct TclEmulatedStep {
   int64_t batch, dim, classes;
   const void *features, *labels, *sample_weight;
   void *centers, *loss, *residual, *squared_distance;
-  int64_t ignore_label;
-  double alpha, weight;
+  int64_t ignore_class;
+  double alpha, loss_weight;
   tcl::CudaWorkspace workspace;
   uint64_t* clock;
   int32_t feature_type, rule, reduction;
-  bool long_labels, features_are_residuals, has_ignore_label, update_centers, numbers_in_memory,
+  bool long_labels, features_are_residuals, has_ignore_class, update_centers, numbers_in_memory,
       atomic;
 };
 

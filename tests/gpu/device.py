@@ -100,7 +100,7 @@ class Device:
         centers,
         *,
         alpha=0.5,
-        weight=1.0,
+        loss_weight=1.0,
         reduction="mean",
         sample_weight=None,
         numbers_in_memory=False,
@@ -123,7 +123,9 @@ class Device:
         ]
         # The module refuses such a number; of one on the device it cannot know.
         if numbers_in_memory or not 0 <= alpha < np.inf:
-            alpha, weight = (self.tensor(np.array(number, dtype)) for number in (alpha, weight))
+            alpha, loss_weight = (
+                self.tensor(np.array(number, dtype)) for number in (alpha, loss_weight)
+            )
         if sample_weight is not None:
             sample_weight = self.tensor(np.asarray(sample_weight, dtype))
         step(
@@ -132,7 +134,7 @@ class Device:
             memory[1:-1],
             *outputs,
             alpha=alpha,
-            weight=weight,
+            loss_weight=loss_weight,
             reduction=reduction,
             sample_weight=sample_weight,
             stream=self.stream,

@@ -50,7 +50,7 @@ class CudaStep:
         squared_distance=None,
         *,
         alpha=0.5,
-        weight=1.0,
+        loss_weight=1.0,
         sample_weight=None,
         stream=0,
         **options,
@@ -62,7 +62,7 @@ class CudaStep:
         results = self._emulator.center_loss_step(
             *map(array, (features, labels, centers)),
             alpha=float(alpha),
-            weight=float(weight),
+            loss_weight=float(loss_weight),
             atomic=self._atomic,
             workspace=self._workspace,
             **options,

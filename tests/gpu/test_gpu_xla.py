@@ -89,7 +89,7 @@ def test_the_bits_of_the_kernel(stand_in, dtype):
             problem.labels,
             centers,
             sample_weight=problem.sample_weight,
-            ignore_label=problem.ignore_label,
+            ignore_class=problem.ignore_class,
         )
         gradient = gradient.astype(problem.features.dtype).astype(np.float64)
         expected = loss, gradient, centers
@@ -182,7 +182,7 @@ def model_without_products(jit_compile):
     """A layer and what is trained before it, without matrix products."""
     keras.utils.set_random_seed(0)
     word, label = keras.Input([], dtype="int32"), keras.Input([], dtype="int32")
-    layer = tcl.CenterLoss(3, weight=0.1)
+    layer = tcl.CenterLoss(3, loss_weight=0.1)
     embedding = layer(keras.layers.Embedding(40, 8)(word), label)
     output = keras.layers.Activation("tanh")(embedding)
     model = keras.Model([word, label], keras.ops.mean(output, axis=-1))
