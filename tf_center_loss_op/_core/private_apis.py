@@ -1,0 +1,265 @@
+"""Every private name of TensorFlow and Keras that the package uses, and why it is needed.
+
+No other file of the package uses one (tests/test_private_apis.py). A name that an installed version
+lacks ends with an ImportError that says which name, which version and what for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import h5py
+import keras
+import tensorflow as tf
+
+
+class PrivateName(NamedTuple):
+    """A name that TensorFlow or Keras may remove without notice."""
+
+    module: str
+    name: str
+    why: str
+
+
+NAMES: list[PrivateName] = []  # in the order in which they are imported below
+
+
+def _imported(module: str, name: str, why: str) -> Any:
+    NAMES.append(PrivateName(module, name, why))
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(_missing(f"{module}.{name}", why)) from error
+
+
+def _attribute(owner: object, name: str, why: str) -> Any:
+    try:
+        return getattr(owner, name)
+    except AttributeError as error:
+        kind = owner if isinstance(owner, type) else type(owner)
+        raise ImportError(_missing(f"{kind.__module__}.{kind.__name__}.{name}", why)) from error
+
+
+def _missing(name: str, why: str) -> str:
+    return (
+        f"tf_center_loss_op needs {name} {why}; TensorFlow {tf.__version__} with Keras "
+        f"{keras.__version__} does not have it: install the versions that this release names"
+    )
+
+
+# ------------------------------------------------------------------------------- TensorFlow
+
+ResourceVariable = _imported(
+    "tensorflow.python.ops.resource_variable_ops",
+    "ResourceVariable",
+    "to make one variable on one device inside the scope of a strategy, where tf.Variable makes a "
+    "copy on every replica",
+)
+ShardedVariable = _imported(
+    "tensorflow.python.distribute.sharded_variable",
+    "ShardedVariable",
+    "to recognise a variable that a partitioner has split over several servers",
+)
+is_op_determinism_enabled: Callable[[], bool] = _imported(
+    "tensorflow.python.framework.config",
+    "is_op_determinism_enabled",
+    "to refuse float atomics under tf.config.experimental.enable_op_determinism()",
+)
+variable_accessed: Callable[[tf.Variable], None] = _imported(
+    "tensorflow.python.ops.resource_variable_ops",
+    "variable_accessed",
+    "to put a variable on the gradient tape that an op reads through its handle, as tf.gather does",
+)
+_graph_or_parents_in_xla_context = _imported(
+    "tensorflow.python.ops.control_flow_util",
+    "GraphOrParentsInXlaContext",
+    "to know whether XLA will compile the graph that is being traced",
+)
+_op_is_stateful = _imported(
+    "tensorflow.python.framework.auto_control_deps",
+    "op_is_stateful",
+    "to know which ops tf.function runs in program order",
+)
+_tape_set_is_stopped = _imported(
+    "tensorflow.python.pywrap_tfe",
+    "TFE_Py_TapeSetIsStopped",
+    "to refuse a step of the centers that tf.recompute_grad would run twice",
+)
+Trackable = _imported(
+    "tensorflow.python.trackable.base",
+    "Trackable",
+    "to store the parts of a sharded table in a tf.train.Checkpoint as one tensor",
+)
+VARIABLE_VALUE_KEY: str = _imported(
+    "tensorflow.python.trackable.base",
+    "VARIABLE_VALUE_KEY",
+    "to store the parts of a sharded table under the key of a variable",
+)
+ResourceVariableSaveable = _imported(
+    "tensorflow.python.training.saving.saveable_object_util",
+    "ResourceVariableSaveable",
+    "to store a part of a sharded table as a slice of the whole",
+)
+_LOOPS_AND_BRANCHES = tuple(
+    _imported(
+        "tensorflow.python.ops.control_flow_v2_func_graphs",
+        name,
+        "to find the graph around a loop or branch",
+    )
+    for name in ("WhileBodyFuncGraph", "WhileCondFuncGraph", "CondBranchFuncGraph")
+)
+
+
+def will_compile_with_xla(graph: tf.Graph) -> bool:
+    """Whether XLA will compile the graph (``jit_compile=True``)."""
+    return _graph_or_parents_in_xla_context(graph)
+
+
+def is_loop_or_branch(graph: tf.Graph) -> bool:
+    """Whether the graph is the body of a loop or a branch of the graph around it."""
+    return isinstance(graph, _LOOPS_AND_BRANCHES)
+
+
+def outer_graph(graph: tf.Graph) -> tf.Graph:
+    """The graph around a loop or branch."""
+    return _attribute(graph, "outer_graph", "to find the graph around a loop or branch")
+
+
+def inside_recompute_grad() -> bool:
+    """Whether tf.recompute_grad runs the code now: it alone stops every tape."""
+    return _tape_set_is_stopped()
+
+
+def run_out_of_program_order(graph: tf.Graph, ops: list[tf.Operation]) -> None:
+    """Lets tf.function run these ops as soon as their inputs are there.
+
+    tf.function runs stateful ops without a resource (an Assert, say) in program order. Ops with a
+    resource keep their order: it is that of the accesses to the resource.
+    """
+    manager = _attribute(
+        graph,
+        "experimental_acd_manager",
+        "to let the replicas of one process exchange their batches without waiting for each other",
+    )
+    if manager is None:
+        return  # A graph of TensorFlow 1 has no program order.
+    for op in ops:
+        has_resource = any(tensor.dtype == tf.resource for tensor in op.inputs)
+        if _op_is_stateful(op) and not has_resource:
+            manager.run_independently(op)
+
+
+def replica_in_process(context: tf.distribute.ReplicaContext) -> int:
+    """The index of a replica among those of its process."""
+    return _attribute(
+        context, "_replica_id", "to find the copy of a variable that belongs to a replica"
+    )
+
+
+class CollectiveLauncher:
+    """What TensorFlow's own strategies pass to a collective op of one replica."""
+
+    _WHY = "to run collective ops as the strategies of TensorFlow do"
+
+    def __init__(self, launcher: object):
+        def get(name: str) -> Any:
+            return _attribute(launcher, name, self._WHY)
+
+        self.device: str = get("_device")
+        self.group_size: tf.Tensor = get("_group_size")
+        self.group_key: tf.Tensor = get("_group_key")
+        self.new_ordering_token: Callable[[], tf.Tensor] = get("_get_ordering_token")
+        options = get("_options")
+        self.communication_hint: str = options.implementation.value
+        self.timeout_seconds: float = options.timeout_seconds or 0
+
+
+def collective_launchers(strategy: tf.distribute.Strategy) -> list | None:
+    """The launchers of this process's replicas; None where the strategy uses no collective ops."""
+    extended = strategy.extended
+    ops = getattr(extended, "_collective_ops", None)
+    if ops is None:
+        ops = _attribute(extended, "_cross_device_ops", CollectiveLauncher._WHY)
+    return getattr(ops, "_launchers", None)
+
+
+# ------------------------------------------------------------------------------------ Keras
+
+in_stateless_scope: Callable[[], bool] = _imported(
+    "keras.src.backend.common.stateless_scope",
+    "in_stateless_scope",
+    "to know that variables have no buffers now, because Keras asks for shapes only",
+)
+in_symbolic_scope: Callable[[], bool] = _imported(
+    "keras.src.backend.common.symbolic_scope",
+    "in_symbolic_scope",
+    "to know that Keras builds a model on placeholders, which are all of type float",
+)
+KerasSaveable = _imported(
+    "keras.src.saving.keras_saveable",
+    "KerasSaveable",
+    "to store a sharded table in the weights file of a model",
+)
+get_keras_mask = _imported(
+    "keras.src.backend",
+    "get_keras_mask",
+    "to leave masked values out of the loss of the global batch",
+)
+reduce_weighted_values = _imported(
+    "keras.src.losses.loss",
+    "reduce_weighted_values",
+    "to apply masks and sample weights to a loss as Keras does",
+)
+LossFunctionWrapper = _imported(
+    "keras.src.losses.losses",
+    "LossFunctionWrapper",
+    "to make a loss of a function as Model.compile does",
+)
+get_object_name = _imported(
+    "keras.src.utils.naming",
+    "get_object_name",
+    "to name the loss of a function as Keras does",
+)
+
+
+def variable_of(variable: keras.Variable) -> tf.Variable | None:
+    """The tf.Variable inside a keras.Variable, None where it has not been made yet.
+
+    The public `value` is a 16-bit copy of the whole table under an autocasting policy.
+    """
+    return _attribute(variable, "_value", "to get a variable without a copy of it")
+
+
+def layers_of(model: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """All layers of a model, also those inside other layers."""
+    flatten = _attribute(model, "_flatten_layers", "to find CenterLoss layers inside other layers")
+    return list(flatten(include_self=False))
+
+
+def build_on_batch(model: keras.Model, batch: object) -> None:
+    """Makes the variables of model and metrics that depend on the shapes of a batch."""
+    build = _attribute(
+        model, "_symbolic_build", "to make the metrics of a resumed epoch before its first step"
+    )
+    build(data_batch=batch)
+
+
+def start_at_epoch(model: keras.Model, epoch: int) -> None:
+    """Lets `fit` begin with this epoch, as `keras.callbacks.BackupAndRestore` does."""
+    _attribute(model, "_initial_epoch", "to resume fit at an epoch")
+    model._initial_epoch = epoch
+
+
+def h5_entry_group(store: object) -> h5py.Group | None:
+    """The HDF5 group behind a store of Keras's, None for stores of other kinds."""
+    return getattr(store, "_h5_entry_group", None)
+
+
+def check_before_loading(layer: keras.layers.Layer, store: object) -> None:
+    """Keras's own check of a layer whose weights are about to be loaded."""
+    check = _attribute(
+        layer, "_check_load_own_variables", "to refuse a weights file of another layer"
+    )
+    check(store)
