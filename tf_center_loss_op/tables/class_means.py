@@ -28,7 +28,7 @@ def from_dataset(
 
         centers[j].assign(x[y == j].mean(axis=0))
 
-        c_j = mean of the x_i with y_i = j
+    In symbols, c_j = sum of the x_i with y_i = j, divided by their number n_j.
 
     The means are kept in a second table, of which only the rows of classes that occur take up
     memory. The centers are written when the pass is complete: an error before that changes nothing.

@@ -69,7 +69,7 @@ def save(centers: tf.Variable | keras.Variable, path: str | os.PathLike) -> None
 def load(centers: tf.Variable | keras.Variable, path: str | os.PathLike) -> None:
     """Reads a NumPy file (``.npy``) into the table, in place and block by block.
 
-    Equals ``centers.assign(numpy.load(path))``, which would hold three tables.
+    Equals ``centers.assign(numpy.load(path))``, which would hold further copies of the table.
 
     Args:
       centers: a resource ``tf.Variable`` or a ``keras.Variable`` ``[C, D]``.
@@ -113,8 +113,7 @@ def load(centers: tf.Variable | keras.Variable, path: str | os.PathLike) -> None
         raise ValueError(
             f"path: expected an array in C order, got one in Fortran order in {os.fspath(path)!r}"
         )
-    # The pages of a mapped file would count as memory of the process; a buffer of a block does not
-    # grow.
+    # Read into a buffer, because the pages of a mapped file count as memory of the process.
     with open(path, "rb") as file:
         file.seek(rows.offset)
         for begin, end in blocks(rows.shape, rows.itemsize):

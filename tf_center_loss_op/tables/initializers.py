@@ -66,7 +66,7 @@ class RandomNormal(keras.initializers.Initializer):
 def initial_rows(
     initializer: keras.initializers.Initializer, shape: tf.TensorShape, dtype: tf.DType
 ) -> Callable[[int, int], tf.Tensor]:
-    """A function that gives the rows [begin, end) of a table, whatever else is split off.
+    """A function that gives any rows [begin, end) of a table of this shape.
 
     Raises:
       ValueError: the initializer makes whole tables only.
