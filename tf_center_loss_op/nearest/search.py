@@ -29,11 +29,12 @@ def nearest(x: tf.Tensor, table: CenterRows, k: int, block: int) -> tuple[tf.Ten
     rows = table.count()
     n = tf.shape(x)[0]
 
-    if in_xla():
+    compiled = in_xla()
+    if compiled:
         block = min(block, table.static_rows or block)
 
     def body(start: tf.Tensor, labels: tf.Tensor, distances: tf.Tensor) -> tuple:
-        if in_xla():
+        if compiled:
             found = _all_distances(x, table, start, block)
         else:
             found = _candidate_distances(x, table, start, block, origin, distances, k)
