@@ -43,8 +43,8 @@ def export_projector(
         points = numpy.concatenate([features, centers[numpy.unique(labels)]])
         numpy.savetxt(f"{log_dir}/{name}.tsv", points, "%.9g", delimiter="\\t")
 
-    ``<name>.tsv`` holds a row of numbers for each point, with all digits of float32.
-    ``<name>_metadata.tsv`` holds its label and whether it is a "sample" or a "center".
+    ``<name>.tsv`` holds a row of numbers for each point, with the nine digits that identify a
+    float32. ``<name>_metadata.tsv`` holds its label and whether it is a "sample" or a "center".
     ``projector_config.pbtxt`` gets an entry for both and keeps its other entries. The command
     ``tensorboard --logdir <log_dir>`` shows the points; https://projector.tensorflow.org reads the
     two .tsv files.
