@@ -1,4 +1,4 @@
-"""Seeing what the centers do: a callback for TensorBoard and the training's logs."""
+"""A Keras callback that measures the centers for TensorBoard and the logs of the training."""
 
 from __future__ import annotations
 
@@ -11,55 +11,69 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_center_loss_op import _arguments, tables
+from tf_center_loss_op._core import arguments, private_apis
 from tf_center_loss_op.layer import CenterLoss
-from tf_center_loss_op.nearest import distance_to_center, nearest_centers
-
-_BUCKETS = 30
-# What is measured, in this order; the first three need a dataset.
-_DISTANCES = ("own_distance", "other_distance", "own_nearest")
-_TABLE = ("seen", "norm", "moved")
+from tf_center_loss_op.training.measurements import (
+    DISTANCES,
+    MOVEMENTS,
+    NOTHING,
+    Measurement,
+    WatchedRows,
+    distances,
+    movements,
+    write_to_tensorboard,
+)
+from tf_center_loss_op.training.samples import LabeledSamples, features_and_labels_of
 
 
 class CentersMonitor(keras.callbacks.Callback):
-    """Writes what the centers do to TensorBoard and into the logs; warns when they do not move.
+    """Reports distances and movements of the centers, and warns when the centers do not move.
 
-    After each epoch, for the `CenterLoss` layer named ``center_loss`` say, the numbers
-    ``center_loss_<what>`` join the epoch's logs, so that `History`, and a `CSVLogger` that comes
-    after this callback, have them. TensorBoard gets the same as ``center_loss/<what>``, and, of
-    all but the shares, the distribution as ``center_loss/<what>_histogram``:
+    Equals, for ``own_distance``, after each epoch:
+
+        own = tf.norm(features - tf.gather(layer.centers, labels), axis=-1)
+        logs[f"{layer.name}_own_distance"] = tf.reduce_mean(own)
+
+    After each epoch, the measurements of a `CenterLoss` layer named ``center_loss`` join the logs of
+    the epoch as ``center_loss_<name>``, where `History` and a `CSVLogger` that comes after this
+    callback find them. TensorBoard gets them as ``center_loss/<name>`` and, except for the shares,
+    their distribution as ``center_loss/<name>_histogram``:
 
         own_distance    mean of |x_i - c_{y_i}|
         other_distance  mean over i of min over j != y_i of |x_i - c_j|
         own_nearest     share of the samples with own < other
         seen            share of the centers that have moved since the training began
         norm            mean of |c_j|
-        moved           mean of |c_j - c_j before|, since the epoch began or the last time
+        moved           mean of |c_j - c_j before|, since the epoch began or the last measurement
 
-    The first three are of the dataset's samples, the others of the centers. Of a table with more
-    than ``max_classes`` rows a fixed random sample of so many stands for all, also as the others
-    of ``other_distance``, which is an upper bound then. Ignored samples and samples with a NaN or
-    an infinity are left out; a mean over nothing is NaN.
+    The first three are measured on the samples of the dataset, the others on the centers. Of a table
+    with more than ``max_classes`` rows, a fixed random sample of that size is measured. It also
+    provides the other centers of ``other_distance``, which is then an upper bound. Ignored samples
+    and samples with a NaN or an infinity are left out. The mean of no values is NaN.
 
-    A warning that names the likely cause follows an epoch in which no watched center moved. The
-    training itself is not changed by a bit.
+    After the first epoch in which no watched center moved, a warning names the likely cause. The
+    callback does not change the training by a bit.
 
     Args:
-      log_dir: folder for the event files; None writes none. TensorBoard need not be installed.
-      dataset: batches to measure the distances on, iterable again and again, such as a
-        ``tf.data.Dataset``; validation data rather than training data. They are what `fit` gets,
-        with the labels among the inputs of a functional model; with ``embed`` they are
-        ``(inputs, labels)``. None: only the centers are looked at. Not the shuffled dataset that
-        `fit` reads: each iteration draws from its generator, and the order would change.
-      layer: the `CenterLoss` layer, or its name; None where the model has only one.
+      log_dir: the folder for the event files, or None to write none. TensorBoard need not be
+        installed.
+      dataset: the batches on which the distances are measured, or None to measure the centers only.
+        It must be possible to iterate over them several times, as over a ``tf.data.Dataset``. The
+        batches are those that `fit` takes, with the labels among the inputs of a functional model;
+        with ``embed`` they are ``(inputs, labels)``. Give validation data rather than training
+        data, and not the shuffled dataset that `fit` reads: each iteration draws from its random
+        generator, which would change the order of the training data.
+      layer: the `CenterLoss` layer or its name; None where the model has only one.
       embed: a function or model from inputs to features ``[..., D]``, for models that are not
-        functional or have the layer within another model.
-      freq: when TensorBoard gets them: ``"epoch"``, or every so many batches.
-      max_samples: how many samples of the dataset are measured, from its beginning.
-      max_classes: how many rows of the table are looked at.
+        functional or hold the layer inside another model.
+      freq: when TensorBoard gets the measurements: ``"epoch"``, or an int >= 1, a number of batches.
+      max_samples: how many samples of the dataset are measured, from its beginning, >= 1.
+      max_classes: how many rows of the table are measured, >= 1.
 
     Raises:
       TypeError, ValueError: an argument is wrong, at construction or when the training begins.
+
+    Determinism: the same training gives the same measurements.
 
     >>> import keras
     >>> import numpy as np
@@ -95,7 +109,7 @@ class CentersMonitor(keras.callbacks.Callback):
         ):
             raise TypeError(
                 "dataset: expected batches that can be iterated again and again, such as a "
-                f"tf.data.Dataset, got {type(dataset).__name__}; of arrays "
+                f"tf.data.Dataset, got {type(dataset).__name__}; for arrays, "
                 "tf.data.Dataset.from_tensor_slices(...).batch(256) makes one"
             )
         if not (layer is None or isinstance(layer, (CenterLoss, str))):
@@ -105,60 +119,65 @@ class CentersMonitor(keras.callbacks.Callback):
         if embed is not None and dataset is None:
             raise ValueError("embed: expected a dataset with it, got dataset=None")
         if freq != "epoch":
-            freq = _arguments.positive("freq", freq)
+            freq = arguments.positive("freq", freq)
         self.log_dir = None if log_dir is None else os.fspath(log_dir)
         self.dataset = dataset
         self.layer = layer
         self.embed = embed
         self.freq = freq
-        self.max_samples = _arguments.positive("max_samples", max_samples)
-        self.max_classes = _arguments.positive("max_classes", max_classes)
+        self.max_samples = arguments.positive("max_samples", max_samples)
+        self.max_classes = arguments.positive("max_classes", max_classes)
+        self.watched: WatchedRows | None = None
+        self._layer: CenterLoss | None = None
 
-    def on_train_begin(self, logs=None):
-        """Finds the layer and looks at the first batch, so that errors come now."""
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        """Finds the layer and reads the first batch, so that errors are raised early."""
         self._layer = self._find_layer()
         if self._layer.sharded:
             raise ValueError(
                 f"layer: expected one whose centers are one table, got {self._layer.name!r} with "
                 "sharded=True"
             )
-        self._features = None if self.dataset is None else self._features_of()
+        self._samples = None
+        if self.dataset is not None:
+            embedded = features_and_labels_of(self.model, self._layer, self.embed)
+            self._samples = LabeledSamples(self.dataset, self._layer, embedded)
         self._writer = self.log_dir and tf.summary.create_file_writer(self.log_dir)
         self._batches = 0
-        self._watch = None
+        self.watched = None
         self._warned = False
-        self._labels = np.zeros(0, np.int64)
-        if self.dataset is not None:
-            batch = next(iter(self.dataset), None)
+        self._known_labels = np.zeros(0, np.int64)
+        if self._samples is not None:
+            batch = next(iter(self._samples), None)
             if batch is None:
                 raise ValueError("dataset: expected at least one batch, got none")
-            self._labels = self._embedded(batch)[1]
+            self._known_labels = batch[1]
 
-    def on_epoch_begin(self, epoch, logs=None):
-        """Remembers where the centers are."""
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        """Remembers the centers at the start of the epoch."""
         self._batches_before = self._batches
         self._counted = None
         self._start_watching()
-        self._trained = 0
-        if self._watch is not None:
-            self._watch.epoch = self._watch.read()
+        self._watched_batches = 0
+        if self.watched is not None:
+            self.watched.epoch = self.watched.read()
 
-    def on_train_batch_end(self, batch, logs=None):
-        """Writes to TensorBoard, every `freq` batches."""
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        """Writes to TensorBoard every `freq` batches."""
         before, self._batches = self._batches, self._batches_before + batch + 1
-        # A layer that was built by this very batch is watched from the next one on.
-        self._trained += self._watch is not None
+        # A layer that this batch has built is watched from the next batch on.
+        self._watched_batches += self.watched is not None
         self._start_watching()
         if self.freq != "epoch" and self._batches // self.freq > before // self.freq:
             self._write(self._measure("last"), self._batches)
 
-    def on_test_begin(self, logs=None):
-        """The validation after an epoch resets the layer's metric, which tells what it saw."""
-        if getattr(self, "_layer", None) is not None:
+    def on_test_begin(self, logs: dict | None = None) -> None:
+        """Reads the layer's metric, which the validation after an epoch resets."""
+        if self._layer is not None:
             self._counted = self._metric()
 
-    def on_epoch_end(self, epoch, logs=None):
-        """Writes to TensorBoard and into the logs, and warns."""
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        """Writes to TensorBoard and to the logs, and warns of centers that did not move."""
         measured = self._measure("epoch")
         if self.freq == "epoch":
             self._write(measured, epoch)
@@ -168,18 +187,17 @@ class CentersMonitor(keras.callbacks.Callback):
             )
         self._warn(epoch)
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict | None = None) -> None:
         """Closes the event file."""
         if self._writer:
             self._writer.close()
         self._layer = None
 
-    # ------------------------------------------------------------------ layer and features
-
-    def _find_layer(self):
+    def _find_layer(self) -> CenterLoss:
         if isinstance(self.layer, CenterLoss):
             return self.layer
-        found = [layer for layer in _layers(self.model) if isinstance(layer, CenterLoss)]
+        layers = private_apis.layers_of(self.model)
+        found = [layer for layer in layers if isinstance(layer, CenterLoss)]
         names = [layer.name for layer in found]
         if self.layer is not None:
             found = [layer for layer in found if layer.name == self.layer]
@@ -188,115 +206,36 @@ class CentersMonitor(keras.callbacks.Callback):
             raise ValueError(f"layer: expected a CenterLoss layer, {expected}, got {names}")
         return found[0]
 
-    def _features_of(self):
-        """A function from a batch to its features and labels."""
-        if self.embed is not None:
-            return lambda batch: (self.embed(batch[0]), batch[1])
-        try:
-            features, labels, *_ = self._layer.input
-            model = keras.Model(self.model.inputs, [features, labels])
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(
-                "embed: expected a function from inputs to features, because the inputs of the "
-                f"layer {self._layer.name!r} are not to be had from those of the model, got None"
-            ) from error
-        return lambda batch: model.predict_on_batch(keras.utils.unpack_x_y_sample_weight(batch)[0])
+    def _start_watching(self) -> None:
+        if self.watched is None and self._layer.built:
+            self.watched = WatchedRows(self._layer, self._known_labels, self.max_classes)
 
-    def _embedded(self, batch):
-        """Features [n, D] and labels [n] of the counted samples of a batch."""
-        features, labels = (_numpy(part) for part in self._features(batch))
-        if labels.ndim == features.ndim:
-            labels = labels.argmax(-1)
-        if labels.shape != features.shape[:-1]:
-            raise ValueError(
-                f"dataset: expected labels of shape {features.shape[:-1]} for features of shape "
-                f"{features.shape}, got {labels.shape}"
-            )
-        features = features.reshape(-1, features.shape[-1]).astype(np.float32)
-        labels = labels.reshape(-1).astype(np.int64)
-        kept = np.isfinite(features).all(1)
-        if self._layer.ignore_class is not None:
-            kept &= labels != self._layer.ignore_class
-        bad = np.flatnonzero(kept & ((labels < 0) | (labels >= self._layer.num_classes)))
-        if len(bad):
-            raise ValueError(
-                f"dataset: labels[{bad[0]}] = {labels[bad[0]]} is outside "
-                f"[0, {self._layer.num_classes})"
-            )
-        return features[kept], labels[kept]
+    def _measure(self, since: str) -> dict[str, Measurement]:
+        """All measurements; movements count since the "last" measurement or the "epoch" began."""
+        watched, measured = self.watched, {}
+        if watched is None:
+            names = MOVEMENTS if self._samples is None else DISTANCES + MOVEMENTS
+            return dict.fromkeys(names, NOTHING)
+        now, sampled = watched.read(), watched.sampled
+        before = watched.last if since == "last" else watched.epoch
+        watched.last = now
+        if self._samples is not None:
+            classes, centers = watched.labels[sampled], self._layer.centers
+            measured |= distances(self._samples, self.max_samples, centers, classes, now[sampled])
+        return measured | movements(now[sampled], watched.first[sampled], before[sampled])
 
-    # ---------------------------------------------------------------------- measurements
+    def _write(self, measured: dict[str, Measurement], step: int) -> None:
+        if self._writer:
+            write_to_tensorboard(self._writer, self._layer.name, measured, step)
 
-    def _start_watching(self):
-        if self._watch is None and self._layer.built:
-            self._watch = _Watch(self._layer, self._labels, self.max_classes)
-
-    def _measure(self, since):
-        """{name: (mean, values or None)}; moved since the "last" time or the "epoch" began."""
-        measured = {}
-        if self.dataset is not None:
-            measured |= dict.fromkeys(_DISTANCES, (math.nan, None))
-        measured |= dict.fromkeys(_TABLE, (math.nan, None))
-        if self._watch is None:
-            return measured
-        watch, now = self._watch, self._watch.read()
-        table = now[watch.sampled]
-        values = {
-            "seen": (table != watch.first[watch.sampled]).any(1),
-            "norm": np.linalg.norm(table, axis=1),
-            "moved": np.linalg.norm(table - getattr(watch, since)[watch.sampled], axis=1),
-        }
-        watch.last = now
-        if self.dataset is not None:
-            own, other = self._distances(watch.labels[watch.sampled], table)
-            values |= zip(_DISTANCES, (own, other, own < other), strict=True)
-        for name, value in values.items():
-            value = value[np.isfinite(value)]
-            share = value.dtype == bool
-            mean = float(value.mean()) if len(value) else math.nan
-            measured[name] = (mean, None if share else value)
-        return measured
-
-    def _distances(self, classes, table):
-        """Distances of the dataset's samples to their own and the nearest other center."""
-        own, other, left = [], [], self.max_samples
-        for batch in self.dataset:
-            features, labels = (part[:left] for part in self._embedded(batch))
-            left -= len(labels)
-            own.append(distance_to_center(features, labels, self._layer.centers).numpy())
-            k = min(2, len(table))
-            near, distances = nearest_centers(features, table, k=k)
-            shape = (len(labels), k)  # k = 1 has no axis of its own
-            near, distances = near.numpy().reshape(shape), distances.numpy().reshape(shape)
-            others = (near >= 0) & (classes[near] != labels[:, np.newaxis])
-            other.append(np.where(others, distances, np.inf).min(1))
-            if left <= 0:
-                break
-        return np.concatenate(own), np.concatenate(other)
-
-    def _write(self, measured, step):
-        if not self._writer:
-            return
-        with self._writer.as_default():
-            for name, (mean, values) in measured.items():
-                tag = f"{self._layer.name}/{name}"
-                _write_summary(tag, np.float32(mean), "scalars", step)
-                if values is not None:
-                    counts, edges = np.histogram(values, _BUCKETS)
-                    buckets = np.stack([edges[:-1], edges[1:], counts], 1)
-                    _write_summary(f"{tag}_histogram", buckets, "histograms", step)
-        self._writer.flush()
-
-    # --------------------------------------------------------------------------- warning
-
-    def _metric(self):
-        """Number of samples that the layer counted and their mean distance, or None."""
+    def _metric(self) -> tuple[float, float] | None:
+        """The number of samples that the layer counted and their mean distance, or None."""
         distance = self._layer.distance
         return distance and (float(distance.count), float(distance.result()))
 
-    def _warn(self, epoch):
-        watch = self._watch
-        if self._warned or (watch is not None and (not self._trained or watch.moved())):
+    def _warn(self, epoch: int) -> None:
+        watched = self.watched
+        if self._warned or (watched and (not self._watched_batches or watched.moved())):
             return
         self._warned = True
         warnings.warn(
@@ -305,21 +244,22 @@ class CentersMonitor(keras.callbacks.Callback):
             stacklevel=2,
         )
 
-    def _cause(self):
+    def _cause(self) -> str:
+        """The likely cause why the centers did not move."""
         layer = self._layer
-        if not any(layer is other for other in _layers(self.model)):
+        if not any(layer is other for other in private_apis.layers_of(self.model)):
             return "it is not a layer of the model that is trained"
-        if self._watch is None:
+        if self.watched is None:
             return "it has not been called yet"
-        alpha = float(layer._now(layer.alpha))
+        alpha = float(layer.factor_now(layer.alpha))
         if alpha == 0:
             return "alpha = 0"
         if layer.rule == "tutorial" and alpha == 1:
             return 'the step of the rule "tutorial" is alpha (1 - alpha), which is 0 for alpha = 1'
-        if layer.update == "manual":
+        if layer.deferred_update:
             return (
-                "with deferred_update=True they wait for update_centers(), which is not called after "
-                "the steps; UpdateCentersAfterStep does that"
+                "with deferred_update=True they wait for apply_deferred_update(), which is not "
+                "called after the steps; UpdateCentersAfterStep calls it"
             )
         counted, distance = self._counted or self._metric() or (math.nan, math.nan)
         if counted == 0:
@@ -335,48 +275,9 @@ class CentersMonitor(keras.callbacks.Callback):
         if distance == 0:
             return "all features equal their centers, as those of a network that outputs zeros do"
         cause = "the training step calls the layer with training=False"
-        if len(self._watch.labels) < layer.num_classes:
+        if len(self.watched.labels) < layer.num_classes:
             cause += (
-                f", or trained on none of the {len(self._watch.labels)} classes that are looked "
+                f", or trained on none of the {len(self.watched.labels)} classes that are looked "
                 f"at, of {layer.num_classes}"
             )
         return cause
-
-
-class _Watch:
-    """Some rows of a table, and where they were."""
-
-    def __init__(self, layer, known, most):
-        # Not the global generator: the training draws from that.
-        rng = np.random.default_rng(0)
-        classes = layer.num_classes
-        sample = rng.choice(classes, most, replace=False) if classes > most else np.arange(classes)
-        # In a large table an epoch may pass by the sampled classes, but hardly by the data's own.
-        self.labels = np.union1d(sample, known)
-        self.sampled = np.isin(self.labels, sample)
-        self._centers = layer.centers
-        self.first = self.last = self.epoch = self.read()
-
-    def read(self):
-        return tables.centers_of(self.labels, self._centers).numpy()
-
-    def moved(self):
-        """Whether any row changed since `epoch`."""
-        return not np.array_equal(self.read(), self.epoch, equal_nan=True)
-
-
-def _layers(model):
-    return model._flatten_layers(include_self=False)
-
-
-def _numpy(tensor):
-    return tensor.numpy() if tf.is_tensor(tensor) else np.asarray(tensor)
-
-
-def _write_summary(tag, value, plugin, step):
-    # What tf.summary.scalar and .histogram write, which are missing where TensorBoard is.
-    metadata = tf.compat.v1.SummaryMetadata(
-        plugin_data=tf.compat.v1.SummaryMetadata.PluginData(plugin_name=plugin)
-    )
-    metadata.data_class = {"scalars": 1, "histograms": 2}[plugin]  # DATA_CLASS_SCALAR, _TENSOR
-    tf.summary.write(tag, value, step, metadata)
