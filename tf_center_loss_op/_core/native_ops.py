@@ -1,68 +1,67 @@
-"""The native ops and their registered gradients."""
+"""The center loss by the fused ops of the native library, and their registered gradients."""
+
+from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-# A variable is put on the tape by being read; an op that takes its handle does not count as such.
-# tf.gather does the same, with the same function.
-from tensorflow.python.ops.resource_variable_ops import variable_accessed
-
-from tf_center_loss_op import _native
-from tf_center_loss_op._arguments import Arguments
+from tf_center_loss_op._core import native, private_apis, xla
+from tf_center_loss_op._core.arguments import Arguments
 
 
-def center_loss(a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
-    """The loss and ||x_i - c_{y_i}||^2 [B]; the centers have moved where a.update_centers."""
-    out = _step(a) if a.update_centers else _read_only(a)
-    return out.loss, out.squared_distance
+class NativeOps:
+    """An `Implementation` (dispatch.py): each method is one op."""
+
+    def center_loss(self, a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
+        """The loss and ||x_i - c_{y_i}||^2 [B]; the centers have moved where a.update_centers."""
+        out = _forward(a)
+        return out.loss, out.squared_distance
+
+    def sum_loss_and_residual(self, a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
+        """The loss as a plain sum, and x_i - c_{y_i} [B, D]; the centers move as above."""
+        # With these arguments the gradient to the features, which the op returns, is the residual.
+        one = tf.ones([], a.centers.dtype)
+        out = _forward(
+            dataclasses.replace(a, reduction="sum", loss_weight=one, sample_weight=None)
+        )
+        return out.loss, tf.bitcast(out.residual_bits, a.centers.dtype)
+
+    def update_centers(self, a: Arguments) -> tf.Operation | None:
+        """The step of the centers alone."""
+        return native.ops().tcl_update_centers(**_step_inputs(a), **_batch_inputs(a))
+
+    def update_from_residual(self, a: Arguments, residual: tf.Tensor) -> tf.Operation | None:
+        """The step of the centers from a residual x_i - c_{y_i} [B, D] computed before."""
+        batch = _batch_inputs(a) | {"features": residual}
+        return native.ops().tcl_update_centers(from_residual=True, **_step_inputs(a), **batch)
 
 
-def update_centers(a: Arguments) -> tf.Operation | None:
-    """The step of the centers alone."""
-    return _native.ops().tcl_update_centers(**_move(a), **_batch(a))
+def _forward(a: Arguments) -> Any:
+    if a.update_centers:
+        return native.ops().tcl_center_loss_step(
+            **_step_inputs(a), **_batch_inputs(a), **_loss_inputs(a)
+        )
+    # An op that takes a variable's handle does not put the variable on the tape.
+    private_apis.variable_accessed(a.centers)
+    return native.ops().tcl_center_loss(
+        centers=a.centers.handle, **_batch_inputs(a), **_loss_inputs(a)
+    )
 
 
-def loss_and_residual(a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
-    """The loss and d(loss)/d(features) [B, D] in the centers' type; no center moves."""
-    out = _read_only(a)
-    return out.loss, tf.bitcast(out.residual_bits, a.centers.dtype)
-
-
-def update_from_residual(a: Arguments, residual: tf.Tensor) -> tf.Operation | None:
-    """The step of the centers from a residual x_i - c_{y_i} [B, D] computed before."""
-    batch = _batch(a) | {"features": residual}
-    return _native.ops().tcl_update_centers(from_residual=True, **_move(a), **batch)
-
-
-def residual_and_step(a: Arguments) -> tf.Tensor:
-    """x_i - c_{y_i} [B, D]; the centers have moved where a.update_centers."""
-    a = dataclasses.replace(a, reduction="sum", loss_weight=tf.ones([], a.centers.dtype))
-    out = _step(a) if a.update_centers else _read_only(a)
-    return tf.bitcast(out.residual_bits, a.centers.dtype)
-
-
-def _step(a):
-    return _native.ops().tcl_center_loss_step(**_move(a), **_batch(a), **_loss(a))
-
-
-def _read_only(a):
-    variable_accessed(a.centers)
-    return _native.ops().tcl_center_loss(centers=a.centers.handle, **_batch(a), **_loss(a))
-
-
-def _move(a):
+def _step_inputs(a: Arguments) -> dict[str, Any]:
     return {
         "centers": a.centers.handle,
         "rule": a.rule,
-        "atomic": _native.gpu_atomics(),
-        "after": _native.reads_in_xla(a.centers),
-        **_number("alpha", a.alpha),
+        "atomic": native.gpu_atomics(),
+        "after": xla.reads_before_step(a.centers),
+        **_scalar("alpha", a.alpha),
     }
 
 
-def _batch(a):
+def _batch_inputs(a: Arguments) -> dict[str, Any]:
     return {
         "features": a.features,
         "labels": a.labels,
@@ -72,28 +71,42 @@ def _batch(a):
     }
 
 
-def _loss(a):
+def _loss_inputs(a: Arguments) -> dict[str, Any]:
     return {
-        **_number("loss_weight", a.loss_weight),
+        **_scalar("loss_weight", a.loss_weight),
         "sample_weight": [] if a.sample_weight is None else [a.sample_weight],
         "reduction": a.reduction,
         "Tbits": tf.int64 if a.centers.dtype == tf.float64 else tf.uint32,
     }
 
 
-def _number(name, tensor):
-    """A scalar input of an op, or its attribute where the number is known while tracing.
+def _scalar(name: str, tensor: tf.Tensor) -> dict[str, Any]:
+    """A scalar as an attribute of the op where it is known while tracing, else as an input.
 
-    An attribute is a float32. In eager mode each number would make a kernel of its own.
+    The attribute is a float32. In eager mode it stays an input: each value of an attribute would
+    make a kernel of its own.
     """
     value = None if tf.executing_eagerly() else tf.get_static_value(tensor)
     if value is None or np.float32(value) != value:
-        return {name: [tensor]}
+        # A float also here: for an int, TensorFlow leaves its fast path in eager mode.
+        return {name: [tensor], f"constant_{name}": 1.0}
     return {name: [], f"constant_{name}": float(value)}
 
 
-def _backward(op, upstream, residual_bits, features, labels, loss_weight, sample_weight, centers):
-    return _native.ops().tcl_center_loss_backward(
+# -------------------------------------------------------------------------------- gradients
+
+
+def _backward(
+    op: tf.Operation,
+    upstream: list[tf.Tensor],
+    residual_bits: tf.Tensor,
+    features: tf.Tensor,
+    labels: tf.Tensor,
+    loss_weight: list[tf.Tensor],
+    sample_weight: list[tf.Tensor],
+    centers: list[tf.Tensor],
+) -> tf.Tensor:
+    return native.ops().tcl_center_loss_backward(
         upstream=upstream,
         residual_bits=residual_bits,
         features=features,
@@ -109,38 +122,47 @@ def _backward(op, upstream, residual_bits, features, labels, loss_weight, sample
     )
 
 
-def _weights(op, inputs):
+def _split_weights(
+    op: tf.Operation, inputs: list[tf.Tensor]
+) -> tuple[list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]:
     """loss_weight and sample_weight, each a list of none or one, and the inputs after them."""
-    weights, sample_weights = len(op.get_attr("Tloss_weight")), len(op.get_attr("Tsample_weight"))
-    rest = inputs[weights:]
-    return inputs[:weights], rest[:sample_weights], rest[sample_weights:]
+    factors, samples = len(op.get_attr("Tloss_weight")), len(op.get_attr("Tsample_weight"))
+    rest = inputs[factors:]
+    return inputs[:factors], rest[:samples], rest[samples:]
 
 
-def _unless_one(upstream):
-    """The upstream gradient, as a list, which is empty where it is known to be one."""
+def _unless_one(upstream: tf.Tensor) -> list[tf.Tensor]:
+    """The upstream gradient as a list, which is empty where it is known to be one."""
     value = None if tf.executing_eagerly() else tf.get_static_value(upstream)
     return [upstream] if value is None or np.any(value != 1) else []
 
 
-def _slices(op, handle, labels, rows):
-    """The gradient to the table: -rows at the labels that count.
+def _to_centers(
+    op: tf.Operation, handle: tf.Tensor, labels: tf.Tensor, rows: tf.Tensor
+) -> tf.IndexedSlices:
+    """The gradient to the table: -rows at the labels that are not ignored.
 
-    XLA knows no shapes that depend on values: there the others are rows of zeros for class 0.
+    XLA knows no shapes that depend on values: there an ignored sample is a row of zeros for class 0.
     """
     rows = -tf.cast(rows, op.get_attr("Tcenters"))
     if op.get_attr("has_ignore_class"):
-        counted = tf.not_equal(labels, tf.cast(op.get_attr("ignore_class"), labels.dtype))
-        if _native.in_xla():
+        counted = _counted(op, labels)
+        if xla.in_xla():
             labels, rows = tf.where(counted, labels, 0), tf.where(counted[:, tf.newaxis], rows, 0)
         else:
             labels, rows = tf.boolean_mask(labels, counted), tf.boolean_mask(rows, counted)
     return tf.IndexedSlices(rows, labels, tf.raw_ops.VariableShape(input=handle))
 
 
+def _counted(op: tf.Operation, labels: tf.Tensor) -> tf.Tensor:
+    """[B], whether a sample is not ignored; compared as int64, as the kernels do."""
+    return tf.not_equal(tf.cast(labels, tf.int64), op.get_attr("ignore_class"))
+
+
 @tf.RegisterGradient("TclCenterLossStep")
-def _step_gradient(op, upstream, *_):
+def _step_gradient(op: tf.Operation, upstream: tf.Tensor, *_: Any) -> list[Any]:
     _, features, labels, *rest = op.inputs
-    loss_weight, sample_weight, _ = _weights(op, rest[len(op.get_attr("Talpha")) :])
+    loss_weight, sample_weight, _ = _split_weights(op, rest[len(op.get_attr("Talpha")) :])
     gradient = _backward(
         op, _unless_one(upstream), op.outputs[1], features, labels, loss_weight, sample_weight, []
     )
@@ -148,27 +170,27 @@ def _step_gradient(op, upstream, *_):
 
 
 @tf.RegisterGradient("TclCenterLoss")
-def _center_loss_gradient(op, upstream, *_):
+def _center_loss_gradient(op: tf.Operation, upstream: tf.Tensor, *_: Any) -> list[Any]:
     handle, features, labels, *rest = op.inputs
-    loss_weight, sample_weight, _ = _weights(op, rest)
-    # In the centers' type: the gradient to the centers is not rounded to 16 bits on its way.
+    loss_weight, sample_weight, _ = _split_weights(op, rest)
+    # In the centers' type: the gradient to the centers must not be rounded to 16 bits.
     wide = tf.cast(features, op.get_attr("Tcenters"))
     gradient = _backward(
         op, _unless_one(upstream), op.outputs[1], wide, labels, loss_weight, sample_weight, [handle]
     )
     d_features = tf.cast(gradient, features.dtype)
-    return [_slices(op, handle, labels, gradient), d_features] + [None] * (len(op.inputs) - 2)
+    return [_to_centers(op, handle, labels, gradient), d_features] + [None] * (len(op.inputs) - 2)
 
 
 @tf.RegisterGradient("TclCenterLossBackward")
-def _backward_gradient(op, g):
+def _backward_gradient(op: tf.Operation, g: tf.Tensor) -> list[Any]:
     """gradient_i = upstream_i * f_i * (x_i - c_{y_i}), with f_i = loss_weight * w_i (/ N)."""
     residual_bits, *rest = op.inputs
     upstreams = len(op.get_attr("Tupstream"))
     upstream, (features, labels, *rest) = rest[:upstreams], rest[upstreams:]
-    loss_weight, sample_weight, centers = _weights(op, rest)
+    loss_weight, sample_weight, centers = _split_weights(op, rest)
 
-    # Taken through the op again, not from its bits, so that third derivatives exist.
+    # The op again, not the bits of its output: third derivatives go through it.
     residual = _backward(
         op, [], residual_bits, features, labels, loss_weight, sample_weight, centers
     )
@@ -180,16 +202,15 @@ def _backward_gradient(op, g):
     factor = tf.fill(tf.shape(labels), tf.constant(op.get_attr("constant_loss_weight"), dtype))
     for given in loss_weight + sample_weight + upstream:
         factor *= given
-    counted = tf.ones_like(factor)
+    count = tf.ones_like(factor)
     if op.get_attr("has_ignore_class"):
-        ignore_class = tf.cast(op.get_attr("ignore_class"), labels.dtype)
-        counted = tf.cast(tf.not_equal(labels, ignore_class), dtype)
-        factor = tf.where(counted > 0, factor, 0)
+        counted = _counted(op, labels)
+        count, factor = tf.cast(counted, dtype), tf.where(counted, factor, 0)
     if op.get_attr("reduction") == b"mean":
-        factor = tf.math.divide_no_nan(factor, tf.reduce_sum(counted))
+        factor = tf.math.divide_no_nan(factor, tf.reduce_sum(count))
     rows = g * factor[:, tf.newaxis]
 
-    d_centers = [_slices(op, handle, labels, rows) for handle in centers]
+    d_centers = [_to_centers(op, handle, labels, rows) for handle in centers]
     d_features = tf.cast(rows, features.dtype)
-    nothing = [None] * len(loss_weight + sample_weight)
-    return [None, *d_upstream, d_features, None, *nothing, *d_centers]
+    no_gradient = [None] * len(loss_weight + sample_weight)
+    return [None, *d_upstream, d_features, None, *no_gradient, *d_centers]

@@ -6,6 +6,7 @@ lacks ends with an ImportError that says which name, which version and what for.
 
 from __future__ import annotations
 
+import collections
 import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -112,6 +113,10 @@ _LOOPS_AND_BRANCHES = tuple(
 )
 
 
+# The attribute that tf.function gives to an op that `run_independently` was called for.
+_INDEPENDENT = "_independent_side_effects"
+
+
 def will_compile_with_xla(graph: tf.Graph) -> bool:
     """Whether XLA will compile the graph (``jit_compile=True``)."""
     return _graph_or_parents_in_xla_context(graph)
@@ -132,12 +137,22 @@ def inside_recompute_grad() -> bool:
     return _tape_set_is_stopped()
 
 
-def run_out_of_program_order(graph: tf.Graph, ops: list[tf.Operation]) -> None:
-    """Lets tf.function run these ops as soon as their inputs are there.
+def runs_in_program_order(op: tf.Operation) -> bool:
+    """Whether tf.function runs the op after all earlier ones of its kind, and before later ones.
 
-    tf.function runs stateful ops without a resource (an Assert, say) in program order. Ops with a
-    resource keep their order: it is that of the accesses to the resource.
+    These are the stateful ops without a resource: an Assert, a print, a py_function. An op with a
+    resource is ordered by the accesses to that resource.
     """
+    if not _op_is_stateful(op) or any(tensor.dtype == tf.resource for tensor in op.inputs):
+        return False
+    try:
+        return not op.get_attr(_INDEPENDENT)
+    except ValueError:
+        return True  # The attribute has not been set.
+
+
+def run_out_of_program_order(graph: tf.Graph, ops: list[tf.Operation]) -> None:
+    """Lets tf.function run those of these ops that it runs in program order when it likes."""
     manager = _attribute(
         graph,
         "experimental_acd_manager",
@@ -146,13 +161,15 @@ def run_out_of_program_order(graph: tf.Graph, ops: list[tf.Operation]) -> None:
     if manager is None:
         return  # A graph of TensorFlow 1 has no program order.
     for op in ops:
-        has_resource = any(tensor.dtype == tf.resource for tensor in op.inputs)
-        if _op_is_stateful(op) and not has_resource:
+        if runs_in_program_order(op):
             manager.run_independently(op)
 
 
-def replica_in_process(context: tf.distribute.ReplicaContext) -> int:
-    """The index of a replica among those of its process."""
+def running_replica() -> int:
+    """The index of the running replica among those of its process."""
+    context = tf.distribute.get_replica_context()
+    if context is None:
+        return 0
     return _attribute(
         context, "_replica_id", "to find the copy of a variable that belongs to a replica"
     )
@@ -222,6 +239,40 @@ get_object_name = _imported(
     "get_object_name",
     "to name the loss of a function as Keras does",
 )
+
+
+class LossesByReplica:
+    """Mixin of a layer: what `add_loss` adds stays apart for the replicas of a process.
+
+    Keras has one list, `_losses`, for all. Where another layer suspends a replica in the forward
+    pass (``BatchNormalization(synchronized=True)``), the next replica would clear that list, or
+    find the other's losses in it.
+    """
+
+    @property
+    def _losses(self) -> list[Any]:
+        return self._losses_of[running_replica()]
+
+    @_losses.setter
+    def _losses(self, losses: list[Any]) -> None:
+        # Not an attribute of Keras's: a layer would track the lists.
+        self.__dict__["_losses_of"] = collections.defaultdict(list, {running_replica(): losses})
+
+
+class StoredInParts(Trackable, KerasSaveable):
+    """Base of a table whose parts a checkpoint stores as slices of one tensor."""
+
+    def checkpoint_slices(self, name: str) -> list[Any]:
+        """A saveable for each part."""
+        raise NotImplementedError
+
+    def _gather_saveables_for_checkpoint(self) -> dict[str, Callable[..., list[Any]]]:
+        """Called by tf.train.Checkpoint."""
+        return {VARIABLE_VALUE_KEY: lambda name="centers": self.checkpoint_slices(name)}
+
+    def _obj_type(self) -> str:
+        """Called by Keras. Of the kinds that it knows, a "Loss" holds no layers."""
+        return "Loss"
 
 
 def variable_of(variable: keras.Variable) -> tf.Variable | None:

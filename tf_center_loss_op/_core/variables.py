@@ -109,8 +109,7 @@ def replicas() -> int:
 
 def replica() -> int:
     """The index of the running replica among those of this process."""
-    context = tf.distribute.get_replica_context()
-    return 0 if context is None else private_apis.replica_in_process(context)
+    return private_apis.running_replica()
 
 
 def own_copy(variable: Any) -> Any:
