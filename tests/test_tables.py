@@ -18,7 +18,7 @@ C, D = 37, 5
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several blocks, the last one shorter."""
-    monkeypatch.setattr(tables, "BLOCK_BYTES", 10 * D * 4)
+    monkeypatch.setattr(tables.blocks, "BLOCK_BYTES", 10 * D * 4)
 
 
 @pytest.fixture
@@ -65,12 +65,13 @@ def test_what_counts_as_room(tmp_path, monkeypatch):
     path["meminfo"].write_text(
         "MemTotal: 8 kB\nMemAvailable: 3 kB\nSwapTotal: 1 kB\nSwapFree: 1 kB"
     )
-    monkeypatch.setattr(tables, "Path", lambda name: path.get(name.split("/")[-1], path["limit"]))
-    assert tables._room(("MemTotal", "SwapTotal")) == 9 * 1024
-    assert tables._room(tables._AVAILABLE) == 4 * 1024
+    memory = tables.memory
+    monkeypatch.setattr(memory, "Path", lambda name: path.get(name.split("/")[-1], path["limit"]))
+    assert memory.room(memory.TOTAL) == 9 * 1024
+    assert memory.room(memory.AVAILABLE) == 4 * 1024
     for limit, room in (("max", 9 * 1024), ("5000", 5000)):
         path["limit"].write_text(limit + "\n")
-        assert tables._room(("MemTotal", "SwapTotal")) == room
+        assert memory.room(memory.TOTAL) == room
 
 
 @pytest.mark.parametrize("wrap", [lambda v: v, lambda v: keras.Variable(v)])
@@ -274,15 +275,15 @@ def test_no_second_copy_of_a_large_table(impl, tmp_path):
         centers = tcl.tables.create(C, D, initializer=tcl.tables.RandomNormal(seed=0))
         tcl.update_centers(tf.ones([2, D]), [0, C - 1], centers, impl={impl!r})
         seen = dict(made=memory("VmHWM") - start)
-        for what in "save_centers", "load_centers":  # but for what is mapped of the file
+        for what in "save", "load":  # but for what is mapped of the file
             reset()
             before = memory("RssAnon")
-            getattr(tcl, what)(centers, "centers.npy")
+            getattr(tcl.tables, what)(centers, "centers.npy")
             seen[what] = memory("VmHWM") - memory("RssFile") - before
         reset()
         before = memory("VmHWM")
         tcl.tables.rows([5, 7], centers)
-        seen["centers_of"] = memory("VmHWM") - before
+        seen["rows"] = memory("VmHWM") - before
         checkpoint = tf.train.Checkpoint(centers=centers)
         checkpoint.write("checkpoint")
         tcl.update_centers(tf.ones([2, D]), [0, C - 1], centers, impl={impl!r})
@@ -291,7 +292,7 @@ def test_no_second_copy_of_a_large_table(impl, tmp_path):
         before = memory("VmHWM")
         tcl.tables.clear(centers)
         checkpoint.read("checkpoint")
-        seen["clear_centers, read"] = memory("VmHWM") - before
+        seen["clear, read"] = memory("VmHWM") - before
         assert np.array_equal(tcl.tables.rows([5, 7], centers), kept)
         print(json.dumps(seen))
         """,
@@ -300,10 +301,10 @@ def test_no_second_copy_of_a_large_table(impl, tmp_path):
     seen = json.loads(out)
     table = 2**30
     assert table < seen["made"] < 1.6 * table
-    assert seen["save_centers"] < table / 4
-    assert seen["load_centers"] < table / 4
-    assert seen["centers_of"] < table / 16
-    assert seen["clear_centers, read"] < table / 4
+    assert seen["save"] < table / 4
+    assert seen["load"] < table / 4
+    assert seen["rows"] < table / 16
+    assert seen["clear, read"] < table / 4
 
 
 @pytest.mark.native
