@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -85,7 +86,7 @@ def movements(rows: np.ndarray, first: np.ndarray, before: np.ndarray) -> dict[s
 def distances(
     samples: LabeledSamples,
     max_samples: int,
-    centers: tf.Variable,
+    centers: tf.Variable | keras.Variable,
     classes: np.ndarray,
     rows: np.ndarray,
 ) -> dict[str, Measurement]:

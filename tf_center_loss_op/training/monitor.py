@@ -34,8 +34,8 @@ class CentersMonitor(keras.callbacks.Callback):
         own = tf.norm(features - tf.gather(layer.centers, labels), axis=-1)
         logs[f"{layer.name}_own_distance"] = tf.reduce_mean(own)
 
-    After each epoch, the measurements of a `CenterLoss` layer named ``center_loss`` join the logs of
-    the epoch as ``center_loss_<name>``, where `History` and a `CSVLogger` that comes after this
+    After each epoch, the measurements of a `CenterLoss` layer named ``center_loss`` join the
+    epoch's logs as ``center_loss_<name>``, where `History` and a `CSVLogger` that comes after this
     callback find them. TensorBoard gets them as ``center_loss/<name>`` and, except for the shares,
     their distribution as ``center_loss/<name>_histogram``:
 
@@ -46,10 +46,10 @@ class CentersMonitor(keras.callbacks.Callback):
         norm            mean of |c_j|
         moved           mean of |c_j - c_j before|, since the epoch began or the last measurement
 
-    The first three are measured on the samples of the dataset, the others on the centers. Of a table
-    with more than ``max_classes`` rows, a fixed random sample of that size is measured. It also
-    provides the other centers of ``other_distance``, which is then an upper bound. Ignored samples
-    and samples with a NaN or an infinity are left out. The mean of no values is NaN.
+    The first three are measured on the samples of the dataset, the others on the centers. Of a
+    table with more than ``max_classes`` rows, a fixed random sample of that size is measured. It
+    also provides the other centers of ``other_distance``, which is then an upper bound. Ignored
+    samples and samples with a NaN or an infinity are left out. The mean of no values is NaN.
 
     After the first epoch in which no watched center moved, a warning names the likely cause. The
     callback does not change the training by a bit.
@@ -66,7 +66,8 @@ class CentersMonitor(keras.callbacks.Callback):
       layer: the `CenterLoss` layer or its name; None where the model has only one.
       embed: a function or model from inputs to features ``[..., D]``, for models that are not
         functional or hold the layer inside another model.
-      freq: when TensorBoard gets the measurements: ``"epoch"``, or an int >= 1, a number of batches.
+      freq: ``"epoch"``, or an int >= 1, the number of batches after which TensorBoard gets the
+        measurements again.
       max_samples: how many samples of the dataset are measured, from its beginning, >= 1.
       max_classes: how many rows of the table are measured, >= 1.
 
@@ -235,7 +236,7 @@ class CentersMonitor(keras.callbacks.Callback):
 
     def _warn(self, epoch: int) -> None:
         watched = self.watched
-        if self._warned or (watched and (not self._watched_batches or watched.moved())):
+        if self._warned or (watched is not None and (not self._watched_batches or watched.moved())):
             return
         self._warned = True
         warnings.warn(
