@@ -10,7 +10,8 @@ import numpy as np
 
 ALPHA = 0.5
 ZIPF_EXPONENT = 1.1
-SCATTERED = "ten thousand labels"  # the names of label distributions also stand in result files
+# Result files contain these names of label distributions; `bench.report` has their titles.
+SCATTERED = "ten thousand labels"
 NEIGHBORS = "ten thousand neighboring labels"
 
 
