@@ -37,9 +37,9 @@ class CenterLoss(private_apis.LossesByReplica, keras.layers.Layer):
 
     Args:
       num_classes: C, the number of classes.
-      loss_weight: lambda, the factor of the loss (equation 5 of the paper), >= 0: a number, a scalar
-        variable, or a schedule from `keras.optimizers.schedules` over the training calls of this
-        layer (a warm-up, for example).
+      loss_weight: lambda, the factor of the loss (equation 5 of the paper), >= 0: a number, a
+        scalar variable, or a schedule from `keras.optimizers.schedules` over the training calls of
+        this layer (a warm-up, for example).
       alpha: step size of the centers, >= 0: likewise.
       rule: the rule of the step, see `center_loss`.
       reduction: ``"mean"`` (default) or ``"sum"`` over the batch, or ``"none"``.

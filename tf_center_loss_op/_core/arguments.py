@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -154,15 +153,11 @@ def _features(features: Any) -> tf.Tensor:
     return features
 
 
-def _centers(
-    centers: Any, features: tf.Tensor, moves: bool
-) -> tf.Variable | variables.TableLike:
+def _centers(centers: Any, features: tf.Tensor, moves: bool) -> tf.Variable | variables.TableLike:
     variable = variables.unwrap(centers)
     if isinstance(variable, tf.Variable):
         variable = variables.own_table(variable, moves)
-    if not (
-        isinstance(variable, variables.TableLike) or variables.is_resource_variable(variable)
-    ):
+    if not (isinstance(variable, variables.TableLike) or variables.is_resource_variable(variable)):
         raise variables.wrong_kind(centers)
     if variable.dtype not in (tf.float32, tf.float64):
         raise TypeError(f"centers: expected dtype float32 or float64, got {variable.dtype.name}")

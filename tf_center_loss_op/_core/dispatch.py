@@ -1,4 +1,4 @@
-"""Chooses what computes a call: the native ops or plain TensorFlow, on one replica or on several."""
+"""Chooses what computes a call: native ops or plain TensorFlow, on one replica or several."""
 
 from __future__ import annotations
 
@@ -42,9 +42,7 @@ class Implementation(Protocol):
         """The step of the centers from a residual x_i - c_{y_i} [B, D] computed before."""
 
 
-def implementation(
-    impl: str, centers: tf.Variable | variables.TableLike
-) -> Implementation:
+def implementation(impl: str, centers: tf.Variable | variables.TableLike) -> Implementation:
     """The implementation that `impl` asks for, on these checked centers.
 
     Raises:

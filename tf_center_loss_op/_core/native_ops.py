@@ -24,9 +24,7 @@ class NativeOps:
         """The loss as a plain sum, and x_i - c_{y_i} [B, D]; the centers move as above."""
         # With these arguments the gradient to the features, which the op returns, is the residual.
         one = tf.ones([], a.centers.dtype)
-        out = _forward(
-            dataclasses.replace(a, reduction="sum", loss_weight=one, sample_weight=None)
-        )
+        out = _forward(dataclasses.replace(a, reduction="sum", loss_weight=one, sample_weight=None))
         return out.loss, tf.bitcast(out.residual_bits, a.centers.dtype)
 
     def update_centers(self, a: Arguments) -> tf.Operation | None:
@@ -142,7 +140,8 @@ def _to_centers(
 ) -> tf.IndexedSlices:
     """The gradient to the table: -rows at the labels that are not ignored.
 
-    XLA knows no shapes that depend on values: there an ignored sample is a row of zeros for class 0.
+    XLA knows no shapes that depend on values. There an ignored sample is a row of zeros for class
+    0.
     """
     rows = -tf.cast(rows, op.get_attr("Tcenters"))
     if op.get_attr("has_ignore_class"):

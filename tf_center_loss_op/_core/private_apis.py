@@ -22,17 +22,18 @@ class PrivateName(NamedTuple):
     module: str
     name: str
     why: str
+    since: str  # the oldest version that was seen to have it
 
 
 NAMES: list[PrivateName] = []  # in the order in which they are imported below
 
 
-def _imported(module: str, name: str, why: str) -> Any:
-    NAMES.append(PrivateName(module, name, why))
+def _imported(module: str, name: str, why: str, since: str = "TensorFlow 2.16") -> Any:
+    NAMES.append(PrivateName(module, name, why, since))
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ImportError(_missing(f"{module}.{name}", why)) from error
+        raise ImportError(_missing(f"{module}.{name}", why, since)) from error
 
 
 def _attribute(owner: object, name: str, why: str) -> Any:
@@ -43,10 +44,11 @@ def _attribute(owner: object, name: str, why: str) -> Any:
         raise ImportError(_missing(f"{kind.__module__}.{kind.__name__}.{name}", why)) from error
 
 
-def _missing(name: str, why: str) -> str:
+def _missing(name: str, why: str, since: str = "") -> str:
+    has_it = f" ({since} has it)" if since else ""
     return (
-        f"tf_center_loss_op needs {name} {why}; TensorFlow {tf.__version__} with Keras "
-        f"{keras.__version__} does not have it: install the versions that this release names"
+        f"tf_center_loss_op needs the private name {name} {why}. TensorFlow {tf.__version__} with "
+        f"Keras {keras.__version__} lacks it{has_it}: install versions that this release names"
     )
 
 
@@ -208,36 +210,43 @@ in_stateless_scope: Callable[[], bool] = _imported(
     "keras.src.backend.common.stateless_scope",
     "in_stateless_scope",
     "to know that variables have no buffers now, because Keras asks for shapes only",
+    "Keras 3.5",
 )
 in_symbolic_scope: Callable[[], bool] = _imported(
     "keras.src.backend.common.symbolic_scope",
     "in_symbolic_scope",
     "to know that Keras builds a model on placeholders, which are all of type float",
+    "Keras 3.5",
 )
 KerasSaveable = _imported(
     "keras.src.saving.keras_saveable",
     "KerasSaveable",
     "to store a sharded table in the weights file of a model",
+    "Keras 3.5",
 )
 get_keras_mask = _imported(
     "keras.src.backend",
     "get_keras_mask",
     "to leave masked values out of the loss of the global batch",
+    "Keras 3.6",
 )
 reduce_weighted_values = _imported(
     "keras.src.losses.loss",
     "reduce_weighted_values",
     "to apply masks and sample weights to a loss as Keras does",
+    "Keras 3.5",
 )
 LossFunctionWrapper = _imported(
     "keras.src.losses.losses",
     "LossFunctionWrapper",
     "to make a loss of a function as Model.compile does",
+    "Keras 3.5",
 )
 get_object_name = _imported(
     "keras.src.utils.naming",
     "get_object_name",
     "to name the loss of a function as Keras does",
+    "Keras 3.5",
 )
 
 
@@ -304,13 +313,12 @@ def start_at_epoch(model: keras.Model, epoch: int) -> None:
 
 
 def h5_entry_group(store: object) -> h5py.Group | None:
-    """The HDF5 group behind a store of Keras's, None for stores of other kinds."""
+    """The HDF5 group behind a store of Keras's, None for other stores and before Keras 3.10."""
     return getattr(store, "_h5_entry_group", None)
 
 
 def check_before_loading(layer: keras.layers.Layer, store: object) -> None:
-    """Keras's own check of a layer whose weights are about to be loaded."""
-    check = _attribute(
-        layer, "_check_load_own_variables", "to refuse a weights file of another layer"
-    )
-    check(store)
+    """Keras's own check of a layer whose weights are about to be loaded, since Keras 3.12."""
+    check = getattr(layer, "_check_load_own_variables", None)
+    if check is not None:
+        check(store)

@@ -58,7 +58,7 @@ class Exchange:
         return self._gather(own[tf.newaxis], 0)
 
     def rows(self, own: tf.Tensor, most: tf.Tensor) -> tf.Tensor:
-        """[R * L, ...] of every replica's [K, ...], padded with zeros to L >= most, the largest K."""
+        """[R * L, ...] of every replica's [K, ...], padded with zeros to L >= most >= K."""
         length = _length_index(most)
         padding = tf.gather(_LENGTHS, length) - tf.shape(own)[0]
         padded = tf.pad(own, [[0, padding]] + [[0, 0]] * (own.shape.rank - 1))

@@ -34,8 +34,8 @@ class ShardedCenters(variables.TableLike, private_apis.StoredInParts):
     Args:
       num_classes: C, at least the number of replicas.
       dim: D >= 1.
-      initializer: zeros, ones, a constant, or `tables.RandomNormal`, by object or name. With a seed the
-        numbers are the same on any number of replicas.
+      initializer: zeros, ones, a constant, or `tables.RandomNormal`, by object or name.
+        With a seed the numbers are the same on any number of replicas.
       dtype: ``"float32"`` or ``"float64"``.
 
     Attributes:

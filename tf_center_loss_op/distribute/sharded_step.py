@@ -56,9 +56,7 @@ class Sharded:
             with tf.control_dependencies([batch.checked]):
                 residual = self._residual(a, batch)
                 one = tf.ones([], a.centers.dtype)
-                plain = dataclasses.replace(
-                    a, reduction="sum", loss_weight=one, sample_weight=None
-                )
+                plain = dataclasses.replace(a, reduction="sum", loss_weight=one, sample_weight=None)
                 return _loss_from_residual(plain, residual)[0], residual
 
     def update_centers(self, a: Arguments) -> tf.Operation | None:
