@@ -122,7 +122,7 @@ def test_what_is_exchanged(tmp_path):
         from replicas import mirrored
         strategy = mirrored(2)
         from replica_checks import *
-        from tf_center_loss_op import _arguments, distribute
+        from tf_center_loss_op._core import arguments as _arguments
 
         # Which form is smaller: by hand, D = 6, int32 labels; two replicas of four samples.
         # samples: 4 * (6 * 4 + 4) = 112 bytes each; a label: 6 * 4 + 16 = 40 bytes.

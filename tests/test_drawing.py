@@ -119,4 +119,4 @@ def test_without_matplotlib(tmp_path):
         """,
         tmp_path,
     )
-    assert out == "draw_embeddings needs matplotlib: pip install matplotlib\n"
+    assert out == "plots.embeddings needs matplotlib: pip install matplotlib\n"

@@ -127,7 +127,7 @@ def test_centers_on_a_device_that_the_library_was_not_built_for(
     native_library, monkeypatch, in_xla
 ):
     # Here no centers can lie on one: the choice alone is looked at.
-    from tf_center_loss_op import _native
+    from tf_center_loss_op._core import native as _native
 
     cpu, gpu, tpu = (f"/job:localhost/task:0/device:{kind}:0" for kind in ("CPU", "GPU", "TPU"))
     with_cuda, without = _native._record() | {"cuda": ["90"]}, _native._record() | {"cuda": None}

@@ -56,7 +56,7 @@ def test_the_environment_decides_where_nobody_called(native_library, tmp_path, v
     out = run_python(
         """
         import tf_center_loss_op as tcl
-        from tf_center_loss_op import _native
+        from tf_center_loss_op._core import native as _native
 
         print(_native.gpu_atomics())
         tcl.training.set_gpu_atomics(False)
@@ -93,7 +93,7 @@ def test_refused_under_op_determinism(native_library, tmp_path):
         tcl.training.set_gpu_atomics(False)
         step()
         import os
-        from tf_center_loss_op import _native
+        from tf_center_loss_op._core import native as _native
         _native._gpu_atomics = None
         os.environ["TF_CENTER_LOSS_GPU_ATOMICS"] = "1"
         refused(step, "TF_CENTER_LOSS_GPU_ATOMICS: expected False")

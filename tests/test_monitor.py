@@ -153,7 +153,7 @@ def test_samples_of_samples_and_classes(data):
     model = functional()
     monitor = tcl.training.CentersMonitor(None, batches(data), max_samples=40, max_classes=3)
     history = train(model, data, monitor)
-    table, rows = table_of(model), monitor._watch.labels[monitor._watch.sampled]
+    table, rows = table_of(model), monitor.watched.labels[monitor.watched.sampled]
     assert len(rows) == 3
     inputs, labels = (part[:40] for part in data)
     features = embedding(model).predict([inputs, labels], verbose=0)

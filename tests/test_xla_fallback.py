@@ -85,7 +85,7 @@ def test_with_the_library_for_xla(native_library):
 @pytest.mark.parametrize("device", ["CPU", "GPU", "TPU"])
 def test_supports_jit_where_every_device_has_kernels(native_library, monkeypatch, cuda, device):
     import tf_center_loss_op as tcl
-    from tf_center_loss_op import _native
+    from tf_center_loss_op._core import native as _native
 
     record = _native._record() | {"cuda": cuda}
     monkeypatch.setattr(_native, "_record", lambda: record)
