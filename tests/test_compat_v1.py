@@ -1,12 +1,14 @@
 """The tutorial's function in TensorFlow 1 graphs, beside its formula in plain TensorFlow."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import tf_center_loss_op as tcl
 import tutorial
-from child import TESTS, run_python
+from child import run_program, run_pytest
 from tolerances import TRAINING
 
 tf1 = tf.compat.v1
@@ -154,46 +156,13 @@ def test_errors(session, features, label, words):
 
 
 def test_with_version_2_behaviour_switched_off(tmp_path):
-    # As programs begin that were written for TensorFlow 1: variables are then references unless a
-    # resource is asked for.
-    run_python(
-        f"""
-        import tensorflow.compat.v1 as tf
-
-        tf.disable_v2_behavior()
-
-        import numpy as np
-        import tf_center_loss_op as tcl
-        import tutorial
-
-        for order in ("control", "collection"):
-            actual = tutorial.train(tcl.compat.v1.center_loss, 0.5, order, 10)
-            expected = tutorial.train(tutorial.center_loss, 0.5, order, 10)
-            for a, b in zip(actual, expected):
-                for key in b:
-                    scale = np.abs(b[key]).max()
-                    np.testing.assert_allclose(a[key], b[key], atol={TRAINING} * scale)
-            assert actual[-1]["centers"].any()
-        """,
-        tmp_path,
-    )
+    run_program("tutorial_without_v2_behavior", cwd=tmp_path)
 
 
-def test_all_of_this_without_the_native_op(tmp_path):
+def test_all_of_this_without_the_native_op():
     # The function has no argument for it; the environment variable has.
-    run_python(
-        f"""
-        import sys
-        import pytest
-
-        sys.exit(pytest.main([
-            {str(TESTS / "test_compat_v1.py")!r}, "-q", "--tb=line", "-p", "no:cacheprovider", "-k",
-            "not unknown and not without_the_native_op and not switched_off",
-        ]))
-        """,
-        tmp_path,
-        TF_CENTER_LOSS_IMPL="graph",
-    )
+    chosen = "not unknown and not without_the_native_op and not switched_off"
+    run_pytest(Path(__file__), "--tb=line", "-k", chosen, TF_CENTER_LOSS_IMPL="graph")
 
 
 def compiled_by(how, step):

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import tf_center_loss_op as tcl
-from child import run_python
+from child import run_program
 
 # The promise is the native op's: the pure-TensorFlow path is several ops, between which others run.
 pytestmark = pytest.mark.native
@@ -119,42 +119,11 @@ def test_steps_of_different_variables_run_at_once(native_library):
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor")
 @pytest.mark.parametrize(
-    "setting",
-    [
-        "",
-        "tf.config.threading.set_inter_op_parallelism_threads(1)",
-    ],
+    "threads",
+    [(), (1,)],
     ids=["as it is", "one thread for ops"],
 )
-def test_a_large_step_has_helpers(native_library, tmp_path, setting):
-    out = run_python(
-        f"""
-        import collections
-        from pathlib import Path
-        import tensorflow as tf
-        import tf_center_loss_op as tcl
-
-        {setting}
-        features, labels = tf.ones([4096, 512]), tf.range(4096)
-        centers = tf.Variable(tf.zeros([4096, 512]))
-
-        @tf.function
-        def steps():
-            for _ in tf.range(100):
-                tcl.update_centers(features, labels, centers)
-
-        def seconds():
-            stat = {{p.parent.name: p.read_text() for p in Path("/proc/self/task").glob("*/stat")}}
-            ticks = {{thread: int(s.rsplit(")", 1)[1].split()[11]) for thread, s in stat.items()}}
-            return collections.Counter(ticks)
-
-        steps()
-        before = seconds()
-        while (seconds() - before).total() < 200:  # hundredths
-            steps()
-        print(*sorted((seconds() - before).values())[-2:])
-        """,
-        tmp_path,
-    )
+def test_a_large_step_has_helpers(native_library, tmp_path, threads):
+    out = run_program("time_of_two_threads", *threads, cwd=tmp_path)
     least, most = map(int, out.split())
     assert least > most / 5, f"processor time of two threads: {least} and {most} hundredths"

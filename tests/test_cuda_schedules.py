@@ -10,7 +10,7 @@ import pytest
 import cuda_cases
 import emulated
 import problems
-from child import run_python
+from child import run_program
 from pairwise import all_pairs
 
 pytestmark = pytest.mark.native
@@ -124,12 +124,7 @@ def launch_after_launch(library, skip=""):
 
 def broken(cwd, library, skip=""):
     """How `launch_after_launch` ends in a process of its own, which may crash; "" if well."""
-    done = run_python(
-        f"from test_cuda_schedules import launch_after_launch\n"
-        f"launch_after_launch({str(library)!r}, {skip!r})",
-        cwd,
-        check=False,
-    )
+    done = run_program("run_emulated_launches", library, skip, cwd=cwd, check=False)
     if done.returncode == 0:
         return ""
     if done.returncode < 0:
@@ -321,11 +316,11 @@ def sanitized_rows(library, rows):
 
 def under_address_sanitizer(cwd, library, rows):
     """The finished process, without TensorFlow: it does not bear the sanitizer."""
-    return run_python(
-        f"import test_cuda_schedules as here\n"
-        f"here.sanitized_rows({str(library)!r}, here.{rows})\n"
-        f"print('done')",
-        cwd,
+    return run_program(
+        "run_sanitized_rows",
+        library,
+        rows,
+        cwd=cwd,
         check=False,
         LD_PRELOAD=" ".join(map(str, emulated.sanitizer_libraries())),
         # Wide enough between arrays for what four warps keep in shared memory.

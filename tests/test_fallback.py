@@ -9,50 +9,12 @@ import pytest
 
 import oracle
 import tf_center_loss_op as tcl
-from child import run_python
+from child import run_program
 
 FEATURES = [[2.0, 4.0], [4.0, 8.0], [10.0, 16.0]]
 LABELS = [0, 0, 1]
+ARGUMENTS = json.dumps(FEATURES), json.dumps(LABELS)
 EXPECTED = oracle.center_loss(FEATURES, LABELS, np.zeros([2, 2]))
-
-# Three calls of "auto", a layer, and one of "native"; everything that was warned of.
-PROGRAM = f"""
-import json, warnings
-
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    import numpy as np
-    import tensorflow as tf
-    import tf_center_loss_op as tcl
-
-    centers = tf.Variable(tf.zeros([2, 2]))
-    loss = tcl.center_loss({FEATURES}, {LABELS}, centers)
-    tables = [centers.numpy().tolist()]
-    for _ in range(2):
-        tcl.center_loss({FEATURES}, {LABELS}, centers)
-        tcl.update_centers({FEATURES}, {LABELS}, centers)
-    tcl.CenterLoss(2)(np.array({FEATURES}, "f"), np.array({LABELS}), training=True)
-    try:
-        tcl.center_loss({FEATURES}, {LABELS}, centers, impl="native")
-        error = None
-    except Exception as e:
-        error = str(e)
-
-graph = (
-    tf.function(lambda: tcl.center_loss({FEATURES}, {LABELS}, centers))
-    .get_concrete_function()
-    .graph.as_graph_def()
-)
-nodes = [*graph.node, *(node for f in graph.library.function for node in f.node_def)]
-functions = {{f.signature.name for f in graph.library.function}}
-own_ops = {{node.op for node in nodes}} - functions - set(dir(tf.raw_ops))
-
-print(json.dumps(dict(
-    file=tcl.__file__, loss=float(loss), centers=tables[0], error=error, info=tcl.build_info(),
-    own_ops=sorted(own_ops),
-    warnings=[str(w.message) for w in caught if "center" in str(w.message).lower()],
-)))
-"""
 
 
 def copy_package(directory, broken=False):
@@ -67,7 +29,9 @@ def copy_package(directory, broken=False):
 
 
 def run(directory, **options):
-    result = json.loads(run_python(PROGRAM, directory, paths=[directory], **options))
+    result = json.loads(
+        run_program("call_every_path", *ARGUMENTS, cwd=directory, paths=[directory], **options)
+    )
     np.testing.assert_allclose(result["loss"], EXPECTED.loss, rtol=1e-6)
     np.testing.assert_allclose(result["centers"], EXPECTED.centers, rtol=1e-6)
     return result
@@ -106,15 +70,22 @@ def test_asked_for_by_the_environment_without_the_library(tmp_path):
 
 def test_native_asked_for_by_the_environment_without_the_library(tmp_path):
     copy_package(tmp_path)
-    done = run_python(
-        PROGRAM, tmp_path, paths=[tmp_path], check=False, TF_CENTER_LOSS_IMPL="native"
+    done = run_program(
+        "call_every_path",
+        *ARGUMENTS,
+        cwd=tmp_path,
+        paths=[tmp_path],
+        check=False,
+        TF_CENTER_LOSS_IMPL="native",
     )
     assert done.returncode != 0
     assert "pip install" in done.stderr
 
 
 def test_nonsense_in_the_environment(tmp_path):
-    done = run_python(PROGRAM, tmp_path, check=False, TF_CENTER_LOSS_IMPL="fastest")
+    done = run_program(
+        "call_every_path", *ARGUMENTS, cwd=tmp_path, check=False, TF_CENTER_LOSS_IMPL="fastest"
+    )
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     for word in ("TF_CENTER_LOSS_IMPL", "fastest", "auto", "native", "graph"):

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 import tf_center_loss_op as tcl
-from child import run_python
+from child import run_program
 from naming import described
 
 C, D, N = 5, 3, 120
@@ -326,31 +326,7 @@ def test_a_large_table_of_which_other_classes_were_trained():
 
 def test_the_table_is_not_copied(tmp_path):
     # 256 MiB, in the mode in which a dense read copies.
-    out = run_python(
-        """
-        import keras
-        import numpy as np
-        import tf_center_loss_op as tcl
-        from child import memory
-
-        def fit(classes, labels):
-            x, y = keras.Input([64]), keras.Input([], dtype="int32")
-            model = keras.Model([x, y], tcl.CenterLoss(classes)(x, y))
-            model.compile("sgd")
-            data = [np.ones([256, 64], "f"), labels]
-            before = memory("VmHWM")
-            monitor = tcl.training.CentersMonitor("logs", [(data,)], freq=2)
-            model.fit(data, batch_size=64, epochs=2, verbose=0, callbacks=[monitor])
-            return before, memory("VmHWM")
-
-        labels = np.arange(256)
-        fit(5000, labels)  # whatever TensorFlow allocates once
-        before, after = fit(2**20, labels * 4001)
-        print(after - before)
-        """,
-        tmp_path,
-        TF_CENTER_LOSS_HUGE_PAGES="0",
-    )
+    out = run_program("monitor_a_large_table", cwd=tmp_path, TF_CENTER_LOSS_HUGE_PAGES="0")
     # A table of zeros takes memory only where it is touched: by the steps, or by a copy of it.
     # (On large pages these labels would touch all of it.)
     assert int(out) < 2**26

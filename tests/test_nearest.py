@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import tf_center_loss_op as tcl
-from child import run_python
+from child import run_program
 from naming import described
 from tolerances import EPSILON
 
@@ -306,52 +306,7 @@ def test_wrong_labels(source):
 
 def test_memory(tmp_path):
     # 2^20 x 64 numbers, 256 MiB, and so are the scores of all samples and classes.
-    out = run_python(
-        """
-        import json
-        import threading
-        import numpy as np
-        import psutil
-        import tensorflow as tf
-        import tf_center_loss_op as tcl
-
-        C, D, B = 2**20, 64, 64
-        PART = 2**14
-        rng = np.random.default_rng(0)
-        file = np.lib.format.open_memmap("centers.npy", "w+", "f", (C, D))
-        variable = tf.Variable(tf.zeros([C, D]))
-        for i in range(0, C, PART):
-            file[i : i + PART] = rng.random((PART, D), np.float32)
-            variable.scatter_update(tf.IndexedSlices(file[i : i + PART], tf.range(i, i + PART)))
-        labels = rng.integers(0, C, B)
-        features = file[labels] + rng.random((B, D), np.float32) / 100
-        # A step: the mode in which a dense read copies.
-        tcl.update_centers(features[:1], labels[:1], variable, alpha=1e-9)
-        tcl.nearest.predict(features, file[:1000])  # whatever TensorFlow allocates once
-        process = psutil.Process()
-
-        def anonymous():  # the pages of a mapped file are not ours
-            return process.memory_info().rss - process.memory_info().shared
-
-        before, highest, done = anonymous(), 0, threading.Event()
-
-        def watch():
-            global highest
-            while not done.wait(0.002):
-                highest = max(highest, anonymous())
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        nearest = lambda table: tcl.nearest.predict(features, table, block=2**15)[0]
-        found = [nearest(file), nearest(variable), tf.function(nearest)(variable)]
-        own = tcl.nearest.distance_to_center(features, labels, variable)
-        done.set()
-        watcher.join()
-        good = all(np.array_equal(f, labels) for f in found)
-        print(json.dumps(dict(good=good, grown=highest - before)))
-        """,
-        tmp_path,
-    )
+    out = run_program("nearest_in_a_large_table", cwd=tmp_path)
     (tmp_path / "centers.npy").unlink()
     result = json.loads(out)
     assert result["good"]

@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,58 +15,8 @@ import numpy as np
 import pytest
 
 import tf_center_loss_op as tcl
-from child import TESTS, run_python
+from child import command, environment, run_program
 from replicas import BOUND
-
-# With dropout (a random state), Adam (an optimizer's state), a schedule, a metric and shuffling; 32
-# steps. A short rest in each step, so that there is time to be killed in.
-TRAINING = """
-import time
-import keras, numpy as np, tensorflow as tf
-import tf_center_loss_op as tcl
-
-keras.utils.set_random_seed(3)
-rng = np.random.default_rng(0)
-labels = rng.integers(0, 50, 256).astype("int32")
-inputs = rng.normal(size=(256, 16)).astype("float32")
-image, label = keras.Input([16]), keras.Input([], dtype="int32")
-x = keras.layers.Dropout(0.1, seed=1)(keras.layers.Dense(8)(image))
-warm_up = keras.optimizers.schedules.PolynomialDecay(0.01, 20, 0.1)
-x = tcl.CenterLoss(50, loss_weight=warm_up, name="centers")([x, label])
-model = keras.Model([image, label], keras.layers.Dense(50)(x))
-model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-"""
-
-WITH_CALLBACK = (
-    TRAINING
-    + """
-model.fit([inputs, labels], labels, batch_size=32, epochs=4, verbose=0, callbacks=[
-    tcl.training.AtomicBackup("backup", save_freq=3),
-    keras.callbacks.LambdaCallback(on_train_batch_end=lambda *_, **__: time.sleep(0.05))])
-"""
-)
-
-# As in docs/training.md.
-WITH_CHECKPOINT = (
-    TRAINING
-    + """
-dataset = tf.data.Dataset.from_tensor_slices(((inputs, labels), labels)).shuffle(256, seed=7)
-batches = iter(dataset.batch(32).repeat(4))
-model.optimizer.build(model.trainable_variables)
-variables = [v.value for v in [*model.variables, *model.optimizer.variables]]
-state = tf.train.Checkpoint(variables=variables, batches=batches)
-manager = tf.train.CheckpointManager(state, "checkpoints", max_to_keep=2)
-state.restore(manager.latest_checkpoint)
-for batch, target in batches:
-    model.train_on_batch(batch, target)
-    manager.save()
-    time.sleep(0.05)
-"""
-)
-
-SAVE = """
-np.savez("end.npz", *[variable.numpy() for variable in model.variables])
-"""
 
 
 def weights(folder):
@@ -81,14 +30,13 @@ def backups(folder):
     return found + [path.read_text() for path in folder.glob("checkpoints/checkpoint")]
 
 
-def run(source, folder, kill_after=None):
-    """Whether it was killed, so many seconds after its first backup; else it ran to its end."""
-    program, before = folder / "program.py", backups(folder)
-    program.write_text(source)
+def run(program, folder, kill_after=None):
+    """Runs a program; True if it was killed `kill_after` seconds after its first new backup."""
+    before = backups(folder)
     child = subprocess.Popen(
-        [sys.executable, program],
+        command(program),
         cwd=folder,
-        env=dict(os.environ, PYTHONPATH=str(TESTS), TF_CPP_MIN_LOG_LEVEL="2"),
+        env=environment(),
         stderr=subprocess.DEVNULL,
     )
     while kill_after is not None and child.poll() is None and backups(folder) == before:
@@ -103,66 +51,24 @@ def run(source, folder, kill_after=None):
     return False
 
 
-@pytest.mark.parametrize("program", [WITH_CALLBACK, WITH_CHECKPOINT], ids=["fit", "checkpoint"])
+@pytest.mark.parametrize("program", ["train_with_backup", "train_with_checkpoint"])
 def test_killed_at_random_moments(program, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir(), broken.mkdir()
     moments = [random.SystemRandom().uniform(0, 0.5) for _ in range(2)]
     print("killed after", moments)  # pytest shows it where the test fails
-    run(program + SAVE, whole)
-    killed = [run(program + SAVE, broken, moment) for moment in moments]
+    run(program, whole)
+    killed = [run(program, broken, moment) for moment in moments]
     assert any(killed)
-    run(program + SAVE, broken)
+    run(program, broken)
     for expected, resumed in zip(weights(whole), weights(broken), strict=True):
         assert np.array_equal(expected, resumed)
 
 
-# Trains to the end, then anew until it is killed; started again, it resumes that. With what is not
-# the same on both replicas: statistics of their batches, parts of a table, metrics.
-ON_REPLICAS = """
-from replicas import mirrored
-strategy = mirrored(2)
-from replica_checks import *
-
-rng = np.random.default_rng(0)
-x, y = rng.normal(size=(34, D)).astype("f"), rng.integers(0, C, 34)
-data = tf.data.Dataset.from_tensor_slices(((x, y), y)).batch(8)
-
-def end_of_training(*callbacks):
-    keras.utils.set_random_seed(3)
-    with strategy.scope():
-        inputs, labels = keras.Input([D]), keras.Input([], dtype="int32")
-        z = keras.layers.Dropout(0.1)(keras.layers.Dense(D)(inputs))
-        z = keras.layers.BatchNormalization()(z)
-        layers = [tcl.CenterLoss(C, loss_weight=0.1, sharded=sharded) for sharded in (False, True)]
-        for layer in layers:
-            z = layer(z, labels)
-        model = keras.Model([inputs, labels], keras.layers.Dense(C)(z))
-        model.compile("adam", tcl.distribute.GlobalBatchLoss(main_loss()), metrics=["accuracy"])
-    logs = model.fit(data, epochs=2, verbose=0, callbacks=[*callbacks]).history
-    variables = [v.value for v in model.variables + model.optimizer.variables]
-    variables += [part for _, part in layers[1].centers.shards]
-    copies = [c for v in variables for c in strategy.experimental_local_results(v)]
-    return {str(k): copy.numpy() for k, copy in enumerate(copies)} | {k: logs[k][-1] for k in logs}
-
-backup = tcl.training.AtomicBackup("backup", save_freq=2)
-if not os.path.exists("backup"):
-    np.savez("whole.npz", **end_of_training())
-    kill = lambda batch, logs: os.path.exists("backup/4") and os.kill(os.getpid(), 9)
-    end_of_training(backup, keras.callbacks.LambdaCallback(on_train_batch_begin=kill))
-assert sorted(os.listdir("backup")) == ["4"]
-resumed = end_of_training(backup)
-with np.load("whole.npz") as whole:
-    assert whole.files == list(resumed)
-    for name in whole.files:
-        assert np.isfinite(resumed[name]).all() and np.array_equal(whole[name], resumed[name]), name
-"""
-
-
 def test_killed_on_two_replicas(tmp_path):
-    killed = run_python(ON_REPLICAS, tmp_path, check=False, timeout=BOUND)
+    killed = run_program("backup_on_replicas", cwd=tmp_path, check=False, timeout=BOUND)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    run_python(ON_REPLICAS, tmp_path, timeout=BOUND)
+    run_program("backup_on_replicas", cwd=tmp_path, timeout=BOUND)
 
 
 # In one process: a model, interrupted, and a new one that goes on.

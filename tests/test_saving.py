@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 import tf_center_loss_op as tcl
-from child import run_python
+from child import run_program
 from tf_center_loss_op import tables
 
 C, D, WIDTH = 12, 7, 5
@@ -264,48 +264,7 @@ def test_a_bad_checkpoint_changes_nothing(tmp_path, how):
 
 def test_no_second_copy_of_a_large_table(tmp_path):
     # 512 MiB; beside it a block of 64 MiB. HDF5 and what TensorFlow takes for itself are warmed up.
-    seen = json.loads(
-        run_python(
-            """
-            import json
-            import keras
-            import numpy as np
-            import tensorflow as tf
-            import tf_center_loss_op as tcl
-            from child import memory
-
-            def make(classes):
-                image, label = keras.Input([256]), keras.Input([], dtype="int32")
-                model = keras.Model([image, label], tcl.CenterLoss(classes)(image, label))
-                model.compile("sgd")
-                return model
-
-            def grown(what, *args, **options):
-                open("/proc/self/clear_refs", "w").write("5")
-                before = memory("VmRSS")
-                what(*args, **options)
-                return memory("VmHWM") - before
-
-            def trained(classes):
-                model = make(classes)
-                for begin in range(0, classes, 2**16):
-                    labels = np.arange(begin, min(classes, begin + 2**16))
-                    model.layers[-1](tf.ones([len(labels), 256]), labels, training=True)
-                return model
-
-            seen = {}
-            for classes in 2**17, 2**19:
-                model = trained(classes)
-                seen["save_weights"] = grown(model.save_weights, "a.weights.h5")
-                seen["load_weights"] = grown(model.load_weights, "a.weights.h5")
-                seen["save"] = grown(model.save, "folder", zipped=False)
-                del model
-                seen["load_model"] = grown(keras.models.load_model, "folder")
-            print(json.dumps(seen))
-            """,
-            tmp_path,
-        )
-    )
+    seen = json.loads(run_program("save_a_large_model", cwd=tmp_path))
     table = 2**29
     for what in "save_weights", "load_weights", "save":
         assert seen[what] < table / 2, what

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import tf_center_loss_op as tcl
-from child import run_python
+from child import run_program
 from tf_center_loss_op import tables
 
 C, D = 37, 5
@@ -258,69 +258,17 @@ def test_class_means_of_bad_batches(centers, batch, words):
 
 def test_no_second_copy_of_a_large_table(impl, tmp_path):
     # 1 GiB; beside it a block of 64 MiB, and what TensorFlow takes for itself.
-    out = run_python(
-        f"""
-        import json
-        import numpy as np
-        import tensorflow as tf
-        import tf_center_loss_op as tcl
-        from child import memory
-
-        def reset():
-            open("/proc/self/clear_refs", "w").write("5")
-
-        C, D = 2**20, 256
-        start = memory("VmHWM")
-        centers = tcl.tables.create(C, D, initializer=tcl.tables.RandomNormal(seed=0))
-        tcl.update_centers(tf.ones([2, D]), [0, C - 1], centers, impl={impl!r})
-        seen = dict(made=memory("VmHWM") - start)
-        for what in "save_centers", "load_centers":  # but for what is mapped of the file
-            reset()
-            before = memory("RssAnon")
-            getattr(tcl, what)(centers, "centers.npy")
-            seen[what] = memory("VmHWM") - memory("RssFile") - before
-        reset()
-        before = memory("VmHWM")
-        tcl.tables.rows([5, 7], centers)
-        seen["centers_of"] = memory("VmHWM") - before
-        checkpoint = tf.train.Checkpoint(centers=centers)
-        checkpoint.write("checkpoint")
-        tcl.update_centers(tf.ones([2, D]), [0, C - 1], centers, impl={impl!r})
-        kept = tcl.tables.rows([5, 7], centers)
-        reset()
-        before = memory("VmHWM")
-        tcl.tables.clear(centers)
-        checkpoint.read("checkpoint")
-        seen["clear_centers, read"] = memory("VmHWM") - before
-        assert np.array_equal(tcl.tables.rows([5, 7], centers), kept)
-        print(json.dumps(seen))
-        """,
-        tmp_path,
-    )
+    out = run_program("large_table_in_blocks", impl, cwd=tmp_path)
     seen = json.loads(out)
     table = 2**30
     assert table < seen["made"] < 1.6 * table
-    assert seen["save_centers"] < table / 4
-    assert seen["load_centers"] < table / 4
-    assert seen["centers_of"] < table / 16
-    assert seen["clear_centers, read"] < table / 4
+    assert seen["save"] < table / 4
+    assert seen["load"] < table / 4
+    assert seen["rows"] < table / 16
+    assert seen["clear and read"] < table / 4
 
 
 @pytest.mark.native
 def test_zeros_take_up_memory_only_where_they_are_written(tmp_path):
-    out = run_python(
-        """
-        import tensorflow as tf
-        import tf_center_loss_op as tcl
-        from child import memory
-
-        layer = tcl.CenterLoss(2**22)  # 4 GiB
-        tcl.update_centers(tf.ones([1, 256]), [1], tcl.tables.create(10, 256))
-        before = memory("RssAnon")
-        layer.build((None, 256))
-        layer(tf.ones([1, 256]), tf.constant([2**22 - 1]), training=True)
-        print(memory("RssAnon") - before)
-        """,
-        tmp_path,
-    )
+    out = run_program("large_table_of_zeros", cwd=tmp_path)
     assert int(out) < 2**26

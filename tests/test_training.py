@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import oracle
 import tf_center_loss_op as tcl
-from child import run_python
+from child import run_program
 from tolerances import assert_close
 
 B, D, C = 12, 3, 5
@@ -447,16 +447,5 @@ def test_the_exported_embedding_loads_without_this_package(impl, batch, tmp_path
     embedding = keras.Model(model.inputs[0], model.get_layer("embedding").output)
     embedding.export(tmp_path / "exported", verbose=False)
     np.save(tmp_path / "x.npy", batch[0])
-    run_python(
-        """
-        import sys
-        import numpy as np
-        import tensorflow as tf
-
-        sys.modules["tf_center_loss_op"] = None  # importing it would fail
-        loaded = tf.saved_model.load("exported")
-        np.save("y.npy", loaded.serve(np.load("x.npy")))
-        """,
-        tmp_path,
-    )
+    run_program("load_without_the_package", cwd=tmp_path)
     assert_close(np.load(tmp_path / "y.npy"), embedding(batch[0]), "float32", "features")

@@ -6,7 +6,7 @@ from importlib import resources
 import pytest
 
 import tf_center_loss_op as tcl
-from child import run_python
+from child import run_program
 
 REQUIRED = inspect.Parameter.empty
 STEP = {"alpha": 0.5, "rule": "paper"}
@@ -116,6 +116,6 @@ def test_typed_marker():
 
 
 def test_import_is_quiet(tmp_path):
-    done = run_python("import tf_center_loss_op", tmp_path, check=False)
+    done = run_program("import_the_package", cwd=tmp_path, check=False)
     assert (done.returncode, done.stdout) == (0, "")
     assert "Warning" not in done.stderr

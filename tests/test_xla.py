@@ -15,7 +15,7 @@ import plain
 import problems
 import stepping
 import tf_center_loss_op as tcl
-from child import run_python
+from child import run_program
 from implementations import IMPLEMENTATIONS
 from pairwise import all_pairs
 from tolerances import assert_close
@@ -366,75 +366,7 @@ def test_a_large_batch_needs_no_matrix_and_no_second_table(impl):
 @pytest.mark.native
 def test_in_place(xla_library, tmp_path):
     # A table of 2 GiB. A copy would show in the peak of the resident memory, or in the address.
-    run_python(
-        """
-        import numpy as np
-        import tensorflow as tf
-        import tf_center_loss_op as tcl
-        from child import memory
-
-        C, D, B = 2**20, 512, 256
-        centers = tf.Variable(tf.zeros([C, D]))
-        features = tf.random.normal([B, D])
-        labels = tf.random.uniform([B], 0, C - 10, tf.int64)
-
-        def address():
-            tf.raw_ops.DisableCopyOnRead(resource=centers.handle)
-            return np.asarray(memoryview(centers.read_value())).ctypes.data
-
-        def step(labels=labels):
-            return tcl.center_loss(features, labels, centers)
-
-        def read(labels=labels):
-            return tf.gather(centers, labels)
-
-        def alone():
-            return step()
-
-        def between_reads():
-            return read(), step(), read()
-
-        def read_first_and_used_last():
-            early = read()
-            return early * step()
-
-        def loss_first_step_later():
-            loss = tcl.center_loss(features, labels, centers, update_centers=False)
-            tcl.update_centers(features, labels, centers)
-            return loss
-
-        def read_in_a_branch():
-            early = tf.cond(features[0, 0] > 0, lambda: read()[0, 0], lambda: 0.0)
-            return early, step()
-
-        def sum_of_the_table():
-            return tf.reduce_sum(centers), step()
-
-        def loop_between_reads():
-            whole, total = tf.reduce_sum(centers), read()
-            for i in tf.range(5, dtype=tf.int64):
-                total += read(labels + i)
-                step(labels + i)
-                total += read(labels + i)
-            return whole, total, step()
-
-        programs = [alone, between_reads, read_first_and_used_last, loss_first_step_later,
-                    read_in_a_branch, sum_of_the_table, loop_between_reads]
-        programs = [tf.function(program, jit_compile=True) for program in programs]
-        before = address()
-        tf.function(step, jit_compile=True)(labels)
-        peak = memory("VmHWM")
-        for program in programs:
-            for _ in range(2):
-                program()
-            assert address() == before, program
-            now = memory("VmHWM")
-            assert now - peak < 2**30, (program, now - peak)  # half a table
-        step()  # and by the op without XLA
-        assert address() == before
-        """,
-        tmp_path,
-    )
+    run_program("xla_steps_in_place", cwd=tmp_path)
 
 
 def whole_reads_before_each_step(step, centers):
@@ -588,29 +520,7 @@ def test_a_read_of_a_number_of_rows_that_xla_does_not_know(xla_library):
 @pytest.mark.native
 @pytest.mark.parametrize("first", ["package", "xla"])
 def test_whichever_comes_first(xla_library, tmp_path, first):
-    run_python(
-        f"""
-        import tensorflow as tf
-
-        def use_xla():
-            tf.function(lambda x: x + 1, jit_compile=True)(tf.zeros([2]))
-
-        if {first == "xla"}:
-            use_xla()
-        import tf_center_loss_op as tcl
-        assert tcl.build_info()["xla"]
-        use_xla()
-        centers = tf.Variable(tf.zeros([2, 1]))
-
-        @tf.function(jit_compile=True)
-        def step(x):
-            return tcl.center_loss(x, [0, 1], centers, rule="mean", impl="native")
-
-        assert float(step(tf.constant([[2.0], [4.0]]))) == 5
-        assert centers.numpy().tolist() == [[1], [2]]
-        """,
-        tmp_path,
-    )
+    run_program("import_before_or_after_xla", first, cwd=tmp_path)
 
 
 class StepsAfterTheOptimizer(tcl.training.UpdateCentersAfterStep, keras.Model):

@@ -6,43 +6,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from child import run_python
-from test_fallback import EXPECTED, FEATURES, LABELS, copy_package
-
-PROGRAM = f"""
-import json, warnings
-
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    import tensorflow as tf
-    import tf_center_loss_op as tcl
-
-    centers = tf.Variable(tf.zeros([2, 2]))
-
-    def step(features, impl="auto"):
-        return tcl.center_loss(features, {LABELS}, centers, impl=impl)
-
-    features = tf.constant({FEATURES})
-    loss = float(tf.function(step, jit_compile=True)(features))
-    table = centers.numpy().tolist()
-    try:
-        tf.function(step, jit_compile=True)(features, "native")
-        error = None
-    except RuntimeError as e:
-        error = str(e)
-    if tcl.build_info()["native"]:
-        step(features, "native")
-        tf.function(step)(features, "native")
-print(json.dumps(dict(
-    loss=loss, centers=table, error=error, info=tcl.build_info(),
-    supports_jit=tcl.CenterLoss(2).supports_jit,
-    warnings=[str(w.message) for w in caught if "center" in str(w.message).lower()],
-)))
-"""
+from child import run_program
+from test_fallback import ARGUMENTS, EXPECTED, copy_package
 
 
 def run(directory):
-    result = json.loads(run_python(PROGRAM, directory, paths=[directory]))
+    result = json.loads(run_program("call_under_xla", *ARGUMENTS, cwd=directory, paths=[directory]))
     assert result["loss"] == pytest.approx(EXPECTED.loss)
     assert np.allclose(result["centers"], EXPECTED.centers)
     return result

@@ -6,20 +6,16 @@ What XLA's compiler for GPUs makes of the program only a GPU can show: tests/gpu
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import tensorflow as tf
 
 import problems
 import tf_center_loss_op as tcl
-from child import run_python
+from child import TESTS, run_program, run_pytest
 from naming import described
 from pairwise import all_pairs
 
-TESTS = Path(__file__).resolve().parent
 BATCHES = [1, 64]
 CLASSES, DIM = 7, 3
 
@@ -133,21 +129,7 @@ def with_calls_of_the_cpu(program):
 
 @pytest.mark.native
 def test_a_gpu_gets_the_program_of_the_cpu(native_library, tmp_path):
-    for_gpu = json.loads(
-        run_python(
-            """
-            import json
-            import stand_in_xla
-
-            stand_in_xla.take_the_place_of_a_gpu()
-            import test_xla_gpu
-
-            print(json.dumps(test_xla_gpu.all_programs()))
-            """,
-            tmp_path,
-            paths=[TESTS / "gpu"],
-        )
-    )
+    for_gpu = json.loads(run_program("lower_for_a_gpu", cwd=tmp_path, paths=[TESTS / "gpu"]))
     for_cpu = all_programs()
     assert for_gpu.keys() == for_cpu.keys()
     for name, program in for_gpu.items():
@@ -162,10 +144,5 @@ def test_a_gpu_gets_the_program_of_the_cpu(native_library, tmp_path):
 
 @pytest.mark.native
 def test_the_tests_of_a_gpu_hold_with_the_emulator(native_library):
-    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist")
-    file = TESTS / "gpu" / "test_gpu_xla.py"
-    done = subprocess.run(
-        [*command, file, "--stand-in"], cwd=TESTS.parent, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"\n\d+ passed in", done.stdout), done.stdout
+    out = run_pytest(TESTS / "gpu" / "test_gpu_xla.py", "--stand-in", timeout=1800)
+    assert re.search(r"\n\d+ passed in", out), out
