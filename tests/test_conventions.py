@@ -184,5 +184,5 @@ def test_descriptions():
 
 
 def test_conventions_cannot_be_changed_by_accident():
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="does not support item assignment"):
         tcl.CONVENTIONS["paper"] = None

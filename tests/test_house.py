@@ -1,6 +1,7 @@
 """Rules for the tests themselves that the linters do not know."""
 
 import ast
+import inspect
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def program_texts(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             # Statements on several lines; prose is no Python.
             try:
-                body = ast.parse(node.value).body
+                body = ast.parse(inspect.cleandoc(node.value)).body
             except (SyntaxError, ValueError):
                 continue
             simple = (ast.Expr, ast.Pass)
@@ -47,7 +48,7 @@ def test_no_program_in_a_string(file):
     "source",
     [
         'run("import tf_center_loss_op")',
-        'run("""\n    import os\n    print(os.name)\n""")'.replace("    ", ""),
+        'run("\\n    import os\\n    print(os.name)\\n")',
         'run("x = 1\\nprint(x)")',
         "run(textwrap.dedent(text))",
         "run([sys.executable, '-c', text])",
@@ -55,6 +56,28 @@ def test_no_program_in_a_string(file):
 )
 def test_a_program_in_a_string_is_found(source):
     assert list(program_texts(ast.parse(source)))
+
+
+def without_match(tree):
+    """Line numbers of pytest.raises and pytest.warns that take any message."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "pytest.raises",
+            "pytest.warns",
+        ):
+            if not any(keyword.arg == "match" for keyword in node.keywords):
+                yield node.lineno
+
+
+# Ruff's PT011 does not see an exception in a variable.
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(TESTS)))
+def test_every_expected_error_says_its_message(file):
+    assert [f"{file.name}:{line}" for line in without_match(parsed(file))] == []
+
+
+@pytest.mark.parametrize("source", ["pytest.raises(error)", "pytest.warns((A, B), f)"])
+def test_an_error_of_any_message_is_found(source):
+    assert list(without_match(ast.parse(source))) == [1]
 
 
 def unused_programs():

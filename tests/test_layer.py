@@ -7,6 +7,7 @@ import tensorflow as tf
 
 import oracle
 import tf_center_loss_op as tcl
+from messages import with_words
 from tolerances import assert_close
 
 C, D, B = 4, 3, 6
@@ -162,11 +163,9 @@ def test_registered_name():
     ids=str,
 )
 def test_wrong_options(features, wrong):
-    with pytest.raises((ValueError, TypeError)) as caught:
+    words = with_words(*wrong, *wrong.values())
+    with pytest.raises((ValueError, TypeError), match=words):
         tcl.CenterLoss(**dict(num_classes=C) | wrong)(features, LABELS)
-    for name, value in wrong.items():
-        assert name in str(caught.value)
-        assert str(value) in str(caught.value)
 
 
 def test_wrong_labels(impl, features):

@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 
 import tf_center_loss_op as tcl
+from messages import about
 
 N, D, C = 30, 4, 6
 
@@ -132,8 +133,6 @@ def test_several_in_one_folder(tmp_path, data):
 )
 def test_wrong_arguments(tmp_path, data, wrong, error, words):
     arguments = dict(zip(["features", "labels", "centers"], data, strict=True)) | wrong
-    with pytest.raises(error) as caught:
+    with pytest.raises(error, match=about(*words)):
         tcl.plots.export_projector(tmp_path, **arguments)
-    message = str(caught.value)
-    assert message.startswith(words[0] + ":") and all(word in message for word in words)
     assert not (tmp_path / "projector_config.pbtxt").exists()

@@ -77,7 +77,13 @@ BATCHES, EPOCHS = 6, 3
 
 
 class Interruption(Exception):
-    pass
+    def __init__(self):
+        super().__init__("interrupted by the test")
+
+
+def interrupted():
+    """Expects that a training is interrupted."""
+    return pytest.raises(Interruption, match="interrupted by the test")
 
 
 class Interrupt(keras.callbacks.Callback):
@@ -149,7 +155,7 @@ def uninterrupted(steps_per_execution=1, policy="float32"):
 )
 def test_it_goes_on_from_any_batch(save_freq, steps, after, trained_before, tmp_path):
     whole, history = uninterrupted(steps)
-    with pytest.raises(Interruption):
+    with interrupted():
         fit(make_model(steps), tcl.training.AtomicBackup(tmp_path, save_freq), Interrupt(after))
     model, seen = make_model(steps), []
     count = keras.callbacks.LambdaCallback(
@@ -188,7 +194,7 @@ def test_a_backup_that_is_not_complete_is_never_loaded(moment, tmp_path, monkeyp
             raise Interruption
         rename(path, target)
 
-    with monkeypatch.context() as patch, pytest.raises(Interruption):
+    with monkeypatch.context() as patch, interrupted():
         target, name, replacement = {
             "half a file": (np, "save", half_a_file),
             "no state": (json, "dumps", no_state),
@@ -206,7 +212,7 @@ def test_mixed_precision_and_sixteen_bit_variables(tmp_path):
     policy = "bfloat16"
     whole, _ = uninterrupted(policy=policy)
     assert any(v.dtype == "bfloat16" for v in whole.variables)
-    with pytest.raises(Interruption):
+    with interrupted():
         fit(make_model(policy=policy), tcl.training.AtomicBackup(tmp_path), Interrupt(BATCHES + 1))
     model = make_model(policy=policy)
     fit(model, tcl.training.AtomicBackup(tmp_path))
@@ -234,7 +240,7 @@ def test_wrong_arguments(wrong):
 
 
 def test_without_backups_it_only_resumes(tmp_path):
-    with pytest.raises(Interruption):
+    with interrupted():
         fit(make_model(), tcl.training.AtomicBackup(tmp_path), Interrupt(BATCHES + 1))
     model = make_model()
     fit(model, tcl.training.AtomicBackup(tmp_path, save_freq=False, delete_checkpoint=False))
@@ -255,7 +261,7 @@ def damage(folder, how):
 @pytest.mark.parametrize("how", ["state", "truncated", "missing"])
 def test_a_damaged_backup(how, tmp_path):
     options = dict(double_checkpoint=True, delete_checkpoint=False)
-    with pytest.raises(Interruption):
+    with interrupted():
         fit(
             make_model(), tcl.training.AtomicBackup(tmp_path, **options), Interrupt(2 * BATCHES + 1)
         )
@@ -289,7 +295,7 @@ def test_killed_while_it_removes_the_backups(removed_before, tmp_path, monkeypat
             path.unlink()
         raise Interruption
 
-    with monkeypatch.context() as patch, pytest.raises(Interruption):
+    with monkeypatch.context() as patch, interrupted():
         patch.setattr(shutil, "rmtree", half)
         fit(make_model(), tcl.training.AtomicBackup(tmp_path))
     assert (tmp_path / str(removed_before + 1)).exists()

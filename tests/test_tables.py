@@ -184,7 +184,7 @@ def test_a_bad_file_changes_nothing(centers, name, words, tmp_path):
 
 
 def test_a_file_that_is_not_there(centers, tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="none.npy"):
         tcl.tables.load(centers, tmp_path / "none.npy")
 
 

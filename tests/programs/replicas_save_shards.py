@@ -57,7 +57,7 @@ with pytest.raises(ValueError, match="folder: expected a complete file"):
     again.load("saved")
 with pytest.raises(ValueError, match=r"folder: expected a table float32 \(3, 2\)"):
     tcl.distribute.ShardedCenters(3, 2).load("saved")
-with pytest.raises(FileNotFoundError):
+with pytest.raises(FileNotFoundError, match="nothing"):
     again.load("nothing")
 
 # A whole model in Keras's files.
