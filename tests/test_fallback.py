@@ -28,6 +28,16 @@ def copy_package(directory, broken=False):
     return copy
 
 
+def copy_as_if_built(directory, **record):
+    """A copy of the package whose build recorded something else."""
+    copy = copy_package(directory)
+    package = Path(tcl.__file__).parent
+    for library in package.glob("lib*.so"):
+        (copy / library.name).symlink_to(library)
+    changed = json.loads((package / "_build.json").read_text()) | record
+    (copy / "_build.json").write_text(json.dumps(changed))
+
+
 def run(directory, **options):
     result = json.loads(
         run_program("call_every_path", *ARGUMENTS, cwd=directory, paths=[directory], **options)
@@ -92,24 +102,31 @@ def test_nonsense_in_the_environment(tmp_path):
         assert word in last
 
 
-@pytest.mark.native
-@pytest.mark.parametrize("in_xla", [False, True])
-def test_centers_on_a_device_that_the_library_was_not_built_for(
-    native_library, monkeypatch, in_xla
-):
-    # Here no centers can lie on one: the choice alone is looked at.
-    from tf_center_loss_op import _native
+DEVICES = {kind: f"/device:{kind}:0" for kind in ("CPU", "GPU", "TPU")}
 
-    cpu, gpu, tpu = (f"/job:localhost/task:0/device:{kind}:0" for kind in ("CPU", "GPU", "TPU"))
-    with_cuda, without = _native._record() | {"cuda": ["90"]}, _native._record() | {"cuda": None}
-    monkeypatch.setattr(_native, "in_xla", lambda: in_xla)
-    for record, there, missing in ((with_cuda, [cpu, gpu, ""], [tpu]), (without, [cpu], [gpu])):
-        monkeypatch.setattr(_native, "_record", lambda record=record: record)
-        for device in there:
-            assert _native.choose("auto", device) == "native"
-        for device in missing:
-            _native._warn_once.cache_clear()
-            with pytest.warns(RuntimeWarning, match=f"the centers lie on {device}, and it was"):
-                assert _native.choose("auto", device) == "graph"
-            with pytest.raises(RuntimeError, match="'native' cannot run: the centers lie on"):
-                _native.choose("native", device)
+
+@pytest.mark.native
+@pytest.mark.parametrize("how", ["ops", "xla"])
+@pytest.mark.parametrize(
+    "cuda, kind, built_for_it",
+    [
+        (["90"], "CPU", True),
+        (["90"], "GPU", True),
+        (["90"], "TPU", False),
+        (None, "CPU", True),
+        (None, "GPU", False),
+    ],
+)
+def test_centers_on_a_device(native_library, tmp_path, how, cuda, kind, built_for_it):
+    copy_as_if_built(tmp_path, cuda=cuda)
+    device = DEVICES[kind]
+    out = run_program("choose_by_device", device, how, cwd=tmp_path, paths=[tmp_path])
+    result = json.loads(out)
+    if built_for_it:
+        assert result["auto"] == result["native"] == ["TclCenterLossStep"]
+        assert result["warnings"] == []
+        return
+    assert result["auto"] == []
+    (warning,) = result["warnings"]
+    assert f"the centers lie on {device}, and it was" in warning
+    assert "'native' cannot run: the centers lie on" in result["error"]

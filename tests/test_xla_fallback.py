@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
+import tf_center_loss_op as tcl
 from child import run_program
-from test_fallback import ARGUMENTS, EXPECTED, copy_package
+from test_fallback import ARGUMENTS, EXPECTED, copy_as_if_built, copy_package
 
 
 def run(directory):
@@ -20,8 +20,6 @@ def run(directory):
 @pytest.mark.native
 @pytest.mark.parametrize("broken", [False, True], ids=["missing", "broken"])
 def test_without_the_library_for_xla(native_library, tmp_path, broken):
-    import tf_center_loss_op as tcl
-
     copy = copy_package(tmp_path)
     library = copy / "libtf_center_loss_op.so"
     library.symlink_to(tcl.build_info()["library"])
@@ -43,8 +41,6 @@ def test_without_any_library(tmp_path):
 
 @pytest.mark.native
 def test_with_the_library_for_xla(native_library):
-    import tf_center_loss_op as tcl
-
     info = tcl.build_info()
     assert info["xla"] == (["CPU", "GPU"] if info["cuda"] else ["CPU"])
 
@@ -52,14 +48,8 @@ def test_with_the_library_for_xla(native_library):
 @pytest.mark.native
 @pytest.mark.parametrize("cuda", [["90"], None])
 @pytest.mark.parametrize("device", ["CPU", "GPU", "TPU"])
-def test_supports_jit_where_every_device_has_kernels(native_library, monkeypatch, cuda, device):
-    import tf_center_loss_op as tcl
-    from tf_center_loss_op import _native
-
-    record = _native._record() | {"cuda": cuda}
-    monkeypatch.setattr(_native, "_record", lambda: record)
-    cpu = tf.config.get_visible_devices()
-    devices = [*cpu, tf.config.PhysicalDevice(f"/physical_device:{device}:0", device)]
-    monkeypatch.setattr(tf.config, "get_visible_devices", lambda: devices)
+def test_supports_jit_where_every_device_has_kernels(native_library, tmp_path, cuda, device):
+    copy_as_if_built(tmp_path, cuda=cuda)
+    out = run_program("supports_jit", device, cwd=tmp_path, paths=[tmp_path])
     expected = device == "CPU" or (device == "GPU" and cuda is not None)
-    assert tcl.CenterLoss(2).supports_jit is expected
+    assert out == f"{expected}\n"
