@@ -1,5 +1,6 @@
 """Without a usable library: one warning that says why and what to do, and the same results."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -102,7 +103,17 @@ def test_nonsense_in_the_environment(tmp_path):
         assert word in last
 
 
-DEVICES = {kind: f"/device:{kind}:0" for kind in ("CPU", "GPU", "TPU")}
+@pytest.fixture(scope="module")
+def choices(tmp_path_factory):
+    """Function of what the build recorded and of how a step runs: what is chosen on each device."""
+
+    @functools.cache
+    def run_once(cuda, how):
+        directory = tmp_path_factory.mktemp("package")
+        copy_as_if_built(directory, cuda=cuda and [cuda])
+        return json.loads(run_program("choose_by_device", how, cwd=directory, paths=[directory]))
+
+    return run_once
 
 
 @pytest.mark.native
@@ -110,23 +121,20 @@ DEVICES = {kind: f"/device:{kind}:0" for kind in ("CPU", "GPU", "TPU")}
 @pytest.mark.parametrize(
     "cuda, kind, built_for_it",
     [
-        (["90"], "CPU", True),
-        (["90"], "GPU", True),
-        (["90"], "TPU", False),
+        ("90", "CPU", True),
+        ("90", "GPU", True),
+        ("90", "TPU", False),
         (None, "CPU", True),
         (None, "GPU", False),
     ],
 )
-def test_centers_on_a_device(native_library, tmp_path, how, cuda, kind, built_for_it):
-    copy_as_if_built(tmp_path, cuda=cuda)
-    device = DEVICES[kind]
-    out = run_program("choose_by_device", device, how, cwd=tmp_path, paths=[tmp_path])
-    result = json.loads(out)
+def test_centers_on_a_device(native_library, choices, how, cuda, kind, built_for_it):
+    result = choices(cuda, how)[kind]
     if built_for_it:
         assert result["auto"] == result["native"] == ["TclCenterLossStep"]
         assert result["warnings"] == []
         return
     assert result["auto"] == []
     (warning,) = result["warnings"]
-    assert f"the centers lie on {device}, and it was" in warning
+    assert f"the centers lie on /device:{kind}:0, and it was" in warning
     assert "'native' cannot run: the centers lie on" in result["error"]

@@ -45,11 +45,17 @@ def test_with_the_library_for_xla(native_library):
     assert info["xla"] == (["CPU", "GPU"] if info["cuda"] else ["CPU"])
 
 
+@pytest.fixture(scope="module", params=["90", None], ids=["cuda", "no cuda"])
+def as_if_built(request, tmp_path_factory):
+    """Whether the package was built for CUDA, and `supports_jit` with each kind of device."""
+    directory = tmp_path_factory.mktemp("package")
+    copy_as_if_built(directory, cuda=request.param and [request.param])
+    out = run_program("supports_jit", "CPU", "GPU", "TPU", cwd=directory, paths=[directory])
+    return request.param is not None, json.loads(out)
+
+
 @pytest.mark.native
-@pytest.mark.parametrize("cuda", [["90"], None])
-@pytest.mark.parametrize("device", ["CPU", "GPU", "TPU"])
-def test_supports_jit_where_every_device_has_kernels(native_library, tmp_path, cuda, device):
-    copy_as_if_built(tmp_path, cuda=cuda)
-    out = run_program("supports_jit", device, cwd=tmp_path, paths=[tmp_path])
-    expected = device == "CPU" or (device == "GPU" and cuda is not None)
-    assert out == f"{expected}\n"
+@pytest.mark.parametrize("kind", ["CPU", "GPU", "TPU"])
+def test_supports_jit_where_every_device_has_kernels(native_library, as_if_built, kind):
+    cuda, supports_jit = as_if_built
+    assert supports_jit[kind] is (kind == "CPU" or (kind == "GPU" and cuda))
