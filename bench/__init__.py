@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench` prints the table and draws it, `pytest bench` is the quick part."""
+"""Benchmarks: `python -m bench` prints and draws the results, `pytest bench` is the quick part."""

@@ -32,7 +32,7 @@ SWEPT = (
 
 
 def main():
-    """Runs what the command line asks for."""
+    """Runs the benchmarks that the command line selects."""
     arguments = parse()
     console = Console()
     console.width = max(console.width, 120)
@@ -52,7 +52,7 @@ def main():
             )
             console.print(report.table(cases[-1]))
         if swept:
-            # All tables at once, so that they are compared within a round.
+            # One call for all tables, so that each round times all of them.
             sweep = measurements(swept, SWEPT, extra, tables, arguments.rounds, status=status)
             console.print(report.sweep_table(sweep))
     figures = report.figures(cases, sweep)
@@ -69,40 +69,40 @@ def main():
 
 
 def parse():
-    """The command line's arguments."""
+    """Returns the arguments of the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--cases",
         nargs="*",
         metavar="PART",
         default=[""],
-        help="only cases whose name holds one of these, such as 1024x512 or power-law; "
-        "without a PART, none",
+        help="run only cases whose name contains one of these, such as 1024x512 or power-law; "
+        "without a PART, run no case",
     )
     parser.add_argument(
         "--rows",
         nargs="*",
         metavar="PART",
         default=[""],
-        help="only implementations whose key in bench/implementations.py holds one of these",
+        help="run only implementations whose key in bench/implementations.py contains one of these",
     )
     parser.add_argument(
         "--labels",
         metavar="N,N,...",
         default="10,1000,10000,100000,1000000,10000000",
-        help='numbers of labels for the cost against them; "" for none (default: %(default)s)',
+        help='numbers of labels for the label sweep; "" for none (default: %(default)s)',
     )
     parser.add_argument("--rounds", type=int, default=30, help="(default: %(default)s)")
-    parser.add_argument("--torch", metavar="PYTHON", help="a Python with PyTorch, timed beside")
+    parser.add_argument("--torch", metavar="PYTHON", help="also time PyTorch, in this Python")
     parser.add_argument(
         "--json",
         type=Path,
         default=Path(__file__).parent / "results" / "latest.json",
-        help="for the results; the plots go beside it (default: bench/results/latest.json)",
+        help="file for the results, next to the plots (default: bench/results/latest.json)",
     )
     now = datetime.datetime.now(datetime.timezone.utc)
     parser.add_argument(
-        "--date", default=f"{now:%Y-%m-%d %H:%M} UTC", help="for the results (default: now)"
+        "--date", default=f"{now:%Y-%m-%d %H:%M} UTC", help="stored with the results (default: now)"
     )
     arguments = parser.parse_args()
     arguments.cases = [

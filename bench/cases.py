@@ -1,6 +1,6 @@
-"""What is measured: sizes, batches of features and labels, the bytes that a step must move.
+"""The cases: sizes, batches of features and labels, and the bytes that a step must move.
 
-NumPy only, so that the PyTorch script makes the same inputs without TensorFlow.
+This module uses NumPy only, so that the PyTorch process creates the same inputs without TensorFlow.
 """
 
 import dataclasses
@@ -10,28 +10,29 @@ import numpy as np
 
 ALPHA = 0.5
 ZIPF_EXPONENT = 1.1
+# Result files contain these names of label distributions; `bench.report` has their titles.
 SCATTERED = "ten thousand labels"
 NEIGHBORS = "ten thousand neighboring labels"
 
 
 class Inputs(NamedTuple):
-    """The batches of a case and the rows of the table that they touch."""
+    """The batches of a case, and the rows of the table that they use."""
 
     features: np.ndarray  # [batches, B, D] float32
     labels: np.ndarray  # [batches, B] int64
-    rows: np.ndarray  # [R] every label that occurs, ascending
-    start: np.ndarray  # [R, D] float32: these rows before the first step; all others are zero
+    rows: np.ndarray  # [R] every label that occurs, in ascending order
+    start: np.ndarray  # [R, D] float32: initial values of these rows; all other rows are zero
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Sizes of one measurement; the same case gives the same inputs in every process."""
+    """The sizes of one measurement. Equal cases have equal inputs in every process."""
 
     batch: int
     dim: int
     classes: int
     labels: str = "uniform"  # or "power-law", "ten labels", "one label"
-    rotation: int = 2**26  # bytes of features gone through before a batch comes again
+    rotation: int = 2**26  # bytes of features between two uses of the same batch
 
     @property
     def name(self):
@@ -40,11 +41,11 @@ class Case:
 
     @property
     def batches(self):
-        """Enough that features, rows and so on do not stay in the last-level cache."""
+        """The number of batches: too many for the last-level cache to keep their data."""
         return max(16, self.rotation // (self.batch * self.dim * 4))
 
     def make(self):
-        """The inputs."""
+        """Returns the inputs."""
         rng = np.random.default_rng([self.batch, self.dim, self.classes])
         shape = (self.batches, self.batch)
         features = rng.standard_normal((*shape, self.dim), np.float32)
@@ -54,14 +55,16 @@ class Case:
 
 
 def bytes_moved(labels, dim, feature_bytes=4):
-    """What a step cannot avoid, mean of the batches: features read, each distinct center read and
-    written once, gradient written."""
+    """Returns the bytes that a step has to move, as the mean over the batches.
+
+    It reads the features, reads and writes each distinct center once, and writes the gradient.
+    """
     distinct = np.mean([len(np.unique(batch)) for batch in labels])
     return dim * ((feature_bytes + 4) * labels.shape[1] + 8 * distinct)
 
 
 def short(number):
-    """1000 -> 1k, 1000000 -> 1M."""
+    """Abbreviates round numbers: 1000 to 1k, 1000000 to 1M."""
     for unit, letter in ((10**6, "M"), (10**3, "k")):
         if number >= unit and number % unit == 0:
             return f"{number // unit}{letter}"
@@ -69,7 +72,7 @@ def short(number):
 
 
 def _power_law(rng, classes, shape):
-    """Zipf's law cut off at `classes`; which class is the k-th most frequent is random."""
+    """Draws from Zipf's law, truncated at `classes`, with a random class for each rank."""
     cumulative = np.cumsum(np.arange(1.0, classes + 1) ** -ZIPF_EXPONENT)
     rank = np.searchsorted(cumulative, rng.random(shape) * cumulative[-1])
     return rng.permutation(classes)[rank]
@@ -98,8 +101,10 @@ LABELS = {
     "one label": _few(1),
 }
 
-# The tutorial's sizes, whose ten rows are always in cache: its features need not be colder than a
-# layer that has just made them leaves them. A table that caches hold in part. One that none holds.
+# 1. The tutorial's sizes. Their ten rows are always in the cache. A small rotation suffices,
+#    because a preceding layer leaves its features in the cache, too.
+# 2. A table that the caches hold in part.
+# 3. Tables that no cache holds.
 CASES = [
     Case(64, 200, 10, rotation=2**22),
     Case(256, 512, 100_000),
@@ -112,11 +117,14 @@ CASES = [
 
 
 def label_sweep(numbers):
-    """The same batch against tables of so many labels. D = 64, so that 10 million are 2.6 GB.
+    """Returns cases of one batch size against tables of these numbers of labels.
 
-    Labels are drawn from the whole table, whose rows lie in ever fewer caches; from ten thousand of
-    them, as many rows as the table of ten thousand has, but on ever more pages; and from ten
-    thousand neighboring ones, so that nothing but the size of the table differs.
+    D = 64, so that a table of 10 million labels takes 2.6 GB. There are three series:
+
+    - Labels are drawn from the whole table. The caches hold a smaller share of a larger table.
+    - Ten thousand scattered labels are in use, as many rows as a table of ten thousand has,
+      but on more pages in a larger table.
+    - Ten thousand adjacent labels are in use, so that only the size of the table differs.
     """
     whole = [Case(1024, 64, classes, rotation=2**25) for classes in numbers]
     part = [case for case in whole if case.classes > 10_000]

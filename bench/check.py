@@ -1,4 +1,4 @@
-"""Holds an implementation against the tests' oracle, on every batch it will be timed on."""
+"""Compares an implementation with the tests' oracle, on every batch that it is timed on."""
 
 import importlib.util
 from pathlib import Path
@@ -8,17 +8,18 @@ import numpy as np
 
 from bench.cases import ALPHA
 
-# Of the largest element. float32 sums of some million squares, and hundreds of steps on one row.
+# Relative to the largest element. It allows for float32 sums of some million squares, and for
+# hundreds of steps on one row.
 TOLERANCE = 2e-5
 
 
 class Outcome(NamedTuple):
-    """The last batch's loss and gradient, None where not computed, and the rows after all steps."""
+    """Loss and gradient of the last batch, None if not computed, and the rows after all steps."""
 
     loss: np.ndarray | None
     gradient: np.ndarray | None
     rows: np.ndarray
-    others_moved: bool  # whether a neighbour of these rows, which no label names, has changed
+    others_moved: bool  # whether a row next to these rows, which no label names, has changed
 
     @classmethod
     def of(cls, loss, gradient, table, rows):
@@ -27,9 +28,9 @@ class Outcome(NamedTuple):
 
 
 def expected(inputs):
-    """What one step on each batch, in order, must give."""
+    """Returns the correct outcome of one step on each batch, in order."""
     oracle = from_tests("oracle")
-    # float64 is wide enough to judge float32, and twice as fast as what is wider.
+    # float64 is accurate enough to judge float32, and twice as fast as a wider type.
     options = dict(alpha=ALPHA, reduction="sum", precision=np.float64)
     rows = inputs.start.astype(np.float64)
     for features, labels in zip(inputs.features, inputs.labels, strict=True):
@@ -40,11 +41,11 @@ def expected(inputs):
 
 
 def validate(name, runner, batches, truth):
-    """Runs each batch once; raises AssertionError where the outcome is not the oracle's."""
+    """Runs each batch once; raises AssertionError if the outcome differs from the oracle's."""
     runner.reset()
     runner.run(batches)
     outcome = runner.outcome()
-    assert not outcome.others_moved, f"{name}: a row that no label names has changed"
+    assert not outcome.others_moved, f"{name}: a row has changed that no label names"
     for what in ("loss", "gradient", "rows"):
         actual, wanted = getattr(outcome, what), getattr(truth, what)
         if actual is not None:
@@ -53,7 +54,7 @@ def validate(name, runner, batches, truth):
 
 
 def from_tests(name):
-    """A module of its own from the file tests/NAME.py."""
+    """Loads the file tests/NAME.py as a separate module."""
     path = Path(__file__).parent.parent / "tests" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""Compiles rows.cc for this machine, once a process, and loads it."""
+"""Compiles rows.cc for this machine once per process, and loads it."""
 
 import ctypes
 import functools
@@ -15,7 +15,7 @@ _array, _size = ctypes.c_void_p, ctypes.c_int64
 
 @functools.cache
 def library():
-    """The functions `MoveRows` and `Copy`."""
+    """Returns the library with the functions `MoveRows` and `Copy`."""
     source = Path(__file__).with_name("rows.cc")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.so"
@@ -29,5 +29,5 @@ def library():
 
 
 def pointer(array):
-    """The array's memory as an argument; keeps the array alive."""
+    """Returns a pointer argument to the array's memory; the pointer keeps the array alive."""
     return array.ctypes.data_as(_array)

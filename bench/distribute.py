@@ -1,12 +1,13 @@
-"""What a step costs on several replicas: `python -m bench.distribute`.
+"""Measures the cost of a step on several replicas: `python -m bench.distribute`.
 
-Times a training step (loss, gradient to the features, step of the centers) under MirroredStrategy
-over logical CPU devices, against replicas, batch and D, with the table mirrored and sharded, and
-counts the bytes that each replica sends in it. Checked first: the loss is that of one replica on
-the concatenated batch. Each number of replicas runs in a process of its own.
+Times a training step (loss, gradient with respect to the features, step of the centers) under
+MirroredStrategy over logical CPU devices, against the number of replicas, batch and D, with the
+table mirrored and sharded. Counts the bytes that each replica sends in a step. Before timing,
+checks that the loss equals that of one replica on the concatenated batch. Each number of replicas
+runs in a separate process.
 
 `python -m bench.distribute --paper` calculates instead of measuring: memory, traffic and time of a
-sharded table too large for one device. `--paper` needs no GPU, its assumptions are arguments.
+sharded table that is too large for one device. It needs no GPU; its assumptions are arguments.
 """
 
 import argparse
@@ -33,17 +34,17 @@ LABEL_BYTES, FLOAT_BYTES = 8, 4
 
 
 def sent_by_gather(replicas, rows, row_bytes):
-    """Bytes that one replica sends when all give all others so many rows (ring algorithm)."""
+    """Returns the bytes that one replica sends in an all-gather of `rows` rows (ring algorithm)."""
     return (replicas - 1) * rows * row_bytes
 
 
 def sent_by_sum(replicas, rows, row_bytes):
-    """Bytes that one replica sends when `rows` rows of all are added up (ring algorithm)."""
+    """Returns the bytes that one replica sends in an all-reduce of `rows` rows (ring algorithm)."""
     return 2 * (replicas - 1) * rows * row_bytes // replicas
 
 
 def measure(replicas):
-    """The cases of so many replicas; in this process, which must not have used TensorFlow yet."""
+    """Yields the cases of this number of replicas; the process must not have used TensorFlow."""
     import tensorflow as tf
 
     import tf_center_loss_op as tcl
@@ -136,21 +137,21 @@ def measure(replicas):
 
 
 def paper(options):
-    """The rows of the calculation, one for each number of GPUs."""
+    """Yields the rows of the calculated table, one for each number of GPUs."""
     table = options.classes * options.dim * FLOAT_BYTES
     for gpus in options.gpus:
         batch = gpus * options.batch
         row = options.dim * options.feature_bytes
         gather = sent_by_gather(gpus, options.batch, row + LABEL_BYTES)
         back = sent_by_sum(gpus, batch, options.dim * FLOAT_BYTES)
-        # Beyond one machine the ring goes at the pace of its slowest link.
+        # A ring over several machines is as fast as its slowest link.
         inside = gpus <= options.gpus_per_machine
         link = (options.link_inside if inside else options.link_outside) * 1e9
-        # Each owner reads all features, writes a residual for all, and reads and writes the rows of
-        # its share of the batch.
+        # Each owner reads all features, writes a residual for each of them, and reads and writes
+        # the rows of its share of the batch.
         passes = batch * (row + 2 * options.dim * FLOAT_BYTES)
         passes += 2 * options.batch * options.dim * FLOAT_BYTES
-        # A ring of R takes R - 1 hops for a gather, 2 (R - 1) for a sum.
+        # A ring of R replicas takes R - 1 hops for an all-gather and 2 (R - 1) for an all-reduce.
         hops = 3 * (gpus - 1) * options.hop_us * 1e-6
         network, memory = (gather + back) / link, passes / (options.memory * 1e9)
         step = network + memory + hops
@@ -171,20 +172,20 @@ def paper(options):
 
 
 def assumptions(options):
-    """What is calculated, in words."""
+    """Returns the assumptions of the calculation, in words."""
     table = options.classes * options.dim * FLOAT_BYTES / 1e9
     return (
-        f"{options.classes:,} labels × {options.dim}: one copy is {table:g} GB. {options.batch} "
-        f"samples a GPU, features of {options.feature_bytes} bytes, {options.gpus_per_machine} "
-        f"GPUs a machine, {options.link_inside:g} GB/s a GPU and direction inside of it, "
-        f"{options.link_outside:g} GB/s outside, {options.memory:g} GB/s of memory, "
-        f"{options.hop_us:g} µs from one GPU to the next, {options.backbone_ms:g} ms for the rest "
-        "of a step."
+        f"{options.classes:,} labels × {options.dim}: one copy is {table:g} GB. Assumptions: "
+        f"{options.batch} samples per GPU; features of {options.feature_bytes} bytes; "
+        f"{options.gpus_per_machine} GPUs per machine; {options.link_inside:g} GB/s per GPU and "
+        f"direction inside a machine, {options.link_outside:g} GB/s between machines; "
+        f"{options.memory:g} GB/s of memory bandwidth; {options.hop_us:g} µs from one GPU to the "
+        f"next; {options.backbone_ms:g} ms for the rest of a step."
     )
 
 
 def limit(options):
-    """Where it stops scaling, in words."""
+    """Returns the limit of the scaling, in words."""
 
     def row_of(gpus):
         return next(paper(argparse.Namespace(**vars(options) | {"gpus": [gpus]})))
@@ -196,13 +197,13 @@ def limit(options):
     most = row["batch"] / row["step, ms"] / 1e3
     return (
         f"At {gpus:,} GPUs the center loss takes {row['step, ms']:.0f} ms, more than the other "
-        f"{options.backbone_ms:g} ms of a step. More than {most:.2g} million samples a second "
-        "pass on no number of GPUs: every replica sees the whole batch."
+        f"{options.backbone_ms:g} ms of a step. No number of GPUs processes more than {most:.2g} "
+        "million samples a second, because every replica processes the whole batch."
     )
 
 
 def markdown(rows):
-    """A table of dicts with the same keys."""
+    """Formats dicts with the same keys as a table in Markdown."""
     rows = list(rows)
     lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
     for row in rows:
@@ -217,7 +218,7 @@ def _cell(value):
 
 
 def measured(cases):
-    """The table of what was measured."""
+    """Yields the rows of the measured table."""
     pairs = {}
     for case in cases:
         key = tuple(case[name] for name in ("replicas", "batch", "dim", "labels"))
@@ -225,7 +226,7 @@ def measured(cases):
     for (replicas, batch, dim, labels), of in pairs.items():
         yield {
             "replicas": replicas,
-            "batch a replica": batch,
+            "batch per replica": batch,
             "D": dim,
             "labels": Text(labels),
             "empty step, µs": of["mirrored"]["empty_us"],
@@ -239,14 +240,14 @@ def measured(cases):
 
 
 class Text(str):
-    """A cell that is not a number."""
+    """A cell with text, which formats as it is."""
 
     def __format__(self, spec):
         return str(self)
 
 
 def main():
-    """Measures, or calculates."""
+    """Measures or calculates, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--replicas", type=int, nargs="+", default=list(REPLICAS))
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
@@ -255,14 +256,14 @@ def main():
     parser.add_argument("--classes", type=int, default=100_000_000)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 512])
-    parser.add_argument("--batch", type=int, default=256, help="samples a GPU")
+    parser.add_argument("--batch", type=int, default=256, help="samples per GPU")
     parser.add_argument("--feature-bytes", type=int, default=2, help="2: bfloat16")
     parser.add_argument("--gpus-per-machine", type=int, default=8)
-    parser.add_argument("--link-inside", type=float, default=300, help="GB/s a GPU and direction")
-    parser.add_argument("--link-outside", type=float, default=40, help="GB/s a GPU and direction")
+    parser.add_argument("--link-inside", type=float, default=300, help="GB/s per GPU and direction")
+    parser.add_argument("--link-outside", type=float, default=40, help="GB/s per GPU and direction")
     parser.add_argument("--memory", type=float, default=2500, help="GB/s of a GPU's memory")
-    parser.add_argument("--hop-us", type=float, default=3, help="from one GPU to the next")
-    parser.add_argument("--backbone-ms", type=float, default=100, help="the rest of a step")
+    parser.add_argument("--hop-us", type=float, default=3, help="µs from one GPU to the next")
+    parser.add_argument("--backbone-ms", type=float, default=100, help="ms for the rest of a step")
     options = parser.parse_args()
     if options.one:
         print(json.dumps(list(measure(options.one))))

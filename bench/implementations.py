@@ -1,7 +1,7 @@
-"""What is timed: one table of implementations, each a way to run steps over a workload's batches.
+"""The implementations that the benchmark times; each runs steps over a workload's batches.
 
-One step = the loss (sum form), its gradient with respect to the features with upstream gradient 1,
-and the step of the centers by the paper's rule.
+One step computes the loss (sum form), its gradient with respect to the features with upstream
+gradient 1, and the step of the centers by the paper's rule.
 """
 
 from collections.abc import Callable
@@ -19,17 +19,17 @@ from tf_center_loss_op import _kernels
 
 
 def fused(features, labels, centers):
-    """The native op."""
+    """The package's native op."""
     return _package(features, labels, centers, "native")
 
 
 def graph(features, labels, centers):
-    """The package's pure-TensorFlow path, with the contract's checks."""
+    """The package's path of plain TensorFlow ops, including all checks of the arguments."""
     return _package(features, labels, centers, "graph")
 
 
 def tutorial(features, labels, centers):
-    """The tutorial's function, op by op; nothing is checked."""
+    """The tutorial's function, op by op, without checks."""
     with tf.GradientTape() as tape:
         tape.watch(features)
         labels = tf.reshape(labels, [-1])
@@ -45,7 +45,7 @@ def tutorial(features, labels, centers):
 
 
 def tuned(features, labels, centers):
-    """The tutorial's function as someone would write it who counts the ops."""
+    """The tutorial's function, rewritten with as few ops as possible."""
     with tf.GradientTape() as tape:
         tape.watch(features)
         residual = features - tf.stop_gradient(tf.gather(centers, labels))
@@ -58,12 +58,12 @@ def tuned(features, labels, centers):
 
 
 def empty(features, labels, centers):
-    """Only picks the batch."""
+    """Takes the batch and computes nothing."""
     return tf.constant(0.0), features
 
 
 def eager(step):
-    """The step called op by op."""
+    """Calls the step eagerly, op by op."""
 
     def build(workload):
         centers = workload.table.variable
@@ -73,7 +73,7 @@ def eager(step):
 
 
 def function(step):
-    """The step as a `tf.function`, called from Python for each batch."""
+    """Makes the step a `tf.function`, called from Python for each batch."""
 
     def build(workload):
         centers = workload.table.variable
@@ -88,12 +88,12 @@ def function(step):
 
 
 def while_loop(step, jit_compile=None):
-    """The steps in a `tf.while_loop` within one `tf.function`, strictly one after the other.
+    """Runs the steps in a `tf.while_loop` within one `tf.function`, one after the other.
 
-    Picking a batch is a view, no copy; under XLA it is a copy, also in the empty loop, which what
-    is subtracted contains even where XLA has fused it into the step, to the op's disadvantage. The
-    loop carries the last gradient and the last labels, so
-    that nothing can be left out, in the empty loop neither.
+    Taking a batch creates a view. Under XLA it makes a copy, in the empty loop as well. XLA may
+    fuse this copy into a step of plain ops. The subtracted time still contains the copy, which
+    favors the plain ops over the fused op. The loop carries the last gradient and the last labels,
+    so that no work can be removed from it, not even in the empty loop.
     """
 
     def build(workload):
@@ -103,8 +103,8 @@ def while_loop(step, jit_compile=None):
         @tf.function(autograph=False, jit_compile=jit_compile)
         def loop(first, end):
             def body(i, loss, gradient, labels):
-                # An effect, in every loop: TensorFlow leaves parts out of a loop without any, which
-                # the empty one would be, and what is subtracted would be less than a loop takes.
+                # A side effect, in every loop. TensorFlow removes parts of a loop without one, so
+                # the empty loop would take less time than the overhead of the other loops.
                 if not jit_compile:
                     tf.timestamp()
                 features, labels = all_features[i % batches], all_labels[i % batches]
@@ -124,7 +124,7 @@ def while_loop(step, jit_compile=None):
 
 
 def bare_kernel(workload):
-    """The C++ kernel on arrays, through its Python binding."""
+    """Calls the C++ kernel on arrays, through its Python binding."""
     table = workload.table.array
 
     def step(k):
@@ -141,7 +141,7 @@ def bare_kernel(workload):
 
 
 def moved_rows(workload):
-    """The hand-written loop of rows.cc; labels are grouped before the clock runs."""
+    """Calls the hand-written loop of rows.cc; the labels are grouped before the clock starts."""
     move = compiled.library().MoveRows
     gradient = np.zeros(workload.feature_arrays[0].shape, np.float32)
 
@@ -163,7 +163,7 @@ def moved_rows(workload):
 
 
 def copied_bytes(workload):
-    """A copy that reads and writes as many bytes as a step must, cold memory to cold memory."""
+    """Copies as many bytes as a step must move, between buffers that are not in the cache."""
     copy = compiled.library().Copy
     source = np.asarray(memoryview(workload.features))
     target = np.asarray(memoryview(tf.zeros_like(workload.features)))
@@ -179,12 +179,12 @@ def copied_bytes(workload):
 
 
 class Implementation(NamedTuple):
-    """`build(workload)` gives `steps(first, count)`, see `bench.workload.Runner`."""
+    """`build(workload)` returns `steps(first, count)`, see `bench.workload.Runner`."""
 
     what: str
     how: str
     build: Callable
-    computes: bool = True  # something that the oracle can judge
+    computes: bool = True  # whether the oracle can validate it
 
 
 TRAININGS = {"native": "fused op", "graph": 'impl="graph"', None: "no center loss"}
@@ -202,14 +202,16 @@ IMPLEMENTATIONS = {
     "graph function": Implementation('impl="graph"', "tf.function", function(graph)),
     "graph eager": Implementation('impl="graph"', "eager", eager(graph)),
     "kernel": Implementation("bare kernel", "C++", bare_kernel),
-    "rows": Implementation("rows moved by hand", "C++", moved_rows),
+    "rows": Implementation("hand-written row loop", "C++", moved_rows),
     "copy": Implementation("copy of the same bytes", "C++", copied_bytes, computes=False),
     "empty loop": Implementation("empty loop", "tf.while_loop", while_loop(empty), computes=False),
     "fused xla": Implementation("fused op", "XLA loop", while_loop(fused, True)),
     "graph xla": Implementation('impl="graph"', "XLA loop", while_loop(graph, True)),
     **{
         f"{key} xla": Implementation(
-            f"counts by {key}", "XLA loop", while_loop(xla.with_counts(count), True)
+            f"TensorFlow ops, {xla.TITLES[key]}",
+            "XLA loop",
+            while_loop(xla.with_counts(count), True),
         )
         for key, count in xla.COUNTS.items()
     },

@@ -1,8 +1,8 @@
-"""What large memory pages do for a table: `python -m bench.large_pages`.
+"""Measures what large memory pages save: `python -m bench.large_pages`.
 
-Two tables of the same numbers, one on 2 MB pages and one on 4 KB pages, in one process; the bare
-kernel and the loop that moves rows by hand work on them in turns, in an order drawn anew in each
-round, so that what else the machine does strikes both alike. Linux, transparent huge pages set to
+One process holds two tables of the same numbers, one on 2 MB pages and one on 4 KB pages. The bare
+kernel and the hand-written row loop work on them in turns, in a new random order in each round, so
+that other processes disturb both tables alike. Needs Linux with transparent huge pages set to
 `madvise` or `always`.
 """
 
@@ -24,20 +24,21 @@ from rich.table import Table
 from bench import machine, measure
 from bench.cases import CASES, Case
 from bench.implementations import bare_kernel, moved_rows
+from bench.report import RENAMED
 
-WHAT = {"bare kernel": bare_kernel, "rows moved by hand": moved_rows}
+WHAT = {"bare kernel": bare_kernel, "hand-written row loop": moved_rows}
 ADVICE = {"large": mmap.MADV_HUGEPAGE, "small": mmap.MADV_NOHUGEPAGE}
 TABLES = [case for case in CASES if case.classes >= 10**6]
 TABLES += [Case(1024, 64, 10**7), Case(1024, 64, 10**7, "power-law")]
 
 
 class Workload:
-    """A case's batches and a table on pages of one kind."""
+    """A case's batches, and a table on pages of one kind."""
 
     def __init__(self, case, inputs, pages):
         self.case, self.batches = case, case.batches
         self.feature_arrays, self.label_arrays = list(inputs.features), list(inputs.labels)
-        # Two megabytes more, so that it can begin on a whole large page.
+        # Two megabytes more than needed, so that the table can start on a large page.
         size = 4 * case.classes * case.dim + 2**21
         self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._memory.madvise(ADVICE[pages])
@@ -49,20 +50,20 @@ class Workload:
         self.table.array[inputs.rows] = inputs.start
 
     def each_index(self, step):
-        """As `bench.workload.Workload.each_index`."""
+        """See `bench.workload.Workload.each_index`."""
         for k in range(self.batches):
             step(k)
         return step
 
 
 class Runner:
-    """Runs steps; the batches in turn."""
+    """Runs steps; takes the batches in turn."""
 
     def __init__(self, workload, step):
         self._step, self._batches, self._next = step, workload.batches, 0
 
     def run(self, count):
-        """Seconds of so many steps."""
+        """Returns the seconds of `count` steps."""
         start = time.perf_counter()
         for k in range(self._next, self._next + count):
             self._step(k % self._batches)
@@ -71,13 +72,13 @@ class Runner:
 
 
 def large_bytes():
-    """Bytes of this process on large pages."""
+    """Returns the bytes of this process on large pages."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
 
 
 def of_case(case, rounds):
-    """The measurement of one case, as it stands in the JSON file."""
+    """Returns the measurement of one case, as in the JSON file."""
     inputs, runners, before = case.make(), {}, large_bytes()
     for pages in ADVICE:
         workload = Workload(case, inputs, pages)
@@ -85,7 +86,7 @@ def of_case(case, rounds):
             runners[what, pages] = Runner(workload, build(workload))
     share = (large_bytes() - before) / (4 * case.classes * case.dim)
     if not 0.9 < share < 1.1:
-        raise SystemExit(f"expected one table of the two on large pages, got {share:.2f} tables")
+        raise SystemExit(f"expected one of the two tables on large pages, got {share:.2f}")
     seconds, cores_of_others = measure.seconds_per_step(runners, rounds, machine.Others())
     return {
         "name": case.name,
@@ -99,9 +100,9 @@ def of_case(case, rounds):
 
 
 def report(measurements):
-    """Median µs a step, and the time saved: median of the rounds, and their quartiles."""
-    out = Table(title="large pages against small ones, the rounds in pairs")
-    for name in ("case", "", "large µs", "small µs", "saved", "quartiles"):
+    """Returns the table: median µs per step, and the median and quartiles of the time saved."""
+    out = Table(title="large pages against small pages, compared within each round")
+    for name in ("case", "", "large pages, µs", "small pages, µs", "time saved", "quartiles"):
         out.add_column(name, justify="left" if name in ("case", "") else "right")
     for one in measurements:
         for what, seconds in one["seconds"].items():
@@ -109,7 +110,7 @@ def report(measurements):
             low, middle, high = 100 * np.quantile(1 - large / small, (0.25, 0.5, 0.75))
             out.add_row(
                 one["name"],
-                what,
+                RENAMED.get(what, what),
                 *(f"{1e6 * np.median(times):.0f}" for times in (large, small)),
                 f"{middle:.0f} %",
                 f"{low:.0f} to {high:.0f} %",

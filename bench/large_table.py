@@ -1,8 +1,8 @@
-"""The life of a large table and the memory it takes: `python -m bench.large_table`.
+"""Measures time and memory of operations on a large table: `python -m bench.large_table`.
 
-Creates, trains, saves, loads, checkpoints and restores a table, by default 10 million x 256
-float32, 10 GB, as a variable and in a Keras layer; prints the time of each stage and the peak of
-the process's memory within it. Needs disk space for two copies of the table.
+Creates, trains, saves, loads, checkpoints and restores a table as a variable and in a Keras layer,
+by default 10 million x 256 float32 (10 GB). Prints the time of each stage and the peak of the
+process's memory in it. Needs disk space for two copies of the table.
 """
 
 import argparse
@@ -28,7 +28,7 @@ BATCH = 1024
 
 
 def peak_of(stage):
-    """(seconds, peak resident bytes, resident bytes afterwards) of stage()."""
+    """Runs `stage()`; returns (seconds, peak resident bytes, resident bytes afterwards)."""
     Path("/proc/self/clear_refs").write_text("5")
     start = time.perf_counter()
     stage()
@@ -36,7 +36,7 @@ def peak_of(stage):
 
 
 def first_life(classes, dim, steps, folder):
-    """Makes, trains and saves a table; [(stage, seconds, peak, afterwards)]."""
+    """Creates, trains and saves a table; returns [(stage, seconds, peak, afterwards)]."""
     rng = np.random.default_rng(0)
     rows = tf.constant(rng.integers(0, classes, BATCH))
     features = tf.constant(rng.standard_normal((BATCH, dim), np.float32))
@@ -61,7 +61,7 @@ def first_life(classes, dim, steps, folder):
         before = tcl.tables.rows(rows, centers)
         centers.scatter_update(tf.IndexedSlices(tf.zeros_like(before), rows))
         tcl.tables.load(centers, f"{folder}/centers.npy")
-        assert np.array_equal(tcl.tables.rows(rows, centers), before), "other numbers"
+        assert np.array_equal(tcl.tables.rows(rows, centers), before), "the numbers have changed"
 
     def checkpoint():
         os.remove(f"{folder}/centers.npy")
@@ -76,17 +76,17 @@ def first_life(classes, dim, steps, folder):
     return [
         ("create, normal random numbers", *peak_of(create)),
         (f"{steps} steps of {BATCH} samples", *peak_of(train)),
-        ("save_centers", *peak_of(save)),
-        ("load_centers", *peak_of(load)),
+        ("tables.save", *peak_of(save)),
+        ("tables.load", *peak_of(load)),
         ("tf.train.Checkpoint.write", *peak_of(checkpoint)),
         ("a step after it", *peak_of(lambda: step(rows))),
-        ("clear_centers and tf.train.Checkpoint.read", *peak_of(restore)),
+        ("tables.clear and tf.train.Checkpoint.read", *peak_of(restore)),
         ("the first step after it", *peak_of(lambda: step(rows))),
     ]
 
 
 def second_life(classes, dim, steps, folder):
-    """Restores it in a new process and goes on."""
+    """Restores the table in a new process and continues."""
     rows = tf.constant(np.random.default_rng(0).integers(0, classes, BATCH))
     centers = tcl.tables.create(classes, dim)
 
@@ -99,12 +99,12 @@ def second_life(classes, dim, steps, folder):
 
     stages = [("new process: tf.train.Checkpoint.read", *peak_of(restore))]
     saved = np.load(f"{folder}/rows.npy")
-    assert np.array_equal(tcl.tables.rows(rows, centers), saved), "other numbers"
+    assert np.array_equal(tcl.tables.rows(rows, centers), saved), "the numbers have changed"
     return [*stages, (f"{steps} steps", *peak_of(train))]
 
 
 def life_in_a_layer(classes, dim, steps, folder):
-    """A model saved and loaded by Keras's own functions."""
+    """Saves and loads a model by Keras's own functions."""
     rows = np.random.default_rng(0).integers(0, classes, BATCH)
     model = kept = None
 
@@ -129,13 +129,13 @@ def life_in_a_layer(classes, dim, steps, folder):
 
     def read(load, path):
         load(f"{folder}/{path}")
-        assert np.array_equal(tcl.tables.rows(rows, table()), kept), "other numbers"
+        assert np.array_equal(tcl.tables.rows(rows, table()), kept), "the numbers have changed"
         os.remove(f"{folder}/{path}")
 
     def load_model(path):
         nonlocal model
         model = None
-        gc.collect()  # a model refers to itself
+        gc.collect()  # the old model holds references to itself
         model = keras.models.load_model(path)
 
     def load_weights(path):
@@ -156,13 +156,13 @@ LIVES = {"variable": (first_life, second_life), "layer": (life_in_a_layer,)}
 
 
 def main():
-    """Runs each life in a process of its own and prints the table."""
+    """Runs each sequence of stages in a separate process and prints the table."""
     parser = argparse.ArgumentParser(prog="python -m bench.large_table", description=__doc__)
     parser.add_argument("--classes", type=int, default=10**7)
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--folder", help="for the files (default: a temporary one)")
-    parser.add_argument("--of", choices=LIVES, help="only one of the two (default: both)")
+    parser.add_argument("--folder", help="folder for the files (default: a temporary folder)")
+    parser.add_argument("--of", choices=LIVES, help="run only one of the two (default: both)")
     arguments = parser.parse_args()
     sizes = arguments.classes, arguments.dim, arguments.steps
     out = Table(

@@ -1,4 +1,4 @@
-"""What the numbers were measured on, and what else went on meanwhile."""
+"""Describes the machine, and measures how busy other processes keep it."""
 
 import importlib.metadata
 import os
@@ -15,7 +15,7 @@ THREADS = len(os.sched_getaffinity(0))
 
 
 def describe():
-    """The machine and the versions."""
+    """Returns the machine and the versions."""
     huge_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     versions = ("tf_center_loss_op", "tensorflow", "numpy")
     return {
@@ -31,10 +31,10 @@ def describe():
 
 
 class Others:
-    """Calling it says how many cores were busy with other processes since the last call."""
+    """Returns, when called, how many cores other processes kept busy since the last call."""
 
     def __init__(self, *pids):
-        """`pids`: further processes that belong to this one."""
+        """`pids`: further processes whose time does not count as that of others."""
         self._processes = [psutil.Process(pid) for pid in (os.getpid(), *pids)]
         self._last = self._now()
 

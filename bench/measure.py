@@ -1,8 +1,8 @@
-"""The clock. NumPy only, so that the PyTorch script can use it.
+"""Times runners in turns. Uses NumPy only, so that the PyTorch process can import it.
 
-The machine may be busy with other things. So all runners take turns in short blocks, in an order
-drawn anew in every round, and are compared within the round: the median of the rounds' ratios is
-what the summary quotes. Rounds that others disturbed are run again, up to a limit.
+Other processes may disturb the machine. All runners therefore take turns in short blocks, in a new
+random order in every round, and are compared within a round: the summary shows the median of the
+rounds' ratios. Disturbed rounds are repeated, up to a limit.
 """
 
 import math
@@ -10,16 +10,15 @@ import time
 
 import numpy as np
 
-# Long enough to make the clock and the start of a block small beside it.
+# Long compared with the resolution of the clock and the start of a block.
 BLOCK_SECONDS = 0.03
 
-# Until the threads of the runner before have gone to sleep: OpenMP's spin for milliseconds after
-# their last step, on a core that the next one needs.
+# Long enough for the threads of the previous runner to go to sleep. OpenMP's threads spin for
+# milliseconds after their last step, on a core that the next runner needs.
 REST_SECONDS = 0.02
 
-# Cores that other processes kept busy during a round.
-QUIET = 0.1
-MOST_ROUNDS = 3  # times the rounds asked for
+QUIET = 0.1  # a round is quiet if other processes kept at most this many cores busy
+MOST_ROUNDS = 3  # limit of all rounds, as a multiple of the requested rounds
 
 
 def seconds_per_step(
@@ -30,11 +29,19 @@ def seconds_per_step(
     rest=REST_SECONDS,
     block=BLOCK_SECONDS,
 ):
-    """{key: [rounds] seconds a step} and [rounds] cores of others, in the `rounds` quietest rounds.
+    """Times the runners; returns the results of the `rounds` quietest rounds.
 
-    Runners have `run(count) -> seconds`. `disturbance()` says how many cores were busy for others
-    since it was called last; None: no round is run again. Turns begin after `rest` seconds and take
-    about `block` seconds.
+    Args:
+      runners: {key: an object with `run(count) -> seconds`}.
+      rounds: the number of rounds to return.
+      disturbance: returns the number of cores that other processes kept busy since its last call;
+        None: no round is repeated.
+      status: receives a line about the progress.
+      rest: seconds before each turn.
+      block: seconds that a turn takes, approximately.
+
+    Returns:
+      {key: [rounds] seconds per step}, and [rounds] cores that other processes kept busy.
     """
     rng = np.random.default_rng(0)
     counts = {key: _steps_per_block(runner, block) for key, runner in runners.items()}
@@ -42,14 +49,15 @@ def seconds_per_step(
     while len(turns) < rounds or (
         np.sum(np.array(cores) <= QUIET) < rounds and len(turns) < MOST_ROUNDS * rounds
     ):
-        status(f"round {len(turns) + 1}, {rounds} quiet ones wanted")
+        status(f"round {len(turns) + 1}, {rounds} quiet rounds wanted")
         if disturbance:
             disturbance()
         turn = {}
         for k in rng.permutation(len(keys)):
             key = keys[k]
             time.sleep(rest)
-            # Untimed: its own threads wake up, and caches hold the rows of the one before.
+            # Untimed steps wake up the runner's threads and replace the cached rows of the previous
+            # runner.
             runners[key].run(math.ceil(counts[key] / 10))
             turn[key] = runners[key].run(counts[key]) / counts[key]
         turns.append(turn)

@@ -1,8 +1,8 @@
-"""How much more memory a step takes: its results, its temporaries, what it keeps for the next one.
+"""Measures the extra memory of a step: results, temporaries, and buffers kept for the next step.
 
-Measured in a process of its own, by the kernel's high-water mark of resident memory (Linux; good to
-about 0.3 MB). Its allocator takes every block of a page or more from the system and gives it back
-at once: otherwise memory left over from earlier steps would hide what a step needs.
+A separate process measures it by the kernel's high-water mark of resident memory (Linux; accurate
+to about 0.3 MB). In this process the allocator takes every block of a page or more from the system
+and returns it at once. Otherwise memory left over from earlier steps would hide the need of a step.
 """
 
 import dataclasses
@@ -20,12 +20,15 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
 def extra_memory(build, forget, steps=3):
-    """Bytes: the peak while the runner that `build()` makes runs some steps, beyond what is left
-    when it is gone and `forget()` has been called."""
+    """Returns the extra memory of a runner's steps in bytes.
+
+    It is the peak while the runner that `build()` returns runs `steps` steps, minus the memory that
+    remains after the runner is deleted and `forget()` has been called.
+    """
     runner = build()
-    runner.run(1)  # tracing takes memory, too
+    runner.run(1)  # the first step traces, which also takes memory
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the high-water mark is what is resident now
+        file.write("5")  # sets the high-water mark to the current resident memory
     runner.run(steps)
     peak = status("VmHWM")
     del runner
@@ -35,8 +38,8 @@ def extra_memory(build, forget, steps=3):
 
 
 def of_cases(cases, keys, torch_python=None):
-    """{case: {key: bytes}}, from child processes."""
-    # Few batches: they take part in no step's memory.
+    """Returns {case: {key: bytes}}, measured in child processes."""
+    # Few batches suffice, because their number does not affect the memory of a step.
     small = [dataclasses.replace(case, rotation=0) for case in cases]
     request = {"cases": [dataclasses.asdict(case) for case in small], "keys": list(keys)}
     environment = os.environ | ALLOCATOR
@@ -55,7 +58,7 @@ def of_cases(cases, keys, torch_python=None):
 
 
 def main():
-    """The child: answers the request on its command line."""
+    """Runs the child process: answers the request on its command line."""
     from tensorflow.python.eager import context
 
     from bench.together import runner
@@ -67,14 +70,14 @@ def main():
         case = Case(**fields)
         workload = Workload(case, case.make(), tables.of([case])[case])
         builds = {key: functools.partial(runner, workload, key) for key in request["keys"]}
-        # The kernel cache keeps the kernels of eager ops, and with them what they keep.
+        # The kernel cache keeps the kernels of eager ops, and these keep their buffers.
         forget = context.context().clear_kernel_cache
         answer.append({key: extra_memory(build, forget) for key, build in builds.items()})
     print(json.dumps(answer))
 
 
 def status(field):
-    """A size of this process by its name in /proc, such as VmHWM (the peak), in bytes."""
+    """Returns a field of /proc/self/status in bytes, such as VmHWM (the peak)."""
     with open("/proc/self/status") as file:
         line = next(line for line in file if line.startswith(field))
     return int(line.split()[1]) * 1024

@@ -1,5 +1,8 @@
-"""What ptxas makes of the CUDA kernels: `python -m bench.ptxas` prints registers, spills, local and
-shared memory of each kernel on each architecture. Needs nvcc, no GPU."""
+"""Prints what the CUDA kernels use on each architecture: `python -m bench.ptxas`.
+
+The table has registers, spills, local memory and shared memory, as reported by ptxas. The program
+needs nvcc, but no GPU.
+"""
 
 import re
 import shutil
@@ -19,19 +22,19 @@ class Kernel(NamedTuple):
     name: str
     architecture: str
     registers: int
-    stack_frame: int  # local memory of a thread: arrays, and registers that were spilled
+    stack_frame: int  # local memory per thread: arrays and spilled registers
     spill_stores: int
     spill_loads: int
-    shared: int  # static; the dynamic part is the launcher's
+    shared: int  # static part; the launcher sets the dynamic part
 
 
 def nvcc():
-    """The CUDA compiler's path, or None."""
+    """Returns the path of the CUDA compiler, or None."""
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
 def compile_all(architectures=ARCHITECTURES):
-    """Compiles cuda/ for the architectures and, as PTX, for what comes after the last of them.
+    """Compiles cuda/ for the architectures and, as PTX, for architectures after the last one.
 
     Returns the kernels and the compiler's warnings.
     """
@@ -50,7 +53,7 @@ def compile_all(architectures=ARCHITECTURES):
 
 
 def parse(text):
-    """The kernels in ptxas's words."""
+    """Returns the kernels that ptxas reports in this text."""
     found = re.finditer(
         r"Compiling entry function '(?P<name>.*?)' for '(?P<architecture>sm_\d+)'"
         r".*?(?P<stack_frame>\d+) bytes stack frame, (?P<spill_stores>\d+) bytes spill stores,"
@@ -75,17 +78,17 @@ def parse(text):
 
 
 def short(name):
-    """HashStep<Half, 4, true>, without namespaces and parameters."""
+    """Removes namespaces and parameters from a name, which leaves `HashStep<Half, 4, true>`."""
     name = re.sub(r"tcl::(\(anonymous namespace\)::)?", "", name.removeprefix("void "))
     return name.split("(")[0]
 
 
 def table(kernels):
-    """Lines: a kernel each; a column for an architecture."""
+    """Yields the lines of the table: one row per kernel, one column per architecture."""
     architectures = sorted({kernel.architecture for kernel in kernels})
     names = sorted({kernel.name for kernel in kernels})
     of = {(kernel.name, kernel.architecture): kernel for kernel in kernels}
-    yield "registers a thread / bytes of spills / of local memory / of static shared memory"
+    yield "registers per thread / bytes of spills / of local memory / of static shared memory"
     yield f"{'':32}" + "".join(f"{architecture:>16}" for architecture in architectures)
     for name in names:
         cells = [of[name, architecture] for architecture in architectures]
@@ -98,7 +101,7 @@ def table(kernels):
 def main():
     """Prints the table."""
     if nvcc() is None:
-        sys.exit("no nvcc")
+        sys.exit("bench.ptxas: expected nvcc on the PATH or in /usr/local/cuda/bin, found none")
     kernels, warnings = compile_all()
     print(*warnings, *table(kernels), sep="\n")
 

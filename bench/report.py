@@ -1,8 +1,8 @@
-"""From times to the table, the summary and the plots.
+"""Makes the tables, the summary and the plots from the measured times.
 
-A measurement is a dict, as it stands in the JSON file: the case's name and sizes, "bytes" that a
-step must move, "surroundings", and "implementations": key -> {"what", "how", "seconds": a step's,
-one a round, "extra_memory": bytes}.
+A measurement is a dict, as in the JSON file. It holds the case's name and sizes, "bytes" that a
+step must move, "surroundings", and "implementations": key -> {"what", "how", "seconds" per step,
+one number per round, "extra_memory" in bytes}.
 """
 
 from typing import NamedTuple
@@ -12,8 +12,8 @@ from rich.table import Table
 
 from bench.cases import NEIGHBORS, SCATTERED
 
-EMPTIES = ("empty loop", "empty launch")  # what does nothing
-EMPTY_OF = {"tf.while_loop": "empty loop", "XLA loop": "empty xla"}  # how -> what is subtracted
+EMPTIES = ("empty loop", "empty launch")  # implementations that compute nothing
+EMPTY_OF = {"tf.while_loop": "empty loop", "XLA loop": "empty xla"}  # how -> key to subtract
 PLAIN_XLA = ("graph xla", "matrix xla", "table xla", "sorting xla")
 QUANTILES = (0.1, 0.5, 0.9)
 COLORS = {
@@ -21,33 +21,54 @@ COLORS = {
     "tutorial's ops": "tab:orange",
     "tuned TensorFlow ops": "tab:brown",
     'impl="graph"': "tab:red",
-    "PyTorch by hand": "tab:purple",
+    "hand-written PyTorch": "tab:purple",
     "bare kernel": "tab:green",
-    "rows moved by hand": "tab:olive",
+    "hand-written row loop": "tab:olive",
     "copy of the same bytes": "tab:gray",
-    "counts by matrix": "tab:pink",
-    "counts by table": "tab:cyan",
-    "counts by sorting": "darkcyan",
+    "TensorFlow ops, all-pairs counts": "tab:pink",
+    "TensorFlow ops, count array": "tab:cyan",
+    "TensorFlow ops, sorted counts": "darkcyan",
     "training, fused op": "navy",
     'training, impl="graph"': "darkred",
     "training, no center loss": "silver",
     "empty loop": "lightgray",
 }
+# Result files from before 2026-11-28 hold other names of some implementations.
+RENAMED = {
+    "rows moved by hand": "hand-written row loop",
+    "PyTorch by hand": "hand-written PyTorch",
+    "counts by matrix": "TensorFlow ops, all-pairs counts",
+    "counts by table": "TensorFlow ops, count array",
+    "counts by sorting": "TensorFlow ops, sorted counts",
+    "PyTorch, counts kept": "hand-written PyTorch, count array",
+    "torch.compile, table": "torch.compile, count array",
+    "torch.compile, pairs": "torch.compile, all-pairs counts",
+}
+LABELS = {
+    "uniform": "labels from the whole table",
+    SCATTERED: "10,000 scattered labels",
+    NEIGHBORS: "10,000 adjacent labels",
+}
+
+
+def title(implementation):
+    """Returns the name of an implementation for tables and plots."""
+    return RENAMED.get(implementation["what"], implementation["what"])
 
 
 def gross(measurement, key):
-    """Seconds a step, one a round."""
+    """Returns the seconds per step of each round."""
     return np.array(measurement["implementations"][key]["seconds"])
 
 
 def is_loop(measurement, key):
-    """Whether the row is a loop of steps, from which an empty loop is subtracted."""
+    """Returns whether the row is a loop of steps, from which an empty loop is subtracted."""
     implementation = measurement["implementations"][key]
     return implementation["how"] in EMPTY_OF and implementation["what"] not in EMPTIES
 
 
 def net(measurement, key):
-    """The same, in a loop less the empty loop of the same kind and round."""
+    """Returns the seconds per step; for a loop, minus those of the empty loop in the same round."""
     seconds = gross(measurement, key)
     if not is_loop(measurement, key):
         return seconds
@@ -55,18 +76,21 @@ def net(measurement, key):
 
 
 def ratio(above, below):
-    """Median of the ratios within a round; of the medians, where the rounds were not the same."""
+    """Returns the median of the ratios within a round.
+
+    If the rounds are not the same, returns the ratio of the medians.
+    """
     if len(above) != len(below):
         return float(np.median(above) / np.median(below))
     return float(np.median(above / below))
 
 
 def table(measurement):
-    """A row an implementation."""
+    """Returns the table of a case, with one row per implementation."""
     around = measurement["surroundings"]
     out = Table(
         title=f"{measurement['name']}: a step must move {measurement['bytes'] / 1e6:.3g} MB; "
-        f"rotating over {measurement['batches']} batches",
+        f"{measurement['batches']} batches in rotation",
         caption=f"load average {around['load']:.1f}; other processes kept "
         f"{around['cores_of_others']:.2f} cores busy",
     )
@@ -81,12 +105,12 @@ def table(measurement):
         bandwidth = measurement["bytes"] / np.median(net(measurement, key)) / 1e9
         share = ""
         step = implementation["what"] not in EMPTIES and not key.startswith("training")
-        # What a compiled program took is kept for the next one: it would all come to nothing.
+        # A compiled program keeps its memory for the next call, so that 0 would be shown.
         gives_back = step and key != "copy" and "XLA" not in implementation["how"]
         if "copy" in measurement["implementations"] and step:
             share = f"{100 * ratio(gross(measurement, 'copy'), net(measurement, key)):.0f}"
         out.add_row(
-            implementation["what"],
+            title(implementation),
             implementation["how"],
             f"{1e6 * np.median(gross(measurement, key)):.1f}",
             middle if is_loop(measurement, key) else "",
@@ -104,19 +128,19 @@ def _megabytes(size):
 
 
 def sweep_table(sweep):
-    """A row a number of labels."""
+    """Returns the table of the label sweep, with one row per number of labels."""
     keys = [key for key, row in sweep[0]["implementations"].items() if row["what"] not in EMPTIES]
     around = sweep[0]["surroundings"]
     out = Table(
         title=f"Cost against the number of labels, B = {sweep[0]['batch']}, D = {sweep[0]['dim']}: "
-        "median µs a step, loops net",
+        "median µs per step, loops minus the empty loop",
         caption=f"load average {around['load']:.1f}; other processes kept "
         f"{around['cores_of_others']:.2f} cores busy",
     )
-    out.add_column("labels", justify="right")
+    out.add_column("labels", no_wrap=True)
     for key in keys:
         implementation = sweep[0]["implementations"][key]
-        out.add_column(f"{implementation['what']}, {implementation['how']}", justify="right")
+        out.add_column(f"{title(implementation)}, {implementation['how']}", justify="right")
     out.add_column("fused op: extra MB", justify="right")
     for measurement in sweep:
         extra = measurement["implementations"]["fused loop"]["extra_memory"]
@@ -129,18 +153,18 @@ def sweep_table(sweep):
 
 
 def _drawn(measurement):
-    return "" if measurement["labels"] == "uniform" else f", {measurement['labels']} occur"
+    return "" if measurement["labels"] == "uniform" else f": {LABELS[measurement['labels']]}"
 
 
 class Figure(NamedTuple):
-    """A figure to reach, and what came out."""
+    """A target of the benchmark, and the measured value."""
 
     what: str
     where: str
     value: float
     at_least: float | None = None
     at_most: float | None = None
-    beside: str = ""  # what to compare it with
+    beside: str = ""  # other numbers for comparison
 
     @property
     def met(self):
@@ -150,18 +174,18 @@ class Figure(NamedTuple):
 
 
 def figures(cases, sweep):
-    """The figures to reach that these measurements can tell."""
+    """Returns the targets that these measurements can be compared with."""
     return [*_case_figures(cases), *_sweep_figures({(m["classes"], m["labels"]): m for m in sweep})]
 
 
 def summary(figures):
-    """A row a figure."""
-    out = Table(title="Figures to reach (medians; of ratios, within a round)")
+    """Returns the table of the targets."""
+    out = Table(title="Targets (medians; ratios are medians of the ratios within a round)")
     for name in ("what", "where", "target", "measured", "met"):
         out.add_column(name, justify="right" if name in ("target", "measured") else "left")
     beside = any(figure.beside for figure in figures)
     if beside:
-        out.add_column("beside")
+        out.add_column("for comparison")
     for figure in figures:
         least = figure.at_least is not None
         target = f"≥ {figure.at_least:g}" if least else f"≤ {figure.at_most:g}"
@@ -195,20 +219,27 @@ def _case_figures(cases):
         "fused op, net / bare kernel", "fused loop", "kernel", where=large, at_most=1.25
     )
     yield from compare(
-        "bare kernel / rows moved by hand", "kernel", "rows", where=large, at_most=1.2
+        "bare kernel / hand-written row loop", "kernel", "rows", where=large, at_most=1.2
     )
-    # Nothing is subtracted: PyTorch's loop is Python's.
+    # Nothing is subtracted, because PyTorch's loop is a Python loop.
     yield from compare(
-        "PyTorch / fused op, loop included", "torch", "fused loop", of=gross, at_least=1
+        "hand-written PyTorch / fused op, including its loop",
+        "torch",
+        "fused loop",
+        of=gross,
+        at_least=1,
     )
     for m in cases:
         if {"fused xla", *PLAIN_XLA} <= m["implementations"].keys():
             best = min(PLAIN_XLA, key=lambda key: np.median(net(m, key)))
             times = ratio(net(m, best), net(m, "fused xla"))
-            what = f"XLA: {m['implementations'][best]['what']} / fused op, net"
+            what = f"XLA: {title(m['implementations'][best])} / fused op, net"
             yield Figure(what, m["name"], times, at_least=2)
     yield from compare(
-        "training step with the op, XLA / not", "training native xla", "training native", at_most=1
+        "training step with the op, compiled by XLA / not compiled",
+        "training native xla",
+        "training native",
+        at_most=1,
     )
 
 
@@ -219,17 +250,17 @@ def _sweep_figures(sweep):
         ("the fused op under XLA, net", "fused xla", 10**6),
     ):
         where = f"{many:,} labels / {10**4:,} labels"
-        # Rows of a larger table miss the caches and the TLB more often, in any implementation.
-        # The op must not grow beyond the loop that only moves them.
+        # Rows of a larger table miss the caches and the TLB more often, in any implementation. The
+        # op's time must not grow more than that of the loop that only moves these rows.
         if few and (whole := sweep.get((many, "uniform"))):
             growth = {k: net(whole, k) / net(few, k) for k in (key, "rows")}
             value = ratio(growth[key], growth["rows"])
-            what_grows = f"growth of {what} / of rows moved by hand"
+            what_grows = f"growth of {what} / growth of the hand-written row loop"
             yield Figure(what_grows, where, value, at_most=1.25)
         for labels in SCATTERED, NEIGHBORS:
             if few and (part := sweep.get((many, labels))):
                 value = ratio(net(part, key), net(few, key))
-                yield Figure(f"growth of {what}, {labels} occur", where, value, at_most=1.15)
+                yield Figure(f"growth of {what}, {LABELS[labels]}", where, value, at_most=1.15)
     if few and (whole := sweep.get((10**7, "uniform"))):
         extra = [m["implementations"]["fused loop"]["extra_memory"] for m in (few, whole)]
         yield Figure(
@@ -241,7 +272,7 @@ def _sweep_figures(sweep):
 
 
 def pyplot():
-    """Matplotlib, which a machine that only measures need not have."""
+    """Imports Matplotlib, which a machine that only measures need not have installed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -251,7 +282,7 @@ def pyplot():
 
 
 def draw_cases(cases, path):
-    """A panel a case: medians and quantiles of each implementation."""
+    """Draws one panel per case: medians and quantiles of each implementation."""
     plt = pyplot()
     columns = min(len(cases), 2)
     rows = -(-len(cases) // columns)
@@ -262,15 +293,15 @@ def draw_cases(cases, path):
         keys = [k for k, row in m["implementations"].items() if row["what"] not in EMPTIES][::-1]
         low, middle, high = 1e6 * np.quantile([net(m, key) for key in keys], QUANTILES, axis=1)
         shown = [m["implementations"][key] for key in keys]
-        names = [f"{i['what']}, {i['how']}" for i in shown]
-        panel.barh(names, middle, color=[COLORS[i["what"]] for i in shown])
+        names = [f"{title(i)}, {i['how']}" for i in shown]
+        panel.barh(names, middle, color=[COLORS.get(title(i), "black") for i in shown])
         whiskers = np.maximum(0, [middle - low, high - middle])
         panel.errorbar(middle, names, xerr=whiskers, fmt="none", ecolor="black", elinewidth=1)
         for name, value in zip(names, middle, strict=True):
             panel.annotate(
                 f"{value:.3g}", (value, name), (4, 4), textcoords="offset points", fontsize=8
             )
-        panel.set(xscale="log", title=m["name"], xlabel="µs a step; loops net of an empty loop")
+        panel.set(xscale="log", title=m["name"], xlabel="µs per step; loops minus the empty loop")
         panel.grid(axis="x", alpha=0.3)
         panel.set_axisbelow(True)
     for panel in panels.flat[len(cases) :]:
@@ -280,7 +311,7 @@ def draw_cases(cases, path):
 
 
 def draw_sweep(sweep, path):
-    """Cost against the number of labels."""
+    """Draws the cost against the number of labels."""
     plt = pyplot()
     kinds = list(dict.fromkeys(m["labels"] for m in sweep))
     figure, panels = plt.subplots(
@@ -293,8 +324,8 @@ def draw_sweep(sweep, path):
             if implementation["what"] in EMPTIES:
                 continue
             low, middle, high = 1e6 * np.quantile([net(m, key) for m in shown], QUANTILES, axis=1)
-            color = COLORS[implementation["what"]]
-            name = f"{implementation['what']}, {implementation['how']}"
+            color = COLORS[title(implementation)]
+            name = f"{title(implementation)}, {implementation['how']}"
             style = "o--" if "XLA" in implementation["how"] else "o-"
             panel.plot(classes, middle, style, color=color, label=name)
             panel.fill_between(classes, low, high, color=color, alpha=0.2)
@@ -302,8 +333,9 @@ def draw_sweep(sweep, path):
             xscale="log",
             yscale="log",
             xlabel="labels (rows of the table)",
-            ylabel="µs a step, median, 10 % to 90 %",
-            title=f"{kind}; B = {sweep[0]['batch']}, D = {sweep[0]['dim']}; loops net",
+            ylabel="µs per step: median, 10 % to 90 %",
+            title=f"{LABELS[kind]}; B = {sweep[0]['batch']}, D = {sweep[0]['dim']}\n"
+            "times of loops are without the empty loop",
         )
         panel.grid(which="both", alpha=0.3)
     panels.flat[0].legend()

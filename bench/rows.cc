@@ -1,12 +1,13 @@
-// What the kernel is held against, written by hand and compiled by the benchmark for its machine:
-// the movement of the rows without everything that makes it a usable op (grouping, loss, checks),
-// and a copy. Both use OpenMP, as the bare kernel's Python binding does.
+// Two lower bounds for the kernel, which the benchmark compiles for its machine: the hand-written row
+// loop, which computes residuals and moves centers without grouping, loss and checks, and a copy.
+// Both use OpenMP, as the Python binding of the kernel does.
 
 #include <cstdint>
 #include <cstring>
 
-// Labels come grouped: group g, of class label[g], has the samples order[begin[g], begin[g + 1]).
-// Reads features [B, D], reads and writes each class's row of centers once, writes residual [B, D].
+// The caller has grouped the labels: group g of class label[g] holds the samples
+// order[begin[g], begin[g + 1]). Reads features [B, D], reads and writes the row of each class in
+// centers once, and writes residual [B, D].
 extern "C" void MoveRows(const float* features, const int64_t* label, const int64_t* begin,
                          const int64_t* order, int64_t groups, int64_t dim, float alpha,
                          float* centers, float* residual, int threads) {

@@ -1,4 +1,4 @@
-"""`pytest bench`: the quick cases through pytest-benchmark. `python -m bench` does the rest."""
+"""`pytest bench` runs the quick cases with pytest-benchmark; `python -m bench` runs all cases."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def runners(request, tables):
 
 @pytest.mark.parametrize("key", IMPLEMENTATIONS)
 def test_steps(benchmark, runners, key):
-    """20 steps, each on another batch."""
+    """Runs 20 steps, each on another batch."""
     case, runners = runners
     benchmark.group = f"{case.name}, {STEPS} steps"
     benchmark.pedantic(runners[key].run, args=(STEPS,), rounds=20, warmup_rounds=2)

@@ -1,4 +1,4 @@
-"""Sets implementations up on a case, validates them, and times them in turns."""
+"""Builds the implementations for a case, validates them, and times them in turns."""
 
 import os
 
@@ -9,12 +9,12 @@ from bench.workload import Runner, Workload
 
 
 def runner(workload, key):
-    """The implementation of that key, ready to run on the workload."""
+    """Returns a runner of the implementation with this key on the workload."""
     return Runner(workload, IMPLEMENTATIONS[key].build(workload))
 
 
 def prepare(case, table, keys, torch=None, status=lambda text: None):
-    """The case's workload and {key: runner}, each held against the oracle on every batch."""
+    """Returns the workload of a case and {key: runner}, validated by the oracle on every batch."""
     status(f"{case.name}: inputs and oracle")
     inputs = case.make()
     truth = check.expected(inputs)
@@ -30,12 +30,12 @@ def prepare(case, table, keys, torch=None, status=lambda text: None):
         torch.load(case)
         check.validate(f"{case.name}, PyTorch", torch, case.batches, truth)
         runners["torch"] = torch
-    workload.clear()  # the next case may have the same table
+    workload.clear()  # the next case may use the same table
     return workload, runners
 
 
 def measurements(cases, keys, extra_memory, tables, rounds, torch=None, status=lambda text: None):
-    """What `bench.report` takes, for cases whose implementations all take turns with each other."""
+    """Returns the measurements for `bench.report`; all implementations of all cases take turns."""
     workloads, runners = {}, {}
     for case, table in tables.of(cases).items():
         workloads[case], prepared = prepare(case, table, keys, torch, status)
@@ -55,7 +55,9 @@ def measurements(cases, keys, extra_memory, tables, rounds, torch=None, status=l
         workload.clear()
 
     def implementation(case, key):
-        what, how = ("PyTorch by hand", "eager") if key == "torch" else IMPLEMENTATIONS[key][:2]
+        what, how = (
+            ("hand-written PyTorch", "eager") if key == "torch" else IMPLEMENTATIONS[key][:2]
+        )
         return {
             "what": what,
             "how": how,

@@ -1,4 +1,4 @@
-"""PyTorch in a process of its own (torch_steps.py), as one more runner."""
+"""Runs PyTorch in a separate process (torch_steps.py), as one more runner."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from bench.check import Outcome
 
 
 class TorchProcess:
-    """`bench.workload.Runner`, at the other end of a pipe."""
+    """A `bench.workload.Runner` whose steps run at the other end of a pipe."""
 
     def __init__(self, python, environment=None):
         self._process = subprocess.Popen(
@@ -27,7 +27,7 @@ class TorchProcess:
         self.version = self._ask("version")
 
     def load(self, case):
-        """Makes the case's inputs there."""
+        """Creates the case's inputs in the PyTorch process."""
         self._ask("load", dataclasses.asdict(case))
 
     def reset(self):
@@ -35,11 +35,11 @@ class TorchProcess:
         self._ask("reset")
 
     def run(self, count):
-        """See `bench.workload.Runner`; the seconds are taken there, without the pipe."""
+        """See `bench.workload.Runner`; the other process times the steps, without the pipe."""
         return self._ask("run", count)
 
     def extra_memory(self, case):
-        """`bench.memory.extra_memory` there."""
+        """Runs `bench.memory.extra_memory` in the PyTorch process."""
         return self._ask("extra_memory", dataclasses.asdict(case))
 
     def outcome(self):
@@ -62,5 +62,6 @@ class TorchProcess:
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"PyTorch ended with status {self._process.wait()}, see above")
+            status = self._process.wait()
+            raise RuntimeError(f"the PyTorch process ended with status {status}, see above")
         return json.loads(answer)

@@ -1,10 +1,10 @@
-"""The same steps in hand-written PyTorch: index_select, unique, index_add_.
+"""The same step in hand-written PyTorch: index_select, unique, index_add_.
 
-    python -m bench --torch PYTHON    times it beside the others, in a process of that PYTHON
+    python -m bench --torch PYTHON    times it with the others, in a process of that PYTHON
     PYTHON -m bench.torch_steps       times it alone
 
-Needs torch and NumPy, no TensorFlow. Beside the others it gets commands on its standard input, one
-JSON array a line, and answers each with a line; between commands it sleeps.
+It needs torch and NumPy, but not TensorFlow. With the others, it reads commands from its standard
+input, one JSON array per line, and answers each command with one line. Between commands it sleeps.
 """
 
 import json
@@ -21,7 +21,7 @@ from bench.check import Outcome
 
 @torch.inference_mode()
 def step(features, labels, centers):
-    """Loss, gradient written by hand, and the step of the centers in place."""
+    """Returns the loss and the hand-written gradient, and updates the centers in place."""
     residual = features - centers.index_select(0, labels)
     loss = torch.dot(residual.view(-1), residual.view(-1)) / 2
     _, index, counts = torch.unique(labels, return_inverse=True, return_counts=True)
@@ -31,16 +31,16 @@ def step(features, labels, centers):
 
 
 class Runner:
-    """`bench.workload.Runner` for PyTorch, with a table of its own, kept from case to case."""
+    """A `bench.workload.Runner` for PyTorch. Its own table is kept from case to case."""
 
     def __init__(self):
         self._table = torch.empty(0)
 
     def load(self, case):
-        """Makes the case's inputs; the table's rows are zero where no label names them."""
+        """Creates the case's inputs; rows of the table that no label names are zero."""
         inputs = case.make()
         if self._table.shape != (case.classes, case.dim):
-            self._table = torch.empty(0)  # before the new one: there may be room for one only
+            self._table = torch.empty(0)  # releases the old table: there may be room for one only
             self._table = torch.empty(case.classes, case.dim)
         self._table.zero_()
         self._rows, self._start = inputs.rows, torch.tensor(inputs.start)
@@ -70,7 +70,7 @@ class Runner:
 
 
 def serve():
-    """Answers commands until the input ends."""
+    """Answers commands until the standard input ends."""
     runner = Runner()
     commands = {
         "version": lambda: torch.__version__,

@@ -1,4 +1,4 @@
-"""A whole training step: a small Keras model, softmax and center loss, Adam."""
+"""A whole training step of a small Keras model with softmax, center loss and Adam."""
 
 import keras
 import tensorflow as tf
@@ -10,7 +10,7 @@ HIDDEN, OUTPUTS, WEIGHT = 64, 10, 0.01  # hidden units, classes of the softmax, 
 
 
 def training(impl, jit_compile=None):
-    """The step as a `tf.function`, called from Python for each batch; impl None: no center loss."""
+    """Makes the step a `tf.function`, called for each batch; impl None: without center loss."""
 
     def build(workload):
         dim, centers = workload.case.dim, workload.table.variable

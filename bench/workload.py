@@ -1,7 +1,7 @@
-"""A case in TensorFlow's memory, shared by all implementations of this process.
+"""The arrays of a case in TensorFlow's memory, shared by all implementations of this process.
 
 The table and the batches exist once. Implementations outside TensorFlow work on NumPy views of the
-same memory, so that none is faster because its pages are of another kind.
+same memory, so that all implementations use pages of the same kind.
 """
 
 import ctypes
@@ -16,35 +16,36 @@ from bench.check import Outcome
 
 
 class Table:
-    """Zeros [C, D] as a variable and as an array over the same memory."""
+    """Zeros [C, D] as a variable, and as an array over the same memory."""
 
     def __init__(self, classes, dim):
         self.variable = tf.Variable(tf.zeros([classes, dim]), trainable=False)
-        # Only the address is kept: an array that held a reference would make the first step copy.
+        # Only the address is kept. An array that held a reference to the tensor would make the
+        # first step copy it.
         address = _view(self.variable.read_value()).ctypes.data
         numbers = (ctypes.c_float * (classes * dim)).from_address(address)
         self.array = np.ctypeslib.as_array(numbers).reshape(classes, dim)
 
 
 class Tables:
-    """The tables of centers, kept for as long as the cases that follow need them."""
+    """The tables of centers; a table is kept while the next cases need it."""
 
     def __init__(self):
         self._tables = {}
 
     def of(self, cases):
-        """{case: its table}; cases of the same sizes share one."""
+        """Returns {case: its table}; cases of the same sizes share a table."""
         wanted = {(case.classes, case.dim) for case in cases}
         for sizes in self._tables.keys() - wanted:
             del self._tables[sizes]
-        gc.collect()  # before the new ones: there may not be room for both
+        gc.collect()  # releases the old tables: there may not be room for both
         for sizes in wanted - self._tables.keys():
             self._tables[sizes] = Table(*sizes)
         return {case: self._tables[case.classes, case.dim] for case in cases}
 
 
 class Workload:
-    """A case's batches, as TensorFlow and NumPy see them, and a table to work on."""
+    """A case's batches as TensorFlow tensors and NumPy arrays, and a table."""
 
     def __init__(self, case, inputs, table):
         self.case, self.table = case, table
@@ -56,15 +57,15 @@ class Workload:
             list(_view(self.features)),
             list(_view(self.labels)),
         )
-        # A slice of whole batches is a view, too.
+        # A slice along the first dimension is a view, not a copy.
         self._slices = [(self.features[k], self.labels[k]) for k in range(self.batches)]
 
     def each_batch(self, step):
-        """`step(features, labels)` of tensors as an implementation's `steps`."""
+        """Makes `step(features, labels)` of tensors the `steps` of an implementation."""
         return self.each_index(lambda k: step(*self._slices[k]))
 
     def each_index(self, step):
-        """`step(k)` of the batch k as an implementation's `steps`."""
+        """Makes `step(k)` of batch k the `steps` of an implementation."""
 
         def steps(first, count):
             for k in range(first, first + count):
@@ -74,29 +75,32 @@ class Workload:
         return steps
 
     def reset(self):
-        """The table as it is before the first step."""
+        """Sets the table to its values before the first step."""
         self.table.array[self.rows] = self._start
 
     def clear(self):
-        """The table as the next workload wants to find it."""
+        """Sets the used rows to zero, as the next workload expects them."""
         self.table.array[self.rows] = 0
 
 
 class Runner:
-    """An implementation on a workload. `steps(first, count)` runs `count` steps from batch `first`
-    on and returns the last loss and gradient, each None where it is not computed."""
+    """An implementation on a workload.
+
+    `steps(first, count)` runs `count` steps from batch `first` on. It returns the last loss and
+    gradient, each None if it is not computed.
+    """
 
     def __init__(self, workload, steps):
         self._workload, self._steps = workload, steps
         self.reset()
 
     def reset(self):
-        """Back to the first batch, the rows at the start, and no result."""
+        """Returns to the first batch and the initial rows, and discards the last result."""
         self._workload.reset()
         self._next, self._last = 0, None
 
     def run(self, count):
-        """Runs so many steps and returns the seconds they took."""
+        """Runs `count` steps and returns the seconds that they took."""
         start = time.perf_counter()
         self._last = self._steps(self._next, count)
         seconds = time.perf_counter() - start
@@ -104,7 +108,7 @@ class Runner:
         return seconds
 
     def outcome(self):
-        """What the last step gave and what the table became."""
+        """Returns the results of the last step and the rows of the table."""
         loss, gradient = (None if a is None else np.asarray(a) for a in self._last)
         return Outcome.of(loss, gradient, self._workload.table.array, self._workload.rows)
 

@@ -1,8 +1,8 @@
-"""Plain TensorFlow for the same step that XLA can compile; nothing is checked.
+"""Plain TensorFlow ops for the same step that XLA can compile, without checks.
 
-The tutorial's `tf.unique_with_counts` is nothing that XLA can compile. What is left is to count the
-labels otherwise. (Adding up the steps by a product with a one-hot matrix instead of a scatter takes
-longer even with ten classes.)
+XLA cannot compile the tutorial's `tf.unique_with_counts`, so these variants count the labels in
+other ways. All of them add up the steps by a scatter: a product with a one-hot matrix takes longer
+even with ten classes.
 """
 
 import tensorflow as tf
@@ -11,7 +11,7 @@ from bench.cases import ALPHA
 
 
 def with_counts(count):
-    """The step, with `count(labels, classes)` saying how often the label of each sample occurs."""
+    """Returns the step. `count(labels, classes)` returns how often each sample's label occurs."""
 
     def step(features, labels, centers):
         with tf.GradientTape() as tape:
@@ -27,18 +27,18 @@ def with_counts(count):
 
 
 def by_matrix(labels, classes):
-    """By comparing all labels with all."""
+    """Counts by comparing all pairs of labels."""
     return tf.reduce_sum(tf.cast(labels[:, tf.newaxis] == labels, tf.float32), axis=1)
 
 
 def by_table(labels, classes):
-    """In an array of a number for each class."""
+    """Counts in an array of one number per class."""
     counts = tf.math.unsorted_segment_sum(tf.ones_like(labels, tf.float32), labels, classes)
     return tf.gather(counts, labels)
 
 
 def by_sorting(labels, classes):
-    """By sorting, and counting runs."""
+    """Counts by sorting the labels and measuring the runs."""
     order = tf.argsort(labels)
     ordered = tf.gather(labels, order)
     begins = tf.concat([[False], ordered[1:] != ordered[:-1]], 0)
@@ -48,3 +48,4 @@ def by_sorting(labels, classes):
 
 
 COUNTS = {"matrix": by_matrix, "table": by_table, "sorting": by_sorting}
+TITLES = {"matrix": "all-pairs counts", "table": "count array", "sorting": "sorted counts"}

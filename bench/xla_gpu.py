@@ -1,11 +1,13 @@
-"""Steps in a loop that XLA compiles for a GPU: the fused op and plain TensorFlow ops, each less a
-loop that only picks the batches.
+"""Times the fused op and plain TensorFlow ops in a loop that XLA compiles for a GPU.
+
+The time of an empty loop, which only takes the batches, is subtracted.
 
 python -m bench.xla_gpu results.json
 python -m bench.xla_gpu --device CPU:0 --batches 64 --classes 1000   checks this program
 
-The number of steps is a constant of the program: XLA then asks the device for nothing between them.
-`python -m bench.gpu` times the bare kernel. XLA_FLAGS decides what XLA puts into CUDA graphs.
+The number of steps is a constant of the program, so that XLA does not wait for the device between
+steps. `python -m bench.gpu` times the bare kernel. XLA_FLAGS selects what XLA puts into CUDA
+graphs.
 """
 
 import argparse
@@ -25,18 +27,18 @@ from bench.implementations import empty, fused, graph
 from bench.measure import seconds_per_step
 
 STEPS = {"fused": fused, "graph": graph, "empty": empty}
-LEAST_STEPS = 50  # in one call of a program
+LEAST_STEPS = 50  # per call of a program
 
 
 class Loop:
-    """A compiled loop of steps over an input's batches, as `measure` and `check` ask for."""
+    """A compiled loop of steps over the batches, a runner for `measure` and `check`."""
 
     def __init__(self, step, inputs, table, steps):
         self._inputs, self._table = inputs, table
         all_features, all_labels = tf.constant(inputs.features), tf.constant(inputs.labels)
 
-        # The loop carries the last gradient and labels, so that nothing can be left out of it; the
-        # empty loop has the same copies.
+        # The loop carries the last gradient and labels, so that XLA cannot remove any work. The
+        # empty loop makes the same copies.
         def body(i, loss, gradient, labels):
             k = i % len(inputs.labels)
             loss, gradient = step(all_features[k], all_labels[k], table)
@@ -70,7 +72,7 @@ class Loop:
 
 
 def times(case, rounds):
-    """{key: [rounds] seconds a step}, of steps that are held against the oracle first."""
+    """Validates the steps by the oracle; returns {key: [rounds] seconds per step}."""
     inputs, batches = case.make(), case.batches
     table = tf.Variable(tf.zeros([case.classes, case.dim]), trainable=False)
     truth = check.expected(inputs)
@@ -82,7 +84,7 @@ def times(case, rounds):
 
 
 def row(case, seconds):
-    """Medians in microseconds, the two implementations less the empty loop of the same round."""
+    """Returns medians in µs; the two implementations without the empty loop of the same round."""
     net = {key: (seconds[key] - seconds["empty"]) * 1e6 for key in ("fused", "graph")}
     return {
         "case": case.name,
@@ -95,20 +97,21 @@ def row(case, seconds):
 
 
 def main():
+    """Times the cases of the command line, prints them, and writes the JSON file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("path", nargs="?", type=Path, help="JSON is written here")
+    parser.add_argument("path", nargs="?", type=Path, help="JSON file for the results")
     parser.add_argument("--device", default="GPU:0")
     parser.add_argument("--batches", type=int, nargs="+", default=[256, 4096, 65536])
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--classes", type=int, default=10**6)
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--rotation", type=int, default=2**27, help="bytes of features in turns")
+    parser.add_argument("--rotation", type=int, default=2**27, help="bytes of features in rotation")
     given = parser.parse_args()
     gpus = tf.config.list_physical_devices("GPU")
     if "GPU" in given.device and not gpus:
-        parser.error(f"--device: expected one that TensorFlow finds, got {given.device}")
+        parser.error(f"--device: expected a device that TensorFlow finds, got {given.device}")
 
     result = {
         "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
@@ -119,7 +122,7 @@ def main():
         "cuda": tcl.build_info()["cuda"],
         "rows": [],
     }
-    print(f"{'B×D×C':>16} {'fused op':>10} {'graph':>10} {'empty loop':>10}  µs a step, net")
+    print(f"{'B×D×C':>16} {'fused op':>10} {'graph':>10} {'empty loop':>10}  µs per step, net")
     with tf.device(given.device):
         for batch in given.batches:
             case = GpuCase(batch, given.dim, given.classes, rotation=given.rotation)
@@ -127,7 +130,7 @@ def main():
             numbers = (f"{one[key]:10.2f}" for key in ("fused_us", "graph_us", "empty_us"))
             ratio = one["graph_over_fused"]
             print(f"{case.name:>16} {' '.join(numbers)}  graph / fused {ratio}", flush=True)
-            if given.path:  # after each row: a run that is cut off leaves what it has
+            if given.path:  # after each row, so that an interrupted run leaves its rows
                 given.path.write_text(json.dumps(result, indent=1, default=str) + "\n")
 
 

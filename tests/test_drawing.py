@@ -107,4 +107,4 @@ def test_wrong_arguments():
 def test_without_matplotlib(tmp_path):
     # Everything else works without it, and the error says what to install.
     out = run_program("plot_without_matplotlib", cwd=tmp_path)
-    assert out == "draw_embeddings needs matplotlib: pip install matplotlib\n"
+    assert out == "plots.embeddings needs matplotlib: pip install matplotlib\n"

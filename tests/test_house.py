@@ -8,6 +8,8 @@ import pytest
 
 from child import PROGRAMS, TESTS
 
+# Their sources are arguments of checks, not programs.
+SOURCES = {"test_house.py", "test_private_apis.py"}
 FILES = sorted([*TESTS.glob("*.py"), *(TESTS / "gpu").glob("*.py"), *PROGRAMS.glob("*.py")])
 
 
@@ -41,7 +43,8 @@ def program_texts(tree):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(TESTS)))
 def test_no_program_in_a_string(file):
-    assert [f"{file.name}:{line}" for line in program_texts(parsed(file))] == []
+    found = [f"{file.name}:{line}" for line in program_texts(parsed(file))]
+    assert found == [] or file.name in SOURCES
 
 
 @pytest.mark.parametrize(

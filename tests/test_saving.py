@@ -11,7 +11,7 @@ import tensorflow as tf
 
 import tf_center_loss_op as tcl
 from child import run_program
-from tf_center_loss_op import tables
+from tf_center_loss_op.tables import blocks
 
 C, D, WIDTH = 12, 7, 5
 
@@ -132,7 +132,7 @@ def test_configuration_survives_in_the_file(impl, data, tmp_path):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several blocks, the last one shorter."""
-    monkeypatch.setattr(tables, "BLOCK_BYTES", 5 * D * 4)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 5 * D * 4)
 
 
 WARM_UP = keras.optimizers.schedules.PolynomialDecay(0.1, 10, 0.5)

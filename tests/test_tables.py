@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -10,7 +11,7 @@ import tensorflow as tf
 
 import tf_center_loss_op as tcl
 from child import run_program
-from tf_center_loss_op import tables
+from tf_center_loss_op.tables import blocks
 
 C, D = 37, 5
 
@@ -18,7 +19,7 @@ C, D = 37, 5
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several blocks, the last one shorter."""
-    monkeypatch.setattr(tables, "BLOCK_BYTES", 10 * D * 4)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 10 * D * 4)
 
 
 @pytest.fixture
@@ -59,18 +60,30 @@ def test_a_table_that_no_memory_holds_is_an_early_error(initializer, make):
             layer.build((None, 256))
 
 
-def test_what_counts_as_room(tmp_path, monkeypatch):
-    # Zeros may stay smaller than their size, numbers may not; a container may have less.
-    path = {name: tmp_path / name for name in ("meminfo", "limit")}
-    path["meminfo"].write_text(
-        "MemTotal: 8 kB\nMemAvailable: 3 kB\nSwapTotal: 1 kB\nSwapFree: 1 kB"
-    )
-    monkeypatch.setattr(tables, "Path", lambda name: path.get(name.split("/")[-1], path["limit"]))
-    assert tables._room(("MemTotal", "SwapTotal")) == 9 * 1024
-    assert tables._room(tables._AVAILABLE) == 4 * 1024
-    for limit, room in (("max", 9 * 1024), ("5000", 5000)):
-        path["limit"].write_text(limit + "\n")
-        assert tables._room(("MemTotal", "SwapTotal")) == room
+@pytest.mark.parametrize(
+    "initializer, limit, rows",
+    [
+        # Zeros take memory where they are written, so all memory counts.
+        ("zeros", "max", 9 * 256),
+        # Numbers take it at once, so free memory counts.
+        (tcl.tables.RandomNormal(), "max", 4 * 256),
+        # A container may have less.
+        ("zeros", "5000", 1250),
+    ],
+    ids=["zeros", "numbers", "container"],
+)
+def test_what_counts_as_room(monkeypatch, initializer, limit, rows):
+    files = {
+        "meminfo": "MemTotal: 8 kB\nMemAvailable: 3 kB\nSwapTotal: 1 kB\nSwapFree: 1 kB",
+        "memory.max": limit,
+        "memory.limit_in_bytes": limit,
+    }
+    read, exists = Path.read_text, Path.exists
+    monkeypatch.setattr(Path, "read_text", lambda path: files.get(path.name) or read(path))
+    monkeypatch.setattr(Path, "exists", lambda path: path.name in files or exists(path))
+    assert tcl.tables.create(rows, 1, initializer=initializer).shape == (rows, 1)
+    with pytest.raises(MemoryError, match=f"got {rows + 1} x 1 float32"):
+        tcl.tables.create(rows + 1, 1, initializer=initializer)
 
 
 @pytest.mark.parametrize("wrap", [lambda v: v, lambda v: keras.Variable(v)])

@@ -1,32 +1,16 @@
-"""The functions `center_loss` and `update_centers`: one check, one dispatch."""
+"""The functions `center_loss` and `update_centers`: check the arguments, dispatch, compute."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
-from tf_center_loss_op import _arguments, _graph_impl, _native, _native_impl, distribute
-from tf_center_loss_op.distribute import ShardedCenters
-
-_IMPLEMENTATIONS = {"native": _native_impl, "graph": _graph_impl}
-
-
-def implementation(impl, centers):
-    """The module that computes what `impl` asks for, on these (checked) centers."""
-    chosen = _IMPLEMENTATIONS[_native.choose(impl, getattr(centers, "device", None) or "")]
-    if isinstance(centers, distribute.ShardedCenters):
-        return distribute.Sharded(chosen)
-    if impl == "native" and isinstance(centers, _arguments.PartitionedCenters):
-        raise RuntimeError(
-            "impl: 'native' cannot run on centers that a partitioner has split over several "
-            "variables; expected 'auto' or 'graph'"
-        )
-    # There is no one variable for the op to write to.
-    if isinstance(centers, _arguments.TableLike):
-        return _graph_impl
-    return distribute.Replicated(chosen) if distribute.replicas() > 1 else chosen
+from tf_center_loss_op._core import arguments
+from tf_center_loss_op._core.dispatch import implementation
+from tf_center_loss_op.distribute.sharded import ShardedCenters
+from tf_center_loss_op.distribute.strategies import require_supported_strategy
 
 
 def center_loss(
@@ -45,14 +29,14 @@ def center_loss(
 ) -> tf.Tensor:
     """The center loss of a batch; moves the centers of its classes by one step, in place.
 
-    Equals, with distinct labels and the default arguments, but in one pass over the batch, for
-    any labels, and at a cost that does not depend on the number of classes:
+    Equals, with distinct labels and the default arguments:
 
         d = features - tf.gather(centers, labels)
         loss = tf.nn.l2_loss(d) / B
         centers.scatter_add(tf.IndexedSlices(alpha / (1 + 1) * d, labels))
 
-    In general, with d_i = x_i - c_{y_i} from the centers as they were before the step:
+    but in one pass over the batch, for any labels, at a cost that does not depend on the number of
+    classes. In general, with d_i = x_i - c_{y_i} from the centers as they were before the step:
 
         loss_i = sample_weight_i * ||d_i||^2 / 2
         d loss / d x_i = upstream * sample_weight_i * d_i   (/ N for reduction "mean")
@@ -63,8 +47,8 @@ def center_loss(
     gradient, so that a loss-scaling optimizer sees it, but never moves a center.
 
     Args:
-      features: float32, float64, float16 or bfloat16 ``[..., D]``. 16-bit features are computed
-        with in float32 and rounded once, at the end.
+      features: float32, float64, float16 or bfloat16 ``[..., D]``. With 16-bit features all
+        arithmetic is float32; the gradient is rounded once, at the end.
       labels: int32 or int64 ``[...]``, each in ``[0, C)`` or ``ignore_class``; or one-hot or
         probability rows ``[..., C]`` of any numeric type, of which the argmax is the label.
       centers: ``tf.Variable`` (a resource variable) or ``keras.Variable`` ``[C, D]``; float64 for
@@ -79,7 +63,7 @@ def center_loss(
         and gradient, not the step of the centers. No gradient flows to them.
       ignore_class: samples with this label have loss 0, count nowhere and move nothing.
       update_centers: with False nothing is written, and the loss has a gradient to the centers
-        too (``tf.IndexedSlices``), for those who train them with an optimizer.
+        too (``tf.IndexedSlices``), so that an optimizer can train them.
       impl: ``"native"`` the fused op, ``"graph"`` plain TensorFlow ops, ``"auto"`` the fused op
         where it is available; the environment variable ``TF_CENTER_LOSS_IMPL`` changes what
         "auto" means.
@@ -128,7 +112,7 @@ def center_loss(
 
 
 class Result(NamedTuple):
-    """What a call computed, and the batch as the implementation saw it."""
+    """The results of a call, and its batch as it was computed with."""
 
     loss: tf.Tensor
     squared_distance: tf.Tensor  # [B] ||x_i - c_{y_i}||^2, without a gradient
@@ -137,16 +121,22 @@ class Result(NamedTuple):
 
 
 def loss_and_squared_distance(
-    features, labels, centers, *, loss_weight, impl, name=None, **options
-):
-    """`center_loss` times loss_weight, which the fused op multiplies in on its way, and more."""
-    distribute.require_supported_strategy()
+    features: Any,
+    labels: Any,
+    centers: Any,
+    *,
+    loss_weight: Any,
+    impl: str,
+    name: str | None = None,
+    **options: Any,
+) -> Result:
+    """`center_loss` times loss_weight, by which the fused op multiplies, and the distances."""
+    require_supported_strategy()
     with tf.name_scope(name or "center_loss"):
-        a = _arguments.check(features, labels, centers, loss_weight=loss_weight, **options)
+        a = arguments.check(features, labels, centers, loss_weight=loss_weight, **options)
         if a.update_centers:
-            _arguments.require_no_recomputation()
-        run = implementation(impl, a.centers)
-        loss, squared_distance = run.center_loss(a)
+            arguments.require_no_recomputation()
+        loss, squared_distance = implementation(impl, a.centers).center_loss(a)
         if a.reduction == "none" and a.loss_shape is not None:
             loss = tf.reshape(loss, a.loss_shape)
         return Result(loss, tf.stop_gradient(squared_distance), a.features, a.labels)
@@ -165,11 +155,12 @@ def update_centers(
 ) -> None:
     """The step of `center_loss` alone: moves the centers of the batch's classes once, in place.
 
-    For training loops that compute the loss with ``update_centers=False``, perhaps more than once
-    a step (gradient accumulation, gradient checkpointing), and move the centers when they choose:
+    For training loops that compute the loss with ``update_centers=False``, once or several times a
+    step (gradient accumulation, gradient checkpointing), and move the centers later. Equals, with
+    distinct labels and the default arguments:
 
         residual = features - tf.gather(centers, labels)
-        centers.scatter_add(tf.IndexedSlices(alpha / (1 + 1) * residual, labels))  # distinct labels
+        centers.scatter_add(tf.IndexedSlices(alpha / (1 + 1) * residual, labels))
 
     Args:
       features: as in `center_loss`.
@@ -199,14 +190,13 @@ def update_centers(
 
     Source: Wen et al., ECCV 2016, equation 4.
     """
-    distribute.require_supported_strategy()
+    require_supported_strategy()
     with tf.name_scope(name or "update_centers"):
-        a = _arguments.check(
+        a = arguments.check(
             features, labels, centers, alpha=alpha, rule=rule, ignore_class=ignore_class
         )
-        _arguments.require_no_recomputation()
-        run = implementation(impl, a.centers)
-        step = run.update_centers(a)
+        arguments.require_no_recomputation()
+        step = implementation(impl, a.centers).update_centers(a)
         in_program_order = (
             tf.executing_eagerly() or tf.compat.v1.get_default_graph().building_function
         )

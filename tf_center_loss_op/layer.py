@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import collections
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import tensorflow as tf
 from keras.optimizers.schedules import LearningRateSchedule
-from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
-from tf_center_loss_op import _arguments, _native, distribute, tables
+from tf_center_loss_op._core import arguments, native, private_apis, variables
+from tf_center_loss_op.distribute.exchange import loss_for_keras
+from tf_center_loss_op.distribute.sharded import ShardedCenters
+from tf_center_loss_op.distribute.strategies import require_supported_strategy
 from tf_center_loss_op.functional import loss_and_squared_distance, update_centers
+from tf_center_loss_op.tables import h5
+from tf_center_loss_op.tables.memory import in_place
 
-UPDATES = ("forward", "manual")
-
-# Training calls in eager mode that a layer with deferred_update=True keeps for its update_centers().
-MOST_PENDING = 1024
+# In eager mode a layer with deferred_update=True keeps this number of training calls at most.
+MOST_DEFERRED = 1024
 
 
 @keras.saving.register_keras_serializable(package="tf_center_loss_op")
-class CenterLoss(keras.layers.Layer):
-    """Adds ``loss_weight`` times the center loss of its inputs; passes the features on unchanged.
+class CenterLoss(private_apis.LossesByReplica, keras.layers.Layer):
+    """Adds ``loss_weight`` times the center loss of its inputs; returns the features unchanged.
 
     Equals, in ``call``:
 
@@ -34,35 +37,36 @@ class CenterLoss(keras.layers.Layer):
 
     Args:
       num_classes: C, the number of classes.
-      loss_weight: lambda, the factor of the loss (equation 5 of the paper), >= 0: a number, a scalar
-        variable, or a schedule from `keras.optimizers.schedules` over the training calls of this
-        layer (a warm-up, for example).
+      loss_weight: lambda, the factor of the loss (equation 5 of the paper), >= 0: a number, a
+        scalar variable, or a schedule from `keras.optimizers.schedules` over the training calls of
+        this layer (a warm-up, for example).
       alpha: step size of the centers, >= 0: likewise.
       rule: the rule of the step, see `center_loss`.
       reduction: ``"mean"`` (default) or ``"sum"`` over the batch, or ``"none"``.
       centers_initializer: a Keras initializer, or its name, for the centers ``[C, D]``. Zeros and
-        `RandomCenters` are made in place, without a second copy of a large table.
-      ignore_class: samples with this label are left out.
+        `tables.RandomNormal` are made in place, without a second copy of a large table.
+      ignore_class: samples with this label have loss 0 and move nothing.
       impl: ``"auto"``, ``"native"`` or ``"graph"``, see `center_loss`.
-      update: when the centers move. ``"forward"``: in each training call. ``"manual"``: when
-        `update_centers` is called, once for all training calls since; for gradient accumulation,
-        gradient checkpointing and steps after the optimizer's (`UpdateCentersAfterStep`).
-      distance_metric: whether to track the mean distance; the op computes it on its way.
-      sharded: whether the table is split over the replicas of a strategy (`ShardedCenters`) instead
-        of every replica having all of it.
+      deferred_update: False: the centers move in each training call. True: they move when
+        `apply_deferred_update` is called, once for all training calls since; for gradient
+        accumulation, gradient checkpointing and steps after the optimizer's
+        (`training.UpdateCentersAfterStep`).
+      distance_metric: whether to track the mean distance, which the op returns beside the loss.
+      sharded: whether the rows of the table are split over the replicas of a strategy
+        (`distribute.ShardedCenters`); otherwise every replica has a copy of it.
       **layer_kwargs: ``name``, ``dtype`` and the like, of `keras.layers.Layer`.
 
     Call arguments:
       features: float ``[..., D]``; or the pair ``[features, labels]``.
-      labels: class ids int32 or int64 ``[...]``, or one-hot rows ``[..., C]``. To predict without
-        labels, make a model that ends at the features.
+      labels: class ids int32 or int64 ``[...]``, or one-hot rows ``[..., C]``. Prediction without
+        labels needs a model that ends at the features.
       sample_weight: numbers in the labels' shape.
       training: whether the centers move.
 
     Attributes:
       centers: float32 ``[C, D]``; `ShardedCenters` with ``sharded=True``.
-      loss_weight, alpha: may be set between calls; a compiled function keeps a number it was traced
-        with, but reads a variable anew.
+      loss_weight, alpha: may be set between calls. A compiled function keeps the number that it
+        was traced with, but reads a variable in every call.
       distance: the `keras.metrics.Mean` of the distances, or None. Samples that are ignored or
         not finite are left out.
 
@@ -93,24 +97,26 @@ class CenterLoss(keras.layers.Layer):
         centers_initializer: str | keras.initializers.Initializer = "zeros",
         ignore_class: int | None = None,
         impl: str = "auto",
-        update: str = "forward",
+        deferred_update: bool = False,
         distance_metric: bool = True,
         sharded: bool = False,
         **layer_kwargs: object,
     ):
         # No autocast: the features pass unchanged, and sample weights keep their precision.
         super().__init__(autocast=False, **layer_kwargs)
-        distribute.require_supported_strategy()
+        require_supported_strategy()
         if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
             raise ValueError(f"num_classes: expected an int >= 1, got {num_classes!r}")
-        _arguments.one_of("rule", rule, _arguments.RULES)
-        _arguments.one_of("reduction", reduction, _arguments.REDUCTIONS)
-        _arguments.one_of("impl", impl, _arguments.IMPLEMENTATIONS)
-        _arguments.one_of("update", update, UPDATES)
-        if not isinstance(distance_metric, bool):
-            raise TypeError(f"distance_metric: expected True or False, got {distance_metric!r}")
-        if not isinstance(sharded, bool):
-            raise TypeError(f"sharded: expected True or False, got {sharded!r}")
+        arguments.one_of("rule", rule, arguments.RULES)
+        arguments.one_of("reduction", reduction, arguments.REDUCTIONS)
+        arguments.one_of("impl", impl, arguments.IMPLEMENTATIONS)
+        for name, flag in (
+            ("deferred_update", deferred_update),
+            ("distance_metric", distance_metric),
+            ("sharded", sharded),
+        ):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name}: expected True or False, got {flag!r}")
         self.num_classes = num_classes
         self.loss_weight = loss_weight
         self.alpha = alpha
@@ -119,14 +125,14 @@ class CenterLoss(keras.layers.Layer):
         self.centers_initializer = keras.initializers.get(centers_initializer)
         self.ignore_class = ignore_class
         self.impl = impl
-        self.update = update
+        self.deferred_update = deferred_update
         self.sharded = sharded
         self.distance = keras.metrics.Mean(f"{self.name}_distance") if distance_metric else None
         self.steps = None
-        self.supports_jit = _native.supports_jit()
-        self._pending = _Pending()
+        self.supports_jit = native.supports_jit()
+        self._deferred = _DeferredBatches()
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         """Checks loss_weight and alpha whenever they are set."""
         if name in ("loss_weight", "alpha"):
             value = _factor(name, value)
@@ -137,7 +143,9 @@ class CenterLoss(keras.layers.Layer):
                 )
         super().__setattr__(name, value)
 
-    def build(self, features_shape, labels_shape=None, sample_weight_shape=None):
+    def build(
+        self, features_shape: Any, labels_shape: Any = None, sample_weight_shape: Any = None
+    ) -> None:
         """Creates the centers."""
         if features_shape and isinstance(features_shape[0], (tuple, list)):
             features_shape = features_shape[0]
@@ -146,15 +154,15 @@ class CenterLoss(keras.layers.Layer):
                 f"features: expected shape [..., D] with D known, got {tuple(features_shape)}"
             )
         if self.sharded:
-            self.centers = distribute.ShardedCenters(
+            self.centers = ShardedCenters(
                 self.num_classes, features_shape[-1], initializer=self.centers_initializer
             )
         else:
-            # autocast=False also here: under a 16-bit policy every access would copy the table.
+            # Without autocast=False every access would copy the table under a 16-bit policy.
             self.centers = self.add_weight(
                 name="centers",
                 shape=(self.num_classes, features_shape[-1]),
-                initializer=tables.in_place(self.centers_initializer),
+                initializer=in_place(self.centers_initializer),
                 dtype="float32",
                 trainable=False,
                 autocast=False,
@@ -166,7 +174,9 @@ class CenterLoss(keras.layers.Layer):
                 name="steps", shape=(), initializer="zeros", dtype="int64", trainable=False
             )
 
-    def call(self, features, labels=None, sample_weight=None, training=None):
+    def call(
+        self, features: Any, labels: Any = None, sample_weight: Any = None, training: Any = None
+    ) -> Any:
         """Adds the loss and returns the features."""
         if isinstance(features, (tuple, list)):
             features, labels = features
@@ -175,68 +185,58 @@ class CenterLoss(keras.layers.Layer):
                 "labels: expected layer(features, labels) or layer([features, labels]), got None; "
                 "to predict without labels, make a model that ends at the features"
             )
-        if in_symbolic_scope():
-            # Keras builds a subclassed model that it loads by calling it on shapes, all of floats.
+        if private_apis.in_symbolic_scope():
+            # Keras builds a loaded subclassed model by calling it on placeholders, all of floats.
             labels = tf.convert_to_tensor(labels)
             labels = tf.cast(labels, tf.int32) if labels.dtype.is_floating else labels
         self.add_loss(self._loss(features, labels, sample_weight, bool(training)))
         return features
 
-    def update_centers(self):
-        """Moves the centers, once, by the training calls since the last time (deferred_update=True).
+    def apply_deferred_update(self) -> None:
+        """Moves the centers once, by all training calls since the last time.
 
-        The batches of several calls count as one: n_j and N are over all of them. Call it where
-        those calls were made: in the same `tf.function`, or in eager mode.
+        The batches of several calls count as one: n_j and N are over all of them. Call it where the
+        training calls were made: in the same `tf.function`, or in eager mode.
 
         Raises:
-          RuntimeError: the layer updates in its forward pass, or no training call came before.
+          RuntimeError: the layer has ``deferred_update=False``, or no training call came before.
         """
-        if self.update != "manual":
+        if not self.deferred_update:
             raise RuntimeError(
-                "update_centers: expected a layer with deferred_update=True, got "
-                f"update={self.update!r}, whose centers moved in the forward pass already"
+                "apply_deferred_update: expected a layer with deferred_update=True, got "
+                "deferred_update=False: its centers moved in the forward pass already"
             )
-        batches = self._pending.take()
+        batches = self._deferred.take()
         if not batches:
             raise RuntimeError(
-                "update_centers: expected a training call of the layer before it, in the same "
-                "tf.function or in eager mode, got none"
+                "apply_deferred_update: expected a training call of the layer before it, in the "
+                "same tf.function or in eager mode, got none"
             )
         features, labels = (tf.concat(parts, axis=0) for parts in zip(*batches, strict=True))
         update_centers(
             features,
             labels,
             self.centers,
-            alpha=self._now(self.alpha),
+            alpha=self.factor_now(self.alpha),
             rule=self.rule,
             ignore_class=self.ignore_class,
             impl=self.impl,
         )
 
-    @property
-    def _losses(self):
-        """What `add_loss` has added on this replica.
-
-        Keras has one list for all. Where another layer suspends a replica in the forward pass
-        (``BatchNormalization(synchronized=True)``), the next would clear it, or find in it what is
-        not its own.
-        """
-        return self._losses_of[distribute.replica()]
-
-    @_losses.setter
-    def _losses(self, losses):
-        self.__dict__["_losses_of"] = collections.defaultdict(list, {distribute.replica(): losses})
-
-    def rematerialized_call(self, layer_call, *args, **kwargs):
-        """As it is, in a `keras.RematScope` too: there is nothing to save by running it twice."""
+    def rematerialized_call(
+        self, layer_call: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Callable[..., Any]:
+        """The call itself, also in a `keras.RematScope`: running it twice would save no memory."""
         return layer_call
 
-    def compute_output_spec(self, features, labels=None, sample_weight=None, training=None):
-        """The features' own shape and type."""
+    def compute_output_spec(
+        self, features: Any, labels: Any = None, sample_weight: Any = None, training: Any = None
+    ) -> keras.KerasTensor:
+        """The shape and type of the features."""
         features = features[0] if isinstance(features, (tuple, list)) else features
         return keras.KerasTensor(features.shape, dtype=features.dtype)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return super().get_config() | {
             "num_classes": self.num_classes,
@@ -247,38 +247,38 @@ class CenterLoss(keras.layers.Layer):
             "centers_initializer": keras.initializers.serialize(self.centers_initializer),
             "ignore_class": self.ignore_class,
             "impl": self.impl,
-            "update": self.update,
+            "deferred_update": self.deferred_update,
             "distance_metric": self.distance is not None,
             "sharded": self.sharded,
         }
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         """Writes the centers block by block, where the store is one HDF5 file."""
-        group = tables.h5_group(store)
+        group = h5.h5_group(store)
         if group is None or not self.built or self.sharded:
             super().save_own_variables(store)
             return
-        tables.write_h5(group, "0", self.centers)
+        h5.write_h5(group, "0", self.centers)
         if self.steps is not None:
             store["1"] = self.steps
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         """Reads the centers block by block, where the store is one HDF5 file.
 
         Raises:
           ValueError: the file holds a table of another shape, another number of classes or another
             type. The centers are unchanged.
         """
-        group = tables.h5_group(store)
+        group = h5.h5_group(store)
         if group is None or not self.built or self.sharded:
             super().load_own_variables(store)
             return
-        self._check_load_own_variables(store)
-        tables.read_h5(group, "0", self.centers)
+        private_apis.check_before_loading(self, store)
+        h5.read_h5(group, "0", self.centers)
         if self.steps is not None:
             self.steps.assign(store["1"])
 
-    def _loss(self, features, labels, sample_weight, training):
+    def _loss(self, features: Any, labels: Any, sample_weight: Any, training: bool) -> tf.Tensor:
         features = tf.convert_to_tensor(features)
         # The centers of a layer are float32 whatever the features are.
         if features.dtype == tf.float64:
@@ -287,100 +287,77 @@ class CenterLoss(keras.layers.Layer):
             features,
             labels,
             self.centers,
-            loss_weight=self._now(self.loss_weight),
-            alpha=self._now(self.alpha),
+            loss_weight=self.factor_now(self.loss_weight),
+            alpha=self.factor_now(self.alpha),
             rule=self.rule,
             reduction=self.reduction,
             sample_weight=sample_weight,
             ignore_class=self.ignore_class,
-            update_centers=training and self.update == "forward",
+            update_centers=training and not self.deferred_update,
             impl=self.impl,
         )
-        if training and self.update == "manual":
-            _arguments.require_no_recomputation()
-            self._pending.add(tf.stop_gradient(result.features), result.labels)
+        if training and self.deferred_update:
+            arguments.require_no_recomputation()
+            self._deferred.add(tf.stop_gradient(result.features), result.labels)
         if training and self.steps is not None:
-            distribute.own_copy(self.steps).assign_add(1)
+            variables.own_copy(self.steps).assign_add(1)
         if self.distance is not None:
             squared = result.squared_distance
             counts = tf.math.is_finite(squared)
             if self.ignore_class is not None:
                 counts &= tf.not_equal(result.labels, self.ignore_class)
             self.distance.update_state(tf.sqrt(tf.where(counts, squared, 0)), counts)
-        loss = distribute.loss_for_keras(result.loss)
-        # Keras adds it to losses of this type.
+        loss = loss_for_keras(result.loss)
+        # Keras adds it to losses of the type floatx.
         return tf.cast(loss, tf.float64) if keras.config.floatx() == "float64" else loss
 
-    def _now(self, factor):
-        """The factor's number at this step."""
+    def factor_now(self, factor: Any) -> Any:
+        """The value of loss_weight or alpha at this step."""
         return factor(self.steps) if isinstance(factor, LearningRateSchedule) else factor
 
 
-class UpdateCentersAfterStep:
-    """Mixin for a `keras.Model`: its centers move after each step of the optimizer.
+class _DeferredBatches:
+    """The batches of the training calls since the centers last moved, for each replica.
 
-    Equals, for each `CenterLoss` layer with ``deferred_update=True`` in the model:
-
-        logs = super().train_step(data)
-        layer.apply_deferred_update()
-
-    The residuals are those of the forward pass, x_i - c_{y_i}: no sample is embedded anew.
-
-    >>> import keras
-    >>> import tf_center_loss_op as tcl
-    >>> class Model(tcl.training.UpdateCentersAfterStep, keras.Model):
-    ...     pass
+    A class, because Keras would track a list as a part of the layer's state.
     """
 
-    def train_step(self, *args, **kwargs):
-        """The model's own step, then the centers'."""
-        logs = super().train_step(*args, **kwargs)
-        for layer in self._flatten_layers(include_self=False):
-            if isinstance(layer, CenterLoss) and layer.update == "manual":
-                layer.apply_deferred_update()
-        return logs
+    def __init__(self) -> None:
+        self._batches_of: dict[int, list[tuple[tf.Tensor, tf.Tensor]]] = {}  # by replica
 
-
-class _Pending:
-    """The training calls of each replica whose centers have not moved yet.
-
-    A class, because Keras would track a list as part of the layer's state.
-    """
-
-    def __init__(self):
-        self._batches_of = {}  # by replica: they are traced in turns
-
-    def add(self, features, labels):
-        batches = self._batches()
-        if len(batches) >= MOST_PENDING:
+    def add(self, features: tf.Tensor, labels: tf.Tensor) -> None:
+        """Adds the batch of a training call."""
+        batches = self._of_this_replica()
+        if len(batches) >= MOST_DEFERRED:
             raise RuntimeError(
-                f"update: expected update_centers() at least once in {MOST_PENDING} training "
-                "calls of a layer with deferred_update=True, got none"
+                "deferred_update: expected apply_deferred_update() at least once in "
+                f"{MOST_DEFERRED} training calls of a layer with deferred_update=True, got none"
             )
         batches.append((features, labels))
 
-    def take(self):
-        taken = self._batches()
-        self._batches_of[distribute.replica()] = []
+    def take(self) -> list[tuple[tf.Tensor, tf.Tensor]]:
+        """Returns the batches and forgets them."""
+        taken = self._of_this_replica()
+        self._batches_of[variables.replica()] = []
         return taken
 
-    def _batches(self):
-        # Others are left over from a trace that never called update_centers().
+    def _of_this_replica(self) -> list[tuple[tf.Tensor, tf.Tensor]]:
+        # A trace that never applied the update left batches of another graph: they are forgotten.
         graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-        k = distribute.replica()
+        k = variables.replica()
         batches = self._batches_of.get(k, [])
         self._batches_of[k] = [b for b in batches if getattr(b[0], "graph", None) is graph]
         return self._batches_of[k]
 
 
-def _factor(name, value):
-    """A number, scalar variable or schedule >= 0, as it is used in `call`."""
+def _factor(name: str, value: Any) -> float | tf.Variable | LearningRateSchedule:
+    """The factor as `call` uses it: a number >= 0, a scalar variable or a schedule."""
     if isinstance(value, dict):
         value = keras.saving.deserialize_keras_object(value)
     if isinstance(value, LearningRateSchedule):
         return value
-    # Unwrapped, or Keras would take it for a weight of the layer.
-    value = _arguments.unwrap(value)
+    # Keras would track a keras.Variable as a weight of the layer.
+    value = variables.unwrap(value)
     if isinstance(value, tf.Variable):
         if not (value.dtype.is_floating and value.shape.is_compatible_with([])):
             raise ValueError(
@@ -388,10 +365,10 @@ def _factor(name, value):
                 f"got {value.dtype.name} {value.shape}"
             )
         return value
-    return _arguments.number(name, value)
+    return arguments.number(name, value)
 
 
-def _factor_config(value):
+def _factor_config(value: float | tf.Variable | LearningRateSchedule) -> Any:
     if isinstance(value, LearningRateSchedule):
         return keras.saving.serialize_keras_object(value)
     return float(value)

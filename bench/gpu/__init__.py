@@ -1,1 +1,1 @@
-"""The CUDA kernels, timed on a GPU beside other ways to make the same step."""
+"""Benchmarks of the CUDA kernels on a GPU, with other implementations of the same step."""

@@ -1,10 +1,10 @@
 """Validates every implementation against the oracle on a GPU, times them in turns, draws.
 
-python -m bench.gpu                      everything, for `--minutes`
+python -m bench.gpu                      all cases, until `--minutes` are over
 python -m bench.gpu --cases 4096x512     some cases
-python -m bench.gpu --tune               which launch constants are fastest for each case
-python -m bench.gpu --phases             where a launch's time goes
-python -m bench.gpu --draw FILE.json     the plot of results that are there, without a GPU
+python -m bench.gpu --tune               the fastest launch constants for each case
+python -m bench.gpu --phases             the time of each phase of a launch
+python -m bench.gpu --draw FILE.json     the plot of existing results, without a GPU
 python -m bench.gpu --stand-in           tiny cases on the emulator: checks this program
 """
 
@@ -30,11 +30,11 @@ from bench.gpu.keys import OWN
 from bench.report import summary, table
 
 RESULTS = Path(__file__).parent.parent / "results"
-MINUTES = {"": 3.5, "tune": 1.5, "phases": 0.5}  # of each mode
+MINUTES = {"": 3.5, "tune": 1.5, "phases": 0.5}  # default time limit of each mode
 
 
 def main():
-    """Runs what the command line asks for; true where a kernel of our own had to be left out."""
+    """Runs what the command line selects; returns whether a kernel of this package was left out."""
     arguments = parse()
     if arguments.draw:
         results = json.loads(arguments.draw.read_text())
@@ -43,7 +43,7 @@ def main():
 
 
 class Session:
-    """What is measured, and the results so far."""
+    """A run of the benchmark with its device, cases and results so far."""
 
     def __init__(self, arguments):
         self.arguments = arguments
@@ -56,15 +56,15 @@ class Session:
         self._tables = {}
 
     def run(self):
-        """All cases; true where a kernel of our own had to be left out."""
+        """Runs all cases; returns whether a kernel of this package was left out."""
         modes = {"": self.compare, "tune": self.tune, "phases": self.phases}
         modes[self.arguments.mode]()
-        self.save()  # what was left out, too
+        self.save()  # includes what was left out after the last case
         self.console.print("Left out:", self.results["left_out"])
         return any(what.endswith(OWN) for what in self.results["left_out"])
 
     def compare(self):
-        """All implementations on all cases, then steps in TensorFlow on some."""
+        """Times all implementations on all cases, then steps in TensorFlow on some cases."""
         from bench.gpu import compare, tensorflow_steps
 
         measured = {}
@@ -86,29 +86,29 @@ class Session:
                 self.console.print(table(measured[case]))
             self.leave_out(case, left_out)
             self.save_comparison()
-        if not self.arguments.stand_in:  # which has no times
+        if not self.arguments.stand_in:  # the times of the emulator mean nothing
             self.console.print(summary(report.figures(self.results["cases"])))
 
     def tune(self):
-        """The best launch constants of each case."""
+        """Searches for the fastest launch constants of each case."""
         from bench.gpu import cases, tuning
 
         for case in self.each(cases.tuned(self.cases)):
             found = tuning.tuned(case, self.table(case), self.device, self.seconds, self.over)
             self.results["cases"].append(found)
-            times = f"{found['default_us']:.2f} µs by default, {found['best_us']:.2f} with"
+            times = f"{found['default_us']:.2f} µs with the defaults, {found['best_us']:.2f} with"
             self.console.print(f"{case.name}: {times} {tune.text(found['setting'])}")
             self.save()
         self.console.print(tune.table(self.results["cases"]))
 
     def phases(self):
-        """Where the time of a launch goes."""
+        """Measures the time of each phase of a launch."""
         from bench.gpu import compare, tuning
 
         for case in self.each(self.cases):
             try:
                 found = tuning.phases(case, self.table(case), self.device)
-            except Exception as reason:  # such as an older kernel module
+            except Exception as reason:  # for example an older kernel module
                 self.leave_out(case, {"phases": compare.words(reason)})
                 continue
             self.results["cases"].append(found)
@@ -116,7 +116,7 @@ class Session:
             self.save()
 
     def each(self, cases, what=""):
-        """The cases that are asked for, while there is time."""
+        """Yields the selected cases until the time limit; notes the others as left out."""
         for case in cases:
             if not any(part in case.name.replace("×", "x") for part in self.arguments.cases):
                 continue
@@ -127,11 +127,11 @@ class Session:
             yield case
 
     def over(self):
-        """Whether the time is over."""
+        """Returns whether the time limit has passed."""
         return time.monotonic() > self.ends
 
     def table(self, case):
-        """Zeros [C, D] on the device, kept while cases have these sizes."""
+        """Returns zeros [C, D] on the device, which are kept until a case has other sizes."""
         import torch
 
         sizes = case.classes, case.dim
@@ -141,11 +141,11 @@ class Session:
         return self._tables[sizes]
 
     def leave_out(self, case, why):
-        """Notes {key: why it is left out}."""
+        """Adds {key: reason} to what is left out."""
         self.results["left_out"] |= {f"{case.name}, {key}": text for key, text in why.items()}
 
     def save_comparison(self):
-        """The results and the picture."""
+        """Writes the results and the plot."""
         figures = report.figures(self.results["cases"])
         self.results["figures"] = [f._asdict() | {"met": bool(f.met)} for f in figures]
         path = self.save()
@@ -153,9 +153,10 @@ class Session:
             report.draw(self.results, path.with_suffix(".png"))
 
     def save(self):
-        """Writes the results so far; returns the path. A run that is cut off leaves those before.
+        """Writes the results so far and returns the path.
 
-        With the stand-in, only where a path is given.
+        The file is replaced as a whole, so that an interrupted run leaves the previous results.
+        With the stand-in, results are written only if a path is given.
         """
         path = self.arguments.json
         if path is None:
@@ -172,10 +173,10 @@ class Session:
 
 
 def set_up(arguments):
-    """The device, its clock, the conditions and the cases."""
+    """Returns the device, its clock, the conditions and the cases."""
     if importlib.util.find_spec("torch") is None:
-        sys.exit("bench.gpu: no PyTorch")
-    # The tests' common modules, which the device and the stand-in are made of.
+        sys.exit("bench.gpu: expected PyTorch in this Python, found none")
+    # The device and the stand-in are modules of the tests.
     sys.path += [str(Path(__file__).parents[2] / "tests" / part) for part in ("", "gpu")]
     import torch
 
@@ -214,7 +215,7 @@ def _driver():
 
 
 def parse():
-    """The command line's arguments."""
+    """Returns the arguments of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu", description=__doc__.splitlines()[0]
     )
@@ -223,32 +224,32 @@ def parse():
         nargs="+",
         metavar="PART",
         default=[""],
-        help="only cases whose name holds one of these, such as 1024x512 or power-law",
+        help="run only cases whose name contains one of these, such as 1024x512 or power-law",
     )
     parser.add_argument("--rounds", type=int, default=10, help="(default: %(default)s)")
     parser.add_argument(
         "--minutes",
         type=float,
-        help=f"no case begins after these (default: {MINUTES['']}; "
+        help=f"start no case after this time (default: {MINUTES['']}; "
         f"--tune {MINUTES['tune']}; --phases {MINUTES['phases']})",
     )
     parser.add_argument(
         "--json",
         type=Path,
-        help="for the results; the plot goes beside it (default: bench/results/GPU.json)",
+        help="file for the results, next to the plot (default: bench/results/GPU.json)",
     )
     for mode, what in (
-        ("tune", "sweep the launch constants of the fused kernel"),
-        ("phases", "show where a launch's time goes"),
+        ("tune", "search for the fastest launch constants of the fused kernel"),
+        ("phases", "show the time of each phase of a launch"),
     ):
         parser.add_argument(
             f"--{mode}", dest="mode", action="store_const", const=mode, default="", help=what
         )
-    parser.add_argument("--draw", type=Path, metavar="JSON", help="only draw what is there")
+    parser.add_argument("--draw", type=Path, metavar="JSON", help="only draw these results")
     parser.add_argument(
         "--stand-in",
         action="store_true",
-        help="the emulator in the GPU's place; writes only where --json says",
+        help="use the emulator in place of a GPU; write results only to the file of --json",
     )
     now = datetime.datetime.now(datetime.timezone.utc)
     parser.add_argument("--date", default=f"{now:%Y-%m-%d %H:%M} UTC", help="(default: now)")

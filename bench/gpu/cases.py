@@ -1,4 +1,4 @@
-"""What is measured on a GPU."""
+"""The cases that are measured on a GPU."""
 
 import dataclasses
 
@@ -8,15 +8,18 @@ from bench.cases import LABELS, Case, bytes_moved
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 CENTER_BYTES = 4
-# Batches of a case. A CUDA graph has a launch for each of them, and takes 1 µs more than these.
+# The smallest number of batches of a case. A CUDA graph has one launch per batch, and takes 1 µs
+# more than the launches.
 FEWEST = 12
 SKEWED = ("power-law", "ten labels", "one label")
 
 
 @dataclasses.dataclass(frozen=True)
 class GpuCase(Case):
-    """A case whose features may have 16 bits. `rotation` counts the bytes of all that steps touch:
-    features, gradients and rows."""
+    """A case whose features may have 16 bits.
+
+    Its `rotation` counts the bytes of features, gradients and rows.
+    """
 
     dtype: str = "float32"
 
@@ -26,24 +29,24 @@ class GpuCase(Case):
 
     @property
     def batches(self):
-        # Skewed labels touch hardly any rows, and need more batches.
+        # Skewed labels use few distinct rows and therefore need more batches.
         touched = ITEM_BYTES[self.dtype] + CENTER_BYTES
         if self.labels == "uniform":
             touched += CENTER_BYTES * min(1, self.classes / self.batch)
         return max(FEWEST, -(-self.rotation // int(self.batch * self.dim * touched)))
 
     def draw(self):
-        """Labels [batches, B] int64, the same in every process."""
+        """Returns labels [batches, B] int64, the same in every process."""
         rng = np.random.default_rng([self.batch, self.dim, self.classes])
         return LABELS[self.labels](rng, self.classes, (self.batches, self.batch))
 
     def bytes(self, labels):
-        """What a step must move."""
+        """Returns the bytes that a step must move."""
         return bytes_moved(labels, self.dim, ITEM_BYTES[self.dtype])
 
 
 def cases(cache_bytes):
-    """All cases, going round through twice the cache; what matters most comes first."""
+    """Returns all cases, the most important first; their rotation is twice the cache's size."""
 
     def case(batch, *rest, dim=512, classes=1_000_000, **more):
         return GpuCase(batch, dim, classes, *rest, **({"rotation": 2 * cache_bytes} | more))
@@ -60,7 +63,7 @@ def cases(cache_bytes):
 
 
 def tuned(cases):
-    """Those that `--tune` takes: every size, and skewed labels at sizes of both kernel forms."""
+    """Returns the cases for `--tune`: all sizes, and skewed labels at sizes of both forms."""
     return [
         case
         for case in cases
@@ -68,7 +71,7 @@ def tuned(cases):
     ]
 
 
-# With the emulator in the GPU's place.
+# Cases for the emulator in place of a GPU.
 STAND_IN = [
     GpuCase(64, 200, 10, rotation=2**17),
     GpuCase(40, 12, 1000, rotation=2**14),

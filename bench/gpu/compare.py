@@ -1,4 +1,4 @@
-"""Every implementation on a case: validated, then timed in turns."""
+"""Validates every implementation on a case, then times them in turns."""
 
 import os
 
@@ -8,12 +8,12 @@ from bench import machine, measure
 from bench.gpu import implementations, reference, tensorflow_steps
 from bench.gpu.workload import Calls, LeftOut, Workload
 
-# Device time is steady, and blocks are short: a case takes a second and a half for ten rounds.
+# Device time varies little, so blocks can be short: ten rounds of a case take a second and a half.
 BLOCK_SECONDS = 0.01
 
 
 def measurement(case, table, device, seconds, rounds):
-    """What `bench.report` takes, and {key: why it is left out}."""
+    """Returns the measurement for `bench.report`, and {key: reason} of what is left out."""
     workload = Workload(case, table, device)
     truth = reference.expected(workload)
     shown, runners, left_out = {}, {}, {}
@@ -25,12 +25,12 @@ def measurement(case, table, device, seconds, rounds):
             made = runner(workload, one.build(workload), seconds)
             if one.computes:
                 reference.validate(f"{case.name}, {key}", made, workload, truth)
-        except Exception as reason:  # what others get wrong, or cannot do here, is not timed
+        except Exception as reason:  # a wrong or unsupported implementation is not timed
             left_out[key] = words(reason)
             continue
         shown[key], runners[key] = one, made
     others = machine.Others()
-    # Rounds that others disturbed are not run again: what the device does, they do not disturb.
+    # Disturbed rounds are not repeated, because other processes do not disturb the device.
     times, _ = measure.seconds_per_step(runners, rounds, rest=0, block=BLOCK_SECONDS)
     around = {
         "load": round(os.getloadavg()[0], 2),
@@ -52,13 +52,13 @@ def measurement(case, table, device, seconds, rounds):
 
 
 def in_tensorflow(case, table, device, place="/GPU:0"):
-    """The rows of steps in TensorFlow for a case's measurement, and {key: why one is left out}."""
+    """Returns the rows of steps in TensorFlow, and {key: reason} of what is left out."""
     try:
         tf = tensorflow_steps.load(place)
     except (LeftOut, ImportError) as reason:
         return {}, {"TensorFlow": words(reason)}
     if device.place == "cuda":
-        torch.cuda.empty_cache()  # PyTorch's memory that is free is none for TensorFlow
+        torch.cuda.empty_cache()  # releases PyTorch's free memory to TensorFlow
     workload = Workload(case, table, device)
     found, left_out = tensorflow_steps.measured(tf, workload, reference.expected(workload), place)
     workload.clear()
@@ -67,12 +67,12 @@ def in_tensorflow(case, table, device, place="/GPU:0"):
 
 
 def usual(case):
-    """Whether all implementations run; others are for the kernel, a copy, and one to compare."""
+    """Returns whether all implementations run on the case, and not only those marked `always`."""
     return case.labels == "uniform" and case.dtype == "float32"
 
 
 def words(error):
-    """The first line of what went wrong."""
+    """Returns the first line of an error."""
     what = "" if isinstance(error, LeftOut) else f"{type(error).__name__}: "
     return what + (str(error).strip().splitlines() or [""])[0]
 

@@ -1,7 +1,7 @@
-"""Ways to make a step on a GPU: `build(workload)` gives `step(k)` -> (loss, gradient) of batch k.
+"""Implementations of a step on a GPU: `build(workload)` returns `step(k)` -> (loss, gradient).
 
-One step = the loss (sum form), its gradient with respect to the features with upstream gradient 1
-in the centers' type, and the step of the centers by the paper's rule.
+One step computes, for batch k, the loss (sum form), its gradient with respect to the features with
+upstream gradient 1 in the centers' type, and the step of the centers by the paper's rule.
 """
 
 import math
@@ -18,7 +18,7 @@ ALIGNMENT = 256  # bytes
 
 
 def fused(**options):
-    """The kernel of cuda/: one launch. `options` are `Device.workspace`'s."""
+    """Builds a step with one launch of the kernel in cuda/; `options` go to `Device.workspace`."""
 
     def build(workload):
         case, device = workload.case, workload.device
@@ -28,7 +28,7 @@ def fused(**options):
 
 
 def launches(workload, step):
-    """A launch of `step`, a CudaStep, for each batch."""
+    """Returns a function that launches `step`, a CudaStep, on a batch."""
     losses, gradients = workload.outputs()
 
     def run(k):
@@ -49,7 +49,7 @@ def launches(workload, step):
 
 @torch.no_grad()
 def by_hand(features, labels, centers, counts_of):
-    """In PyTorch, op by op."""
+    """Computes the step in PyTorch, op by op."""
     residual = features.to(centers.dtype) - centers.index_select(0, labels)
     loss = residual.square().sum() / 2
     scale = ALPHA / (1 + counts_of(labels))
@@ -58,7 +58,7 @@ def by_hand(features, labels, centers, counts_of):
 
 
 def by_unique(workload):
-    """How often each label occurs, as most write it: the host waits for the number of labels."""
+    """Counts labels by torch.unique, the usual way; the host waits for the number of labels."""
 
     def counts_of(labels):
         _, index, counts = torch.unique(labels, return_inverse=True, return_counts=True)
@@ -68,7 +68,7 @@ def by_unique(workload):
 
 
 def by_table(workload):
-    """The same from a zeroed number for each class, kept from step to step: nothing waits."""
+    """Counts labels in a zeroed array of one number per class, kept between steps; no wait."""
     table = torch.zeros([workload.case.classes], device=workload.device.place)
     ones = torch.ones([workload.case.batch], device=workload.device.place)
 
@@ -82,14 +82,14 @@ def by_table(workload):
 
 
 def by_pairs(workload):
-    """The same by comparing all with all."""
+    """Counts labels by comparing all pairs."""
     if workload.case.batch > 4096:
-        raise LeftOut("more than 4096² comparisons")
+        raise LeftOut(f"expected at most 4096² comparisons, got {workload.case.batch}²")
     return lambda labels: (labels.unsqueeze(1) == labels).sum(1)
 
 
 def pytorch(counting, *, compiled=False):
-    """PyTorch by hand, or what torch.compile makes of it."""
+    """Builds the hand-written PyTorch step, or the program that torch.compile makes of it."""
 
     def build(workload):
         function, counts_of = _compiled(workload, counting) if compiled else (by_hand, None)
@@ -104,9 +104,10 @@ def pytorch(counting, *, compiled=False):
 
 
 def _compiled(workload, counting):
-    """What torch.compile makes of it, and the counting it was made for; once for each case."""
+    """Returns the program of torch.compile and its counting function, once for each case."""
     if not workload.compiled:
-        torch.compiler.reset()  # it compiles for a few shapes only, then silently no more
+        # torch.compile compiles a function for a few shapes only, and then stops without a message.
+        torch.compiler.reset()
     if counting not in workload.compiled:
         counts_of = counting(workload)
         workload.compiled[counting] = torch.compile(by_hand, dynamic=False), counts_of
@@ -114,7 +115,7 @@ def _compiled(workload, counting):
 
 
 def cupy(workload):
-    """In CuPy, kernel by kernel."""
+    """Computes the step in CuPy, kernel by kernel."""
     if workload.device.place != "cuda":
         raise LeftOut("no GPU")
     try:
@@ -141,8 +142,8 @@ def cupy(workload):
 
 
 def copied_bytes(workload):
-    """A copy of as many bytes as a step must move, from buffer to buffer."""
-    # Whole units of 256 bytes, so that every buffer is aligned: the device copies others slower.
+    """Copies as many bytes as a step must move, from buffer to buffer."""
+    # A multiple of 256 bytes aligns every buffer; the device copies unaligned buffers more slowly.
     size = math.ceil(workload.bytes / 2 / ALIGNMENT) * ALIGNMENT
     shape = [workload.case.batches, 2, size]
     buffers = torch.zeros(shape, dtype=torch.uint8, device=workload.device.place).unbind()
@@ -155,7 +156,7 @@ def copied_bytes(workload):
 
 
 def empty(workload):
-    """A launch of a kernel that does nothing."""
+    """Launches a kernel that does nothing."""
     if workload.device.place != "cuda":
         raise LeftOut("no GPU")
 
@@ -167,29 +168,31 @@ def empty(workload):
 
 
 class Implementation(NamedTuple):
-    """How it is called is part of it."""
+    """An implementation, including the way it is called."""
 
     what: str
     runner: type  # Calls or Graph
     build: Callable
-    computes: bool = True  # something that the oracle can judge
-    always: bool = False  # for uneven labels and features of 16 bits, too
+    computes: bool = True  # whether the oracle can validate it
+    always: bool = False  # whether it also runs on skewed labels and 16-bit features
 
     @property
     def how(self):
         return {Calls: "call", Graph: "CUDA graph"}[self.runner]
 
 
+COUNT_ARRAY = "hand-written PyTorch, count array"
 IMPLEMENTATIONS = {
     KERNEL: Implementation("fused kernel", Graph, fused(), always=True),
     "kernel": Implementation("fused kernel", Calls, fused()),
     ATOMIC: Implementation("fused kernel, atomics", Graph, fused(atomic=True), always=True),
-    "unique": Implementation("PyTorch by hand", Calls, pytorch(by_unique)),
-    "table": Implementation("PyTorch, counts kept", Calls, pytorch(by_table)),
-    "table graph": Implementation("PyTorch, counts kept", Graph, pytorch(by_table), always=True),
+    "unique": Implementation("hand-written PyTorch", Calls, pytorch(by_unique)),
+    "table": Implementation(COUNT_ARRAY, Calls, pytorch(by_table)),
+    "table graph": Implementation(COUNT_ARRAY, Graph, pytorch(by_table), always=True),
 }
-for key, counting in zip(COMPILED, (by_table, by_pairs), strict=True):
-    what = f"torch.compile, {key.removeprefix('compiled ')}"
+variants = ((by_table, "count array"), (by_pairs, "all-pairs counts"))
+for key, (counting, name) in zip(COMPILED, variants, strict=True):
+    what = f"torch.compile, {name}"
     build = pytorch(counting, compiled=True)
     IMPLEMENTATIONS[key] = Implementation(what, Calls, build)
     IMPLEMENTATIONS[f"{key} graph"] = Implementation(what, Graph, build)

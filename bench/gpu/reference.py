@@ -1,8 +1,8 @@
-"""What a step must give, on the device: float64 in plain PyTorch.
+"""The reference result of a step, computed on the device in float64 by plain PyTorch.
 
-The tests' oracle takes ten seconds of the host for the largest case, and as much again goes to
-copies of its arrays. So the oracle judges this reference, on whole classes of one batch, and the
-reference judges every batch of every implementation, where the arrays are.
+For the largest case the tests' oracle takes ten seconds on the host, and copying its arrays takes
+as long again. Therefore the oracle validates this reference, on whole classes of one batch, and the
+reference validates every batch of every implementation on the device.
 """
 
 import numpy as np
@@ -11,14 +11,14 @@ import torch
 from bench.cases import ALPHA
 from bench.check import TOLERANCE, Outcome, from_tests
 
-# The reference is as exact as the oracle; only the order of its sums is another.
+# The reference is as accurate as the oracle; only the order of its sums differs.
 EXACT = 1e-11
-CHECKED = 256  # samples whose classes the oracle works out,
-ENOUGH = 4096  # and no further class once it has so many samples: it takes 20 µs for each
+CHECKED = 256  # the oracle computes the classes of this many samples, at most
+ENOUGH = 4096  # it adds no further class beyond this many samples, which take 20 µs each
 
 
 def expected(workload):
-    """The outcome of one step on each batch, in order."""
+    """Returns the outcome of one step on each batch, in order."""
     rows = workload.start.double()
     for k, (features, index) in enumerate(zip(workload.features, workload.index, strict=True)):
         before = rows[index] if k == 0 else None
@@ -29,7 +29,7 @@ def expected(workload):
 
 
 def step(features, index, rows):
-    """Loss and residual; moves the rows. `index` says which row a sample has."""
+    """Returns loss and residual, and moves the rows; `index` holds the row of each sample."""
     residual = features.double() - rows[index]
     counts = torch.bincount(index, minlength=len(rows)).double()[index]
     rows.index_add_(0, index, residual * (ALPHA / (1 + counts)).unsqueeze(1))
@@ -37,9 +37,9 @@ def step(features, index, rows):
 
 
 def judge(name, outcome, truth, start):
-    """Raises AssertionError where the outcome is not the reference's."""
-    assert not outcome.others_moved, f"{name}: a row that no label names has changed"
-    # A row's error comes from numbers of the size that it began with.
+    """Raises AssertionError if the outcome differs from the reference."""
+    assert not outcome.others_moved, f"{name}: a row has changed that no label names"
+    # The error of a row scales with its initial values.
     floor = {"rows": float(start.abs().max())}
     for what in ("loss", "gradient", "rows"):
         actual, wanted = getattr(outcome, what), getattr(truth, what)
@@ -50,7 +50,7 @@ def judge(name, outcome, truth, start):
 
 
 def validate(name, runner, workload, truth):
-    """Runs each batch once and judges the outcome, which it returns."""
+    """Runs each batch once, compares the outcome with the reference, and returns it."""
     runner.reset()
     runner.run(workload.case.batches)
     outcome = runner.outcome()
@@ -59,15 +59,15 @@ def validate(name, runner, workload, truth):
 
 
 def same_bits(one, other):
-    """Whether two outcomes agree in every bit."""
+    """Returns whether two outcomes are equal bit for bit."""
     pairs = zip(one[:3], other[:3], strict=True)
     return all(a is None or torch.equal(a, b) for a, b in pairs)
 
 
 def _check_by_oracle(features, index, before, residual, after):
-    """Holds a step against the oracle, on all samples of the classes of the first few samples.
+    """Compares a step with the oracle, on all samples of the classes of the first few samples.
 
-    Classes do not depend on each other: neither a residual nor a moved row.
+    This is enough because residuals and rows of a class do not depend on other classes.
     """
     ids = index.cpu().numpy()
     classes = list(dict.fromkeys(ids[:CHECKED].tolist()))

@@ -1,13 +1,13 @@
-"""The figures to reach on a GPU, and the plot. A measurement is as in `bench.report`."""
+"""The targets on a GPU, and the plot. A measurement is as in `bench.report`."""
 
 import os
 
 import numpy as np
 
 from bench.gpu.keys import ATOMIC, COMPILED, COPY, FUSED_OP, KERNEL, TUTORIAL_OPS
-from bench.report import Figure, gross, pyplot, ratio
+from bench.report import Figure, gross, pyplot, ratio, title
 
-# µs a step asked of the fused kernel: float32, uniform labels, CUDA graph, on an H200.
+# Targets in µs per step for the fused kernel: float32, uniform labels, CUDA graph, on an H200.
 ASKED = {
     (64, 200): 5.5,
     (256, 512): 4.5,
@@ -17,10 +17,11 @@ ASKED = {
     (16384, 512): 42,
     (65536, 512): 150,
 }
-SKEW = 1.6  # times what uniform labels take
-HALF = 1.05  # float16, times what bfloat16 takes
+SKEW = 1.6  # target for skewed labels, as a multiple of the time of uniform labels
+HALF = 1.05  # target for float16, as a multiple of the time of bfloat16
 
-# Lines of the left panel: what PyTorch and CuPy take called from Python is the host's time.
+# Lines of the left panel. PyTorch and CuPy called from Python are not drawn: their time is that of
+# the host.
 LINES = {
     KERNEL: "tab:blue",
     ATOMIC: "tab:cyan",
@@ -32,13 +33,13 @@ BARS = {KERNEL: "fused kernel", ATOMIC: "fused kernel, atomics"}
 
 
 def figures(cases):
-    """The figures to reach that these measurements can tell."""
+    """Returns the targets that these measurements can be compared with."""
     found = {_sizes(m): m for m in cases if KERNEL in m["implementations"]}
     return [*_times(found), *_skew(found), *_half(found), *_tensorflow(cases)]
 
 
 def best_compiled(m):
-    """The key of the fastest program of torch.compile, called or in a graph; None without any."""
+    """Returns the key of the fastest program of torch.compile, called or in a graph, or None."""
     keys = [key + how for key in COMPILED for how in ("", " graph")]
     keys = [key for key in keys if key in m["implementations"]]
     return min(keys, key=lambda key: np.median(gross(m, key)), default=None)
@@ -83,12 +84,12 @@ def _tensorflow(cases):
 
 
 def microseconds(m, key):
-    """The median."""
+    """Returns the median in µs per step."""
     return float(1e6 * np.median(gross(m, key)))
 
 
 def covered(spans):
-    """The length of what (begin, end) spans cover together."""
+    """Returns the length of the union of (begin, end) spans."""
     total, reached = 0, -np.inf
     for begin, end in sorted(spans):
         total += max(0, end - max(begin, reached))
@@ -97,7 +98,7 @@ def covered(spans):
 
 
 def _quotient(m, base):
-    # Measured one after the other, so the rounds are not the same.
+    # The cases were measured one after the other, so their rounds cannot be paired.
     return microseconds(m, KERNEL) / microseconds(base, KERNEL)
 
 
@@ -106,7 +107,7 @@ def _sizes(m):
 
 
 def draw(results, path):
-    """Time against the batch; beside it, for each batch, what labels and types change."""
+    """Draws the time against the batch and, for each batch, the effect of labels and types."""
     plt = pyplot()
     cases = [m for m in results["cases"] if m["dim"] == 512]
     uniform = [m for m in cases if m["labels"] == "uniform" and m["dtype"] == "float32"]
@@ -127,10 +128,10 @@ def draw(results, path):
         for panel, batch, some in zip(panels, batches, shown, strict=True):
             _bars(panel, sorted((m for m in some if KERNEL in m["implementations"]), key=_rank))
             panel.set_title(f"batch {batch:,}", loc="left", fontsize=10)
-        panels[-1].set_xlabel("µs a step (median, CUDA graph)")
+        panels[-1].set_xlabel("µs per step (median, CUDA graph)")
         names, labels = panels[0].get_legend_handles_labels()
         right.legend(names, labels, loc="outside upper right", ncols=2, frameon=False, fontsize=9)
-    # A run that is cut off leaves the picture before.
+    # The file is replaced as a whole, so that an interrupted run leaves the previous plot.
     partial = path.with_name(f".{path.name}")
     figure.savefig(partial, dpi=100, format="png")
     plt.close(figure)
@@ -143,18 +144,18 @@ def _lines(panel, uniform, conditions):
         if not shown:
             continue
         times = [microseconds(m, key) for m in shown]
-        name = shown[0]["implementations"][key]["what"]
+        name = title(shown[0]["implementations"][key])
         panel.plot([m["batch"] for m in shown], times, "o-", color=color, label=name)
     speed = conditions["copy_gb_per_s"] * 1e9
     panel.plot(
         [m["batch"] for m in uniform],
         [1e6 * m["bytes"] / speed for m in uniform],
         "k--",
-        label="the same bytes at copy speed",
+        label="copy of the same bytes",
     )
     panel.set(xscale="log", yscale="log", xlabel="batch (512 features, a million labels)")
     panel.set(
-        ylabel="µs a step (median, CUDA graph)",
+        ylabel="µs per step (median, CUDA graph)",
         title=f"{conditions['gpu']}, float32, uniform labels",
     )
     batches = [m["batch"] for m in uniform]

@@ -1,8 +1,8 @@
 """Steps in TensorFlow on the GPU: the op and plain ops, called as a `tf.function` for each batch.
 
-What the device does is taken from the profiler. A clock around a loop does not tell it: an empty
-`tf.while_loop` takes the host 150 µs a step on a GPU, which hides a step of 20, and the empty loop
-that would be subtracted runs beside the device's work, not before it.
+The device's time comes from the profiler, because a clock around a loop cannot measure it: on a GPU
+an empty `tf.while_loop` takes the host 150 µs per step, which hides a step of 20 µs. The time of
+the empty loop cannot be subtracted either, because the loop runs in parallel with the device.
 """
 
 import importlib
@@ -17,8 +17,8 @@ from bench.check import Outcome
 from bench.gpu import reference
 from bench.gpu.workload import LeftOut, busy_seconds, wall_seconds
 
-BATCHES = (4096, 65536, 256)  # each compiles five programs
-STEPS = 16  # at most, in a block
+BATCHES = (4096, 65536, 256)  # few batches, because each compiles five programs
+STEPS = 16  # the most steps in a block
 ROUNDS = 3
 
 
@@ -30,22 +30,22 @@ class Row(NamedTuple):
 
 
 def load(place):
-    """TensorFlow, for steps at this place; raises LeftOut or ImportError."""
+    """Imports TensorFlow for steps on this device; raises LeftOut or ImportError."""
     if importlib.util.find_spec("tensorflow") is None:
         raise LeftOut("no TensorFlow")
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # PyTorch needs memory, too
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # leaves memory for PyTorch
     import tensorflow as tf
 
     if "GPU" in place and not tf.config.list_physical_devices("GPU"):
         raise LeftOut("TensorFlow finds no GPU")
-    importlib.import_module("bench.implementations")  # which needs the native library
+    importlib.import_module("bench.implementations")  # raises ImportError without native library
     return tf
 
 
 def measured(tf, workload, truth, place, clocks=None):
-    """{key: an implementation with its times} and {key: why it is left out}.
+    """Returns {key: (row, times)}, and {key: reason} of what is left out.
 
-    `clocks` are what times a block of steps, by the end of the key.
+    `clocks` maps the end of a key to the function that times a block of steps.
     """
     clocks = clocks or {"busy": busy_seconds, "wall": wall_seconds}
     hows = {"busy": "device busy", "wall": "call"}
@@ -56,7 +56,7 @@ def measured(tf, workload, truth, place, clocks=None):
             try:
                 runner = Runner(tf, shared, workload, step, jit)
                 reference.validate(f"{workload.case.name}, {name}", runner, workload, truth)
-            except Exception as reason:  # what cannot be done here is not timed
+            except Exception as reason:  # a step that cannot run here is not timed
                 left_out[name] = reason
                 continue
             for end, clock in clocks.items():
@@ -83,7 +83,7 @@ def _steps():
 
 
 def _shared(tf, workload):
-    """The batches and the table in TensorFlow's memory."""
+    """Copies the batches and the table into TensorFlow's memory."""
     batches = zip(workload.features, workload.labels, strict=True)
     return types.SimpleNamespace(
         batches=[tuple(tf.constant(tensor.cpu().numpy()) for tensor in b) for b in batches],
@@ -115,7 +115,7 @@ class Runner:
         self._last[0].numpy()  # waits for the device
 
     def seconds(self, clock):
-        """A step's, by this clock."""
+        """Returns the seconds per step by this clock."""
         count = min(STEPS, len(self._shared.batches))
         return clock(lambda: self.run(count)) / count
 

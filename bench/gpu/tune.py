@@ -1,13 +1,13 @@
-"""Which launch constants are fastest for a case.
+"""Searches for the fastest launch constants of a case.
 
-The search knows neither PyTorch nor what a constant means: it tries values and compares times.
+The search needs neither PyTorch nor the meaning of a constant: it tries values and compares times.
 """
 
 import numpy as np
 from rich.table import Table
 
-# What is tried for each constant. One that the kernel module does not have is skipped, and a value
-# that it refuses is left out.
+# The values that are tried for each constant. A constant that the kernel module does not have is
+# skipped, and a value that the module refuses is left out.
 CANDIDATES = {
     "scan_threads": (64, 128),
     "hash_threads": (64, 128, 256),
@@ -15,17 +15,18 @@ CANDIDATES = {
     "wait_ns": (0, 20, 50, 100, 200),
     "overlap": (0, 1),
 }
-SIDES = "scan_batch"  # its value decides between two kernels, by the batch
-SIDED = range(256, 4097)  # batches for which both are tried
-ENOUGH = 0.01  # gained, or a constant stays as it is
+SIDES = "scan_batch"  # the largest batch of the scanned form; larger batches use the hashed form
+SIDED = range(256, 4097)  # batches for which both forms are tried
+ENOUGH = 0.01  # a constant is changed only if the step gets faster by more than this share
 
 
 def search(batch, defaults, compare, over=lambda: False):
-    """The fastest setting found, {name: value} of what differs from the defaults.
+    """Returns the fastest setting: {name: value} of the constants that differ from the defaults.
 
-    `compare(settings)` times them in turns: an array of seconds, one a round, for each setting,
-    None where one is left out. One constant is tried after the other, with the best values of those
-    before, on both sides of SIDES; then the best of each side are compared with the defaults.
+    `compare(settings)` times the settings in turns. It returns, for each setting, an array of the
+    seconds of each round, or None if the setting is left out. The search tries one constant after
+    the other, with the best values of the previous constants, for both kernel forms. At the end it
+    compares the best setting of each form with the defaults.
     """
     found = [{}]
     for start in _sides(batch, defaults):
@@ -59,7 +60,7 @@ def _descend(best, defaults, compare, over):
 
 
 def _fastest(times):
-    """Of the settings with these times; the first, unless another gains enough."""
+    """Returns the index of the fastest setting; 0 unless another setting is faster by ENOUGH."""
     if times[0] is None:
         times = [np.array([np.inf]) if time is None else time for time in times]
         return int(np.argmin([np.median(time) for time in times]))
@@ -69,8 +70,8 @@ def _fastest(times):
 
 
 def table(cases):
-    """A row a case."""
-    out = Table(title="Launch constants: µs a step (median, CUDA graph)")
+    """Returns the table of the search, with one row per case."""
+    out = Table(title="Launch constants: µs per step (median, CUDA graph)")
     for name in ("case", "defaults", "best", "gain", "setting", "bits"):
         right = name in ("defaults", "best", "gain")
         out.add_column(name, justify="right" if right else "left", no_wrap=name == "case")
@@ -88,5 +89,5 @@ def table(cases):
 
 
 def text(setting):
-    """The constants in words."""
+    """Returns the constants in words."""
     return ", ".join(f"{name} {value}" for name, value in setting.items()) or "the defaults"

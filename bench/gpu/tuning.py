@@ -1,4 +1,4 @@
-"""`--tune` and `--phases`: the fused kernel alone, on a case."""
+"""`--tune` and `--phases`: measurements of the fused kernel alone, on one case."""
 
 import numpy as np
 import torch
@@ -11,16 +11,16 @@ from bench.gpu.workload import Calls, Graph, LeftOut, Workload
 
 ROUNDS, LAST_ROUNDS = 5, 10
 BLOCK_SECONDS = 0.005
-LAUNCHES = 12  # that phases are medians of
+LAUNCHES = 12  # the times of phases are medians over this many launches
 
 
 class Settings:
-    """Times settings of a workload's kernel, each validated the first time."""
+    """Times settings of the kernel on a workload; validates each setting before timing it."""
 
     def __init__(self, workload, seconds):
         self._workload, self._seconds = workload, seconds
         self._truth = reference.expected(workload)
-        self._outcome = None  # of the defaults
+        self._outcome = None  # the outcome of the default setting
         self.tried = []  # {"setting", "us" or "left_out", "bits"}
 
     def compare(self, settings, rounds=ROUNDS):
@@ -32,7 +32,7 @@ class Settings:
                 runners[k], tried[k]["bits"] = self._runner(setting)
             except Exception as reason:
                 if not setting:
-                    raise  # the defaults have to be right
+                    raise  # the default setting has to be correct
                 tried[k]["left_out"] = words(reason)
         times, _ = measure.seconds_per_step(runners, rounds, rest=0, block=BLOCK_SECONDS)
         for k in times:
@@ -51,7 +51,7 @@ class Settings:
         outcome = runner.outcome()
         if self._outcome is not None and reference.same_bits(outcome, self._outcome):
             return runner, "equal"
-        # Another order of sums gives other bits, and has to be right nevertheless.
+        # Another order of sums may give other bits; the result has to be correct all the same.
         name = f"{workload.case.name}, {tune.text(setting)}"
         reference.judge(name, outcome, self._truth, workload.start)
         if self._outcome is None:
@@ -61,11 +61,11 @@ class Settings:
 
 
 def tuned(case, table, device, seconds, over):
-    """The best setting for the case, and all that was tried."""
+    """Returns the best setting for the case, and all settings that were tried."""
     workload = Workload(case, table, device)
     settings = Settings(workload, seconds)
     defaults = device.tuning()
-    settings.compare([{}], rounds=1)  # validates the defaults, and their bits are known
+    settings.compare([{}], rounds=1)  # validates the defaults and stores their bits
     best = tune.search(case.batch, defaults, settings.compare, over)
     both = settings.compare([{}, best] if best else [{}], LAST_ROUNDS)
     microseconds = [float(f"{1e6 * np.median(times):.4g}") for times in both]
@@ -82,13 +82,13 @@ def tuned(case, table, device, seconds, over):
 
 
 def phases(case, table, device):
-    """When the first and the last block pass each point of a launch; medians over launches."""
+    """Returns when the first and last block pass each point of a launch, as medians of launches."""
     workload = Workload(case, table, device)
     step = device.workspace(case.batch, case.dim, phases=True)
     launch = implementations.launches(workload, step)
     workload.reset()
     names, times = [], []
-    for k in range(-2, LAUNCHES):  # the first two load and warm up what is loaded once
+    for k in range(-2, LAUNCHES):  # the first two launches load the kernel and warm up
         launch(k % case.batches)
         if device.place == "cuda":
             torch.cuda.synchronize()
@@ -98,7 +98,7 @@ def phases(case, table, device):
             times.append([[first, last] for _, first, last in points])
     workload.clear()
     if not names:
-        raise LeftOut("the kernel module takes no times")
+        raise LeftOut("the kernel module takes no times: it has no phase clock")
     rows = np.median(times, axis=0).tolist()
     return {
         "name": case.name,
@@ -110,10 +110,11 @@ def phases(case, table, device):
 
 
 def phase_table(case):
-    """A row a point of the launch."""
-    out = Table(title=f"{case['name']}: µs after the first block began, median of {LAUNCHES}")
-    for name in ("a block has passed", "first", "last", "last, less the point before"):
-        out.add_column(name, justify="left" if name == "a block has passed" else "right")
+    """Returns the table of a launch, with one row per point."""
+    title = f"{case['name']}: µs after the start of the first block, median of {LAUNCHES}"
+    out = Table(title=title)
+    for name in ("point", "first block", "last block", "last block, since the previous point"):
+        out.add_column(name, justify="left" if name == "point" else "right")
     before = 0.0
     for point in case["phases"]:
         first, last = point["first_us"], point["last_us"]

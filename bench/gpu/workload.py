@@ -1,6 +1,6 @@
-"""A case on the GPU, and what runs steps over it.
+"""The arrays of a case on the GPU, and the runners that execute steps on them.
 
-A runner is a `bench.workload.Runner`: reset(), run(count) -> seconds, outcome().
+A runner has the methods of `bench.workload.Runner`: reset(), run(count) -> seconds, outcome().
 """
 
 import json
@@ -19,11 +19,11 @@ gpu = from_tests("gpu/device")
 
 
 class LeftOut(Exception):
-    """Why an implementation is not timed here."""
+    """The reason why an implementation is not timed here."""
 
 
 class Workload:
-    """A case's batches and the table that they move. `table`: zeros [C, D] on the device."""
+    """A case's batches and the table that they move; `table` is zeros [C, D] on the device."""
 
     def __init__(self, case, table, device):
         self.case, self.table, self.device = case, table, device
@@ -33,19 +33,22 @@ class Workload:
         self.bytes = case.bytes(labels)
         self.rows, self._others = (self.put(numbers) for numbers in (rows, others))
         self.labels = self.put(labels).unbind()
-        self.index = self.put(index.reshape(labels.shape)).unbind()  # which of the rows
-        # Made on the device: to make them on the host and copy them takes seconds.
+        self.index = self.put(index.reshape(labels.shape)).unbind()  # the index into `rows`
+        # Random numbers are drawn on the device: drawing on the host and copying takes seconds.
         generator = torch.Generator(device.place).manual_seed(case.batch)
         random = {"generator": generator, "device": device.place}
         features = torch.randn([*labels.shape, case.dim], **random)
         self.features = features.to(getattr(torch, case.dtype)).unbind()
         self.start = torch.randn([len(rows), case.dim], **random)
-        self.compiled = {}  # by torch.compile, for the implementations that share it
+        self.compiled = {}  # programs of torch.compile, shared by implementations
         self._outputs = None
         self.clear()
 
     def outputs(self):
-        """Losses and gradients of the batches, as cold as the features; all kernels write here."""
+        """Returns the losses and gradients of all batches, to which all kernels write.
+
+        Each batch has its own, so that they are no more in the cache than the features.
+        """
         if self._outputs is None:
             shape = [self.case.batches, self.case.batch, self.case.dim]
             zeros = (torch.zeros(sizes, device=self.device.place) for sizes in (shape[:1], shape))
@@ -53,27 +56,27 @@ class Workload:
         return self._outputs
 
     def unwrite(self):
-        """Fills the outputs with a number that no step writes."""
+        """Fills the outputs with a number that no step computes."""
         for tensors in self.outputs():
             for tensor in tensors:
                 tensor.fill_(-77)
 
     def reset(self):
-        """The table as it is before the first step."""
+        """Sets the table to its values before the first step."""
         self.table[self.rows] = self.start
 
     def clear(self):
-        """The table as the next workload wants to find it."""
+        """Sets the used rows to zero, as the next workload expects them."""
         self.table[self.rows] = 0
 
     def outcome(self, last):
-        """What a runner is judged by, after `last`: a loss and a gradient."""
+        """Returns the outcome of a runner; `last` is the last loss and gradient."""
         loss, gradient = (None if a is None else _tensor(a).clone() for a in last)
         moved = bool(self.table[self._others].any())
         return Outcome(loss, gradient, self.table[self.rows], moved)
 
     def put(self, numbers):
-        """The NumPy array on the device."""
+        """Copies a NumPy array to the device."""
         return torch.from_numpy(np.ascontiguousarray(numbers)).to(self.device.place)
 
 
@@ -84,7 +87,7 @@ def _tensor(array):
 
 
 def event_seconds(work):
-    """What the device needs for what `work` gives it; or the host, where that takes longer."""
+    """Returns the seconds of `work()` by CUDA events: the longer of the device's and the host's."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     work()
@@ -94,9 +97,9 @@ def event_seconds(work):
 
 
 def busy_seconds(work):
-    """How long the device was busy with what `work` gives it, without waits for the host.
+    """Returns the seconds for which `work()` keeps the device busy, without waits for the host.
 
-    From the profiler, which sees the work of every library in this process.
+    They come from the profiler, which records the work of every library in this process.
     """
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
@@ -114,14 +117,14 @@ def busy_seconds(work):
 
 
 def wall_seconds(work):
-    """By the clock on the wall."""
+    """Returns the wall time of `work()`."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 class Calls:
-    """`step(k)` of batch after batch, each called from Python."""
+    """A runner that calls `step(k)` from Python for one batch after the other."""
 
     def __init__(self, workload, step, seconds):
         self._workload, self._step, self._seconds = workload, step, seconds
@@ -144,11 +147,11 @@ class Calls:
 
 
 class Graph(Calls):
-    """The same captured: a CUDA graph of a step on each batch, replayed as a whole."""
+    """A runner that captures a step on each batch in one CUDA graph and replays it as a whole."""
 
     def __init__(self, workload, step, seconds):
         super().__init__(workload, step, seconds)
-        self._steps(min(2, workload.case.batches))  # whatever is loaded at the first call is
+        self._steps(min(2, workload.case.batches))  # loads modules before the capture
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
         self.reset()
@@ -166,7 +169,7 @@ class Graph(Calls):
 
 
 def copy_speed(device, seconds, size):
-    """Bytes a second, read and written, of a large copy on the device; median of ten."""
+    """Returns the bytes per second that a large copy reads and writes; the median of ten."""
     source = torch.zeros(size, dtype=torch.uint8, device=device.place)
     target = torch.ones_like(source)
 

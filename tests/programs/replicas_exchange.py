@@ -6,7 +6,8 @@ import tensorflow as tf
 import tf_center_loss_op as tcl
 from replica_checks import C, D, batches, mirrored_table, sharded_table, step_of
 from replicas import copies, gather, mirrored, spread
-from tf_center_loss_op import _arguments, distribute
+from tf_center_loss_op._core import arguments
+from tf_center_loss_op.distribute.global_batch import GlobalBatch
 
 strategy = mirrored(2)
 
@@ -19,8 +20,8 @@ with strategy.scope():
 @tf.function
 def form(features, labels):
     def step(features, labels):
-        a = _arguments.check(features, labels, centers, alpha=0.5, rule="paper")
-        return distribute._Step(a).sums_are_smaller
+        a = arguments.check(features, labels, centers, alpha=0.5, rule="paper")
+        return GlobalBatch(a).sums_are_smaller
 
     return strategy.run(step, args=(features, labels))
 

@@ -1,4 +1,4 @@
-"""Interfaces of other times."""
+"""Interfaces of earlier versions of TensorFlow."""
 
 from tf_center_loss_op.compat import v1
 

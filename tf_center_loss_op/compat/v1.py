@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import tensorflow as tf
 
-from tf_center_loss_op import _arguments
-from tf_center_loss_op.functional import implementation
+from tf_center_loss_op._core import arguments
+from tf_center_loss_op._core.dispatch import implementation
 
 
 def center_loss(
@@ -69,7 +71,7 @@ def center_loss(
                 f"{name}: expected shape {shape} with its last dimension known, got {tensor.shape}"
             )
     with tf.name_scope("center_loss"):
-        # The residual is computed with by the update, so it is of the centers' type.
+        # The variable has the features' type, and no center is a 16-bit number.
         if features.dtype in (tf.float16, tf.bfloat16):
             features = tf.cast(features, tf.float32)
         with tf.compat.v1.variable_scope(
@@ -83,9 +85,9 @@ def center_loss(
                 trainable=False,
                 use_resource=True,
             )
-        a = _arguments.check(
+        a = arguments.check(
             features, labels, centers, alpha=alpha, rule="tutorial", reduction="sum"
         )
         run = implementation("auto", a.centers)
-        loss, residual = run.loss_and_residual(a)
+        loss, residual = run.sum_loss_and_residual(dataclasses.replace(a, update_centers=False))
         return loss, centers, run.update_from_residual(a, residual)

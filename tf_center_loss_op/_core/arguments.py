@@ -1,19 +1,22 @@
-"""Every check of what a caller passes, before any implementation is chosen.
+"""Checks the arguments of a call before an implementation is chosen.
 
-So that the error is the same whichever implementation would have run. Each message names the
-argument, what came and what is expected. What only the values of tensors can tell (a label out of
-range, a negative alpha in a variable) is left to the implementations.
+The error is therefore the same whichever implementation would have run. Each message names the
+argument, what is expected and what came. The implementations check what only the values of tensors
+can tell: a label out of range, a negative alpha in a variable.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import math
 import numbers
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
-from keras.src.backend.common.stateless_scope import in_stateless_scope
-from tensorflow.python import pywrap_tfe
-from tensorflow.python.distribute.sharded_variable import ShardedVariable
+
+from tf_center_loss_op._core import private_apis, variables
 
 RULES = ("paper", "mean", "sum", "batch_mean", "paper_batch_mean", "tutorial")
 REDUCTIONS = ("sum", "mean", "none")
@@ -25,33 +28,33 @@ _CLASS_TYPES = (tf.int32, tf.int64)
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What an implementation gets: checked, flattened to one batch, of the right types."""
+    """The checked arguments of a call, flattened to one batch and cast to the types of the ops."""
 
     features: tf.Tensor  # [B, D]
     labels: tf.Tensor  # [B] int32 or int64 class ids
-    centers: "tf.Variable | TableLike"  # [C, D], float64 for float64 features, else float32
+    centers: tf.Variable | variables.TableLike  # [C, D], float64 for float64 features, else float32
     alpha: tf.Tensor  # [] in the centers' type; the implementation checks its value
     rule: str
     reduction: str
-    loss_weight: tf.Tensor  # [] in the centers' type, multiplies the loss
+    loss_weight: tf.Tensor  # [] in the centers' type, the factor of the loss
     sample_weight: tf.Tensor | None  # [B] in the centers' type
     ignore_class: int | None
     update_centers: bool
-    loss_shape: tf.Tensor | None  # what a loss [B] is reshaped to, None where it is [B] already
+    loss_shape: tf.Tensor | None  # the shape of the labels, None where it is [B]
 
 
 def check(
-    features,
-    labels,
-    centers,
+    features: Any,
+    labels: Any,
+    centers: Any,
     *,
-    alpha,
-    rule,
-    reduction="mean",
-    loss_weight=1.0,
-    sample_weight=None,
-    ignore_class=None,
-    update_centers=True,
+    alpha: Any,
+    rule: str,
+    reduction: str = "mean",
+    loss_weight: Any = 1.0,
+    sample_weight: Any = None,
+    ignore_class: int | None = None,
+    update_centers: bool = True,
 ) -> Arguments:
     """Checks and converts the arguments of one call."""
     one_of("rule", rule, RULES)
@@ -81,14 +84,14 @@ def check(
     )
 
 
-def one_of(name, value, allowed):
+def one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
     """Raises ValueError unless value is one of the allowed strings."""
     if not isinstance(value, str) or value not in allowed:
         expected = ", ".join(map(repr, allowed))
         raise ValueError(f"{name}: expected one of {expected}, got {_describe(value)}")
 
 
-def number(name, value):
+def number(name: str, value: Any) -> float:
     """Raises unless value is a finite number >= 0."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a finite number >= 0, got {_describe(value)}")
@@ -97,7 +100,7 @@ def number(name, value):
     return float(value)
 
 
-def positive(name, value):
+def positive(name: str, value: Any) -> int:
     """Raises unless value is an int >= 1."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected an int >= 1, got {_describe(value)}")
@@ -106,10 +109,9 @@ def positive(name, value):
     return int(value)
 
 
-def require_no_recomputation():
-    """Raises where what is computed now will be computed again for its gradient."""
-    # No tape records then, not even one that is open: tf.recompute_grad alone does that.
-    if pywrap_tfe.TFE_Py_TapeSetIsStopped():
+def require_no_recomputation() -> None:
+    """Raises inside tf.recompute_grad, which runs the code again for its gradient."""
+    if private_apis.inside_recompute_grad():
         raise RuntimeError(
             "update_centers: expected a step of the centers outside of tf.recompute_grad "
             "(keras.remat, keras.RematScope), got one inside, which the gradient would repeat; "
@@ -117,66 +119,13 @@ def require_no_recomputation():
         )
 
 
-class TableLike:
-    """What stands for a tf.Variable [C, D]: it has a dtype and a shape."""
-
-
-class PartitionedCenters(TableLike):
-    """A tf.Variable whose rows a partitioner has put on several servers: there is no one handle."""
-
-    def __init__(self, variable):
-        self.dtype = variable.dtype
-        self.shape = variable.shape
-        self.scatter_add = variable.scatter_add
-        self._parts = list(variable.variables)
-
-    def sparse_read(self, indices, name=None):
-        """What `tf.gather` calls; the variable's own returns the rows in the order of the parts."""
-        return tf.compat.v1.nn.embedding_lookup(
-            self._parts, indices, partition_strategy="div", name=name
-        )
-
-
-class StatelessCenters(TableLike):
-    """A keras.Variable inside a `keras.StatelessScope`, as far as the graph path needs a variable.
-
-    Its value is a tensor there, and a write is an assignment that the scope keeps.
-    """
-
-    def __init__(self, variable):
-        self._variable = variable
-        self.dtype = tf.as_dtype(variable.dtype)
-        self.shape = tf.TensorShape(variable.shape)
-
-    def sparse_read(self, indices, name=None):
-        """What `tf.gather` calls."""
-        return tf.gather(self._variable.value, indices, name=name)
-
-    def scatter_add(self, sparse_delta):
-        """As of a `tf.Variable`."""
-        indices = sparse_delta.indices[:, tf.newaxis]
-        return self._variable.assign(
-            tf.tensor_scatter_nd_add(self._variable.value, indices, sparse_delta.values)
-        )
-
-
-def unwrap(variable):
-    """The tf.Variable inside a keras.Variable; anything else as it is."""
-    if isinstance(variable, keras.Variable):
-        if in_stateless_scope() or variable._value is None:
-            return StatelessCenters(variable)
-        # `.value` would be a 16-bit copy of the table under an autocasting policy.
-        variable = variable._value
-    return PartitionedCenters(variable) if isinstance(variable, ShardedVariable) else variable
-
-
-def _describe(value):
+def _describe(value: Any) -> str:
     if tf.is_tensor(value) or isinstance(value, tf.Variable):
         return f"a tensor of dtype {value.dtype.name} and shape {value.shape}"
     return f"{value!r} ({type(value).__name__})"
 
 
-def _tensor(name, value):
+def _tensor(name: str, value: Any) -> tf.Tensor:
     try:
         return tf.convert_to_tensor(value)
     except (TypeError, ValueError) as error:
@@ -185,7 +134,7 @@ def _tensor(name, value):
         ) from error
 
 
-def _known_rank(name, tensor):
+def _known_rank(name: str, tensor: tf.Tensor) -> tf.Tensor:
     if tensor.shape.rank is None:
         raise ValueError(
             f"{name}: expected a tensor whose rank is known while tracing, got an unknown rank; "
@@ -194,7 +143,7 @@ def _known_rank(name, tensor):
     return tensor
 
 
-def _features(features):
+def _features(features: Any) -> tf.Tensor:
     features = _known_rank("features", _tensor("features", features))
     if features.dtype not in _FEATURE_TYPES:
         expected = ", ".join(t.name for t in _FEATURE_TYPES)
@@ -204,22 +153,12 @@ def _features(features):
     return features
 
 
-def _centers(centers, features, moves):
-    variable = unwrap(centers)
+def _centers(centers: Any, features: tf.Tensor, moves: bool) -> tf.Variable | variables.TableLike:
+    variable = variables.unwrap(centers)
     if isinstance(variable, tf.Variable):
-        variable = _this_replicas(variable, moves)
-    if not (
-        isinstance(variable, TableLike)
-        or isinstance(variable, tf.Variable)
-        and hasattr(variable, "handle")
-    ):
-        got = type(centers).__name__
-        if isinstance(variable, tf.Variable):
-            got += ", a reference variable: create it with use_resource=True"
-        raise TypeError(
-            "centers: expected a tf.Variable (a resource variable) or a keras.Variable around "
-            f"one, got {got}"
-        )
+        variable = variables.own_table(variable, moves)
+    if not (isinstance(variable, variables.TableLike) or variables.is_resource_variable(variable)):
+        raise variables.wrong_kind(centers)
     if variable.dtype not in (tf.float32, tf.float64):
         raise TypeError(f"centers: expected dtype float32 or float64, got {variable.dtype.name}")
     expected = tf.float64 if features.dtype == tf.float64 else tf.float32
@@ -238,32 +177,9 @@ def _centers(centers, features, moves):
     return variable
 
 
-def _this_replicas(variable, moves):
-    """The copy of a table that belongs to the replica whose code is being run or traced."""
-    copies = tf.distribute.get_strategy().experimental_local_results(variable)
-    context = tf.distribute.get_replica_context()
-    if context is None:
-        if moves and tf.distribute.get_strategy().num_replicas_in_sync > 1:
-            raise ValueError(
-                "centers: expected a call in a replica, by strategy.run, where the centers of a "
-                f"strategy of {tf.distribute.get_strategy().num_replicas_in_sync} replicas move; "
-                "got one outside of it"
-            )
-        return copies[0]
-    if context.num_replicas_in_sync == 1:
-        return copies[0]
-    mirrored = isinstance(variable, tf.distribute.DistributedValues) and (
-        variable.synchronization != tf.VariableSynchronization.ON_READ
-    )
-    if moves and not mirrored:
-        raise ValueError(
-            "centers: expected a variable with a copy on each replica, made in strategy.scope() "
-            f"without synchronization=ON_READ, got {type(variable).__name__}"
-        )
-    return copies[context._replica_id] if mirrored else copies[0]
-
-
-def _labels(labels, features, centers):
+def _labels(
+    labels: Any, features: tf.Tensor, centers: tf.Variable | variables.TableLike
+) -> tf.Tensor:
     labels = _known_rank("labels", _tensor("labels", labels))
     batch_shape = features.shape[:-1]
     classes = centers.shape[0]
@@ -293,17 +209,17 @@ def _labels(labels, features, centers):
     return labels
 
 
-def _argmax(rows, centers):
+def _argmax(rows: tf.Tensor, centers: tf.Variable | variables.TableLike) -> tf.Tensor:
     if not (rows.shape[-1:].is_fully_defined() and centers.shape[:1].is_fully_defined()):
         tf.debugging.assert_equal(
             tf.shape(rows)[-1],
             tf.raw_ops.VariableShape(input=centers.handle)[0],
-            message="labels: one-hot rows need one column for each row of centers",
+            message="labels: expected one-hot rows with one column for each row of centers",
         )
     return tf.argmax(rows, axis=-1)
 
 
-def _sample_weight(sample_weight, labels, dtype):
+def _sample_weight(sample_weight: Any, labels: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
     weights = _tensor("sample_weight", sample_weight)
     if not (weights.dtype.is_floating or weights.dtype.is_integer):
         raise TypeError(f"sample_weight: expected numbers, got {weights.dtype.name}")
@@ -312,11 +228,11 @@ def _sample_weight(sample_weight, labels, dtype):
             f"sample_weight: expected shape {labels.shape}, one number for each sample, "
             f"got {weights.shape}"
         )
-    # Weights are given, not learned: no gradient flows to them, in any implementation.
+    # In every implementation the weights are data: no gradient flows to them.
     return tf.stop_gradient(tf.cast(weights, dtype))
 
 
-def _alpha(alpha, dtype):
+def _alpha(alpha: Any, dtype: tf.DType) -> tf.Tensor:
     if isinstance(alpha, keras.Variable):
         alpha = alpha.value
     if not (tf.is_tensor(alpha) or isinstance(alpha, tf.Variable)):
@@ -328,7 +244,7 @@ def _alpha(alpha, dtype):
     return tf.cast(tf.stop_gradient(alpha), dtype)
 
 
-def _ignore_class(ignore_class):
+def _ignore_class(ignore_class: Any) -> int | None:
     if ignore_class is None:
         return None
     if isinstance(ignore_class, bool) or not isinstance(ignore_class, numbers.Integral):
@@ -338,5 +254,5 @@ def _ignore_class(ignore_class):
     return int(ignore_class)
 
 
-def _flatten(tensor, shape, rank):
+def _flatten(tensor: tf.Tensor, shape: list[int], rank: int) -> tf.Tensor:
     return tensor if tensor.shape.rank == rank else tf.reshape(tensor, shape)

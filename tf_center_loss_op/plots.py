@@ -1,4 +1,4 @@
-"""Pictures of embeddings and their centers: a figure, and files for TensorBoard's projector."""
+"""Draws embeddings with their centers, and exports them to TensorBoard's embedding projector."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_center_loss_op import _arguments, tables
+from tf_center_loss_op import tables
+from tf_center_loss_op._core import arguments
+from tf_center_loss_op._core.variables import unwrap
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# More colors than these nobody tells apart.
+__all__ = ["embeddings", "export_projector"]
+
+# The number of colors of matplotlib's largest qualitative color map.
 _MOST_IN_LEGEND = 20
 
 
@@ -34,29 +38,37 @@ def export_projector(
 ) -> Path:
     """Writes features, labels and centers as files that TensorBoard's embedding projector reads.
 
-    ``<name>.tsv`` holds a row of numbers for each point, exact to float32;
-    ``<name>_metadata.tsv`` its label and whether it is a "sample" or a "center";
-    ``projector_config.pbtxt`` names both, beside what it named before. Then
-    ``tensorboard --logdir <log_dir>`` shows them; https://projector.tensorflow.org takes the two
-    .tsv files as they are.
+    Equals, with a file of labels and an entry in the projector's configuration:
+
+        points = numpy.concatenate([features, centers[numpy.unique(labels)]])
+        numpy.savetxt(f"{log_dir}/{name}.tsv", points, "%.9g", delimiter="\\t")
+
+    ``<name>.tsv`` holds a row of numbers for each point, with the nine digits that identify a
+    float32. ``<name>_metadata.tsv`` holds its label and whether it is a "sample" or a "center".
+    ``projector_config.pbtxt`` gets an entry for both and keeps its other entries. The command
+    ``tensorboard --logdir <log_dir>`` shows the points; https://projector.tensorflow.org reads the
+    two .tsv files.
 
     Args:
-      log_dir: the folder; it is made where it is missing.
+      log_dir: the folder, created where it is missing.
       features: numbers ``[N, D]``. Rows with a NaN or an infinity are left out.
       labels: class ids or, without centers, names ``[N]``.
-      centers: ``[C, D]``, a variable, tensor or NumPy array. The rows of the classes that occur
-        among the written samples are written too; the table is not read as a whole.
+      centers: ``[C, D]``, a variable, tensor or NumPy array. Only the rows of the classes that
+        occur among the written samples are read and written.
       class_names: the name of each class id; the default is the number itself. Tabs and line
-        breaks, which would tear the rows apart, become ``\\t``, ``\\n`` and ``\\r``.
-      name: of the files and in the projector's menu: letters, digits, ``-`` and ``_``.
-      max_samples: of more samples so many are written, drawn at random.
-      seed: of that draw.
+        breaks, which would break the rows of the file, become ``\\t``, ``\\n`` and ``\\r``.
+      name: the name of the files and in the projector's menu: letters, digits, ``-`` and ``_``.
+      max_samples: the largest number of samples that are written, >= 1. Of more samples, a random
+        selection is written.
+      seed: the seed of that selection.
 
     Returns:
       The path of ``projector_config.pbtxt``.
 
     Raises:
       TypeError, ValueError: an argument is of the wrong type, shape or value.
+
+    Determinism: the same arguments give the same files.
 
     >>> import tempfile
     >>> import tf_center_loss_op as tcl
@@ -96,7 +108,7 @@ def export_projector(
     return config
 
 
-def draw_embeddings(
+def embeddings(
     features: tf.types.experimental.TensorLike,
     labels: tf.types.experimental.TensorLike,
     centers: tf.Variable | keras.Variable | tf.types.experimental.TensorLike | None = None,
@@ -106,33 +118,36 @@ def draw_embeddings(
     max_samples: int = 5000,
     seed: int = 0,
 ) -> Figure:
-    """Draws features as points in the plane, in the color of their class, and centers as crosses.
+    """Draws features as points in the color of their class, and centers as crosses.
 
-    Features of more than two dimensions are projected on the first two principal components of
-    the drawn samples, the centers with them:
+    Equals, where D = 2, the drawing of the features x themselves. Features of more dimensions, and
+    the centers with them, are projected on the first two principal components of the drawn samples:
 
         _, s, vt = numpy.linalg.svd(x - x.mean(0), full_matrices=False)
         points = (x - x.mean(0)) @ vt[:2].T
 
-    The axes say how much of the variance these hold: classes that overlap in the picture may be
-    apart in the dimensions that it leaves out. Both axes have one scale, so that distances in the
-    picture are comparable.
+    The labels of the axes show which share of the variance these components hold. Classes that
+    overlap in the figure may be separate in the other dimensions. Both axes have the same scale, so
+    that distances in the figure are comparable.
 
     Args:
       features: as in `export_projector`.
       labels: as in `export_projector`.
       centers: as in `export_projector`.
-      class_names: as in `export_projector`. Up to twenty classes have a legend.
-      title: above the picture.
-      max_samples: of more samples so many are drawn, picked at random.
-      seed: of that pick.
+      class_names: as in `export_projector`. The figure has a legend for up to twenty classes.
+      title: the title of the figure.
+      max_samples: the largest number of samples that are drawn, >= 1. Of more samples, a random
+        selection is drawn.
+      seed: the seed of that selection.
 
     Returns:
-      A ``matplotlib.figure.Figure``; ``figure.savefig("embeddings.png")`` keeps it.
+      A ``matplotlib.figure.Figure``; ``figure.savefig("embeddings.png")`` saves it.
 
     Raises:
       ImportError: matplotlib is not installed.
       TypeError, ValueError: an argument is of the wrong type, shape or value.
+
+    Determinism: the same arguments select and place the same points.
 
     >>> import tf_center_loss_op as tcl
     >>> figure = tcl.plots.embeddings([[0.0, 1.0], [2.0, 1.0]], [0, 1], [[0.0, 0.0], [2.0, 0.0]])
@@ -145,14 +160,15 @@ def draw_embeddings(
         from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("draw_embeddings needs matplotlib: pip install matplotlib") from error
+        raise ImportError("plots.embeddings needs matplotlib: pip install matplotlib") from error
     points = _points(features, labels, centers, max_samples, seed)
     (x, c), axis_labels = _plane(points.features, points.centers)
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.subplots()
     classes, color = np.unique(points.labels, return_inverse=True)
     few = len(classes) <= _MOST_IN_LEGEND
-    # In a long list neighbors in the order of the labels would look alike: tab20 repeats instead.
+    # More than twenty classes repeat the colors of tab20: a continuous color map would give
+    # neighbors in the order of the labels colors that look alike.
     colors = colormaps["tab10" if len(classes) <= 10 else "tab20"].colors
     for i, label in enumerate(classes):
         axes.scatter(
@@ -174,16 +190,22 @@ def draw_embeddings(
 
 
 class _Points(NamedTuple):
+    """The samples that are shown, and the centers of their classes."""
+
     features: np.ndarray  # [n, D] float32
     labels: np.ndarray  # [n] class ids or names
-    centers: np.ndarray  # [m, D], of these classes
-    classes: np.ndarray  # [m]
+    centers: np.ndarray  # [m, D] float32
+    classes: np.ndarray  # [m] the class ids of the centers
 
 
-def _points(features, labels, centers, max_samples, seed):
-    """The samples that are shown and the centers of their classes, checked."""
+def _points(features: Any, labels: Any, centers: Any, max_samples: int, seed: int) -> _Points:
+    """Checks the arguments and selects the samples.
+
+    Raises:
+      TypeError, ValueError: an argument is of the wrong type, shape or value.
+    """
     features, labels = _array(features), _array(labels)
-    max_samples = _arguments.positive("max_samples", max_samples)
+    max_samples = arguments.positive("max_samples", max_samples)
     if features.ndim != 2:
         raise ValueError(f"features: expected shape [N, D], got {features.shape}")
     if labels.shape != features.shape[:1]:
@@ -196,7 +218,8 @@ def _points(features, labels, centers, max_samples, seed):
         raise TypeError(f"labels: expected class ids or names, got {labels.dtype}")
     chosen = np.arange(len(labels))
     if len(labels) > max_samples:
-        # In their order, and before the rows are read: they may be on disk.
+        # Sorted, so that the samples keep their order. Selected before the rows are read, because
+        # a memory-mapped array is on disk.
         chosen = np.sort(np.random.default_rng(seed).choice(len(labels), max_samples, False))
     features, labels = np.asarray(features[chosen], np.float32), labels[chosen]
     finite = np.isfinite(features).all(axis=1)
@@ -209,7 +232,7 @@ def _points(features, labels, centers, max_samples, seed):
             f"names), got {labels.dtype}"
         )
     classes = np.unique(labels)
-    centers = _arguments.unwrap(centers)
+    centers = unwrap(centers)
     if not isinstance(centers, tf.Variable):
         centers = _array(centers)
     if len(centers.shape) != 2 or centers.shape[1] != features.shape[1]:
@@ -224,14 +247,14 @@ def _points(features, labels, centers, max_samples, seed):
             f"got {bad[0]}"
         )
     if isinstance(centers, tf.Variable):
-        rows = tables.centers_of(classes, centers).numpy()
+        rows = tables.rows(classes, centers).numpy()
     else:
         rows = centers[classes]
     return _Points(features, labels, np.asarray(rows, np.float32), classes)
 
 
-def _plane(x, c):
-    """x and c in two dimensions, and what to call these."""
+def _plane(x: np.ndarray, c: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], list[str]]:
+    """Projects samples x [n, D] and centers c [m, D] on two dimensions; also names the axes."""
     dimensions = x.shape[1]
     if dimensions <= 2:
         pad = [(0, 0), (0, 2 - dimensions)]
@@ -241,7 +264,7 @@ def _plane(x, c):
         return (x[:, :2], c[:, :2]), ["", ""]
     mean = x.mean(0, dtype=np.float64)
     _, s, vt = np.linalg.svd(x - mean, full_matrices=False)
-    axes = np.zeros([2, dimensions])  # one sample has no second component
+    axes = np.zeros([2, dimensions])  # zeros remain where one sample has no second component
     axes[: len(vt[:2])] = vt[:2]
     share = np.zeros(2)
     share[: len(s[:2])] = 100 * s[:2] ** 2 / max(np.sum(s**2), np.finfo(float).tiny)
@@ -249,12 +272,12 @@ def _plane(x, c):
     return ((x - mean) @ axes.T, (c - mean) @ axes.T), names
 
 
-def _array(value):
-    value = _arguments.unwrap(value)
+def _array(value: Any) -> np.ndarray:
+    value = unwrap(value)
     return value.numpy() if hasattr(value, "numpy") else np.asarray(value)
 
 
-def _name(label, class_names):
+def _name(label: Any, class_names: Sequence[str] | Mapping[int, str] | None) -> str:
     if isinstance(label, bytes):
         return label.decode("utf-8", "replace")
     if class_names is None or isinstance(label, str):
@@ -265,5 +288,5 @@ def _name(label, class_names):
         raise ValueError(f"class_names: expected a name for class {label}, got none") from error
 
 
-def _escaped(text):
+def _escaped(text: str) -> str:
     return text.replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import keras
 import tensorflow as tf
-from keras.src.backend import get_keras_mask
-from keras.src.losses.loss import reduce_weighted_values
-from keras.src.losses.losses import LossFunctionWrapper
-from keras.src.utils.naming import get_object_name
 
-from tf_center_loss_op import distribute
+from tf_center_loss_op._core import private_apis, variables
+from tf_center_loss_op.distribute.exchange import sum_over_replicas
+from tf_center_loss_op.distribute.strategies import require_supported_strategy
 
 MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
 REDUCTIONS = (*MEANS, "sum")
@@ -20,32 +19,32 @@ REDUCTIONS = (*MEANS, "sum")
 
 @keras.saving.register_keras_serializable(package="tf_center_loss_op")
 class GlobalBatchLoss(keras.losses.Loss):
-    """A Keras loss as it is on one replica, on any number of them.
+    """A Keras loss whose value and gradients are those of the global batch, on any replicas.
 
-    Keras gives every replica's mean the same weight: that of a replica with one sample counts as
-    much as that of one with hundreds, and what `fit` shows is weighted in another way. With this
-    loss in its place the gradients and what is shown are those of the concatenated batch, also
-    where a replica has no sample. On each replica, r of R, equals:
+    Keras gives every replica's mean the same weight: the mean of a replica with one sample counts
+    as much as that of a replica with hundreds, and `fit` shows a mean that is weighted in another
+    way. With this loss in its place, the gradients and the shown loss are those of the concatenated
+    batch, also where a replica has no sample. On each replica it equals:
 
         numbers = [sum(sample_weight * loss.call(y_true, y_pred)), number of samples]
         total, count = sum over all replicas(numbers)
         return total / count
 
-    The number is what the loss's own reduction divides by: of all values, of those that a mask
-    leaves, or with ``"mean_with_sample_weight"`` the sum of the weights; ``"sum"`` divides by
-    nothing. On one replica, or without a strategy, it is the given loss.
+    The number of samples is what the loss's own reduction divides by: the number of values, of
+    values that a mask leaves, or with ``"mean_with_sample_weight"`` the sum of the weights;
+    ``"sum"`` divides by nothing. On one replica, or without a strategy, it is the given loss.
 
     Args:
       loss: a `keras.losses.Loss` that reduces to a mean or a sum, the name of a loss, or a
-        function (y_true, y_pred) -> the loss of each sample, of which the mean is taken. A sample's
-        loss depends on no other sample. For several outputs, one for each.
+        function (y_true, y_pred) -> the loss of each sample, whose mean is the loss. A sample's
+        loss depends on no other sample. A model with several outputs needs one for each.
       name: that of the given loss by default.
 
     Call arguments:
       y_true, y_pred, sample_weight: as the given loss takes them, of this replica.
 
     Returns:
-      A scalar of the loss's type: as of all losses of `keras.losses`, one R-th of what Keras shows.
+      A scalar of the loss's type. As with all losses of `keras.losses`, Keras shows R times it.
 
     Raises:
       TypeError, ValueError: the loss is none of these; the strategy is not supported; in a call on
@@ -56,7 +55,8 @@ class GlobalBatchLoss(keras.losses.Loss):
 
     >>> import keras
     >>> import tf_center_loss_op as tcl
-    >>> loss = tcl.distribute.GlobalBatchLoss(keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    >>> on_one = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    >>> loss = tcl.distribute.GlobalBatchLoss(on_one)
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class GlobalBatchLoss(keras.losses.Loss):
         *,
         name: str | None = None,
     ):
-        distribute.require_supported_strategy()
+        require_supported_strategy()
         self._given = loss
         self.loss = loss = _loss_object(loss)
         if loss.reduction not in REDUCTIONS:
@@ -75,44 +75,44 @@ class GlobalBatchLoss(keras.losses.Loss):
             )
         super().__init__(name or loss.name, loss.reduction, loss.dtype)
 
-    def call(self, y_true, y_pred):
+    def call(self, y_true: Any, y_pred: Any) -> Any:
         """The given loss of each sample."""
         return self.loss.call(y_true, y_pred)
 
-    def __call__(self, y_true, y_pred, sample_weight=None):
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
         """The loss of all replicas' batches."""
-        if distribute.replicas() == 1:
+        if variables.replicas() == 1:
             return self.loss(y_true, y_pred, sample_weight)
-        distribute.require_supported_strategy()
+        require_supported_strategy()
         with keras.name_scope(self.name):
             values, mask = self._values(y_true, y_pred)
-            # 16-bit numbers do not count a batch.
+            # A 16-bit number cannot hold the size of a batch.
             dtype = "float64" if values.dtype == tf.float64 else "float32"
 
-            def add_up(values, sample_weight):
-                # Not yet added up where the shape says that there is nothing.
+            def sum_of(values: tf.Tensor, sample_weight: Any) -> tf.Tensor:
+                # Keras returns the values themselves where the shape says that there are none.
                 return tf.reduce_sum(
-                    reduce_weighted_values(values, sample_weight, mask, "sum", dtype)
+                    private_apis.reduce_weighted_values(values, sample_weight, mask, "sum", dtype)
                 )
 
-            weighs = self.reduction == "mean_with_sample_weight"
+            counts_weights = self.reduction == "mean_with_sample_weight"
             numbers = [
-                add_up(values, sample_weight),
-                add_up(tf.ones_like(values), sample_weight if weighs else None),
+                sum_of(values, sample_weight),
+                sum_of(tf.ones_like(values), sample_weight if counts_weights else None),
             ]
-            total, count = tf.unstack(distribute.sum_over_replicas(tf.stack(numbers)))
+            total, count = tf.unstack(sum_over_replicas(tf.stack(numbers)))
             if self.reduction in MEANS:
                 total = tf.math.divide_no_nan(total, count)
-            # Keras adds up the replicas' gradients, and shows R times the loss.
-            return tf.cast(total / distribute.replicas(), values.dtype)
+            # Keras adds up the replicas' gradients and shows R times the loss.
+            return tf.cast(total / variables.replicas(), values.dtype)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return {"loss": keras.losses.serialize(self._given), "name": self.name}
 
-    def _values(self, y_true, y_pred):
+    def _values(self, y_true: Any, y_pred: Any) -> tuple[tf.Tensor, tf.Tensor | None]:
         """The loss of each sample, and the mask or None, as `keras.losses.Loss` finds them."""
-        masks = [get_keras_mask(y_pred)]
+        masks = [private_apis.get_keras_mask(y_pred)]
         y_true, y_pred = keras.tree.map_structure(
             lambda x: keras.ops.convert_to_tensor(x, self.dtype), (y_true, y_pred)
         )
@@ -122,12 +122,12 @@ class GlobalBatchLoss(keras.losses.Loss):
                 "loss: expected one that gives the loss of each sample where there are several "
                 f"replicas, got one number for all of them from {self.name!r}"
             )
-        masks.append(get_keras_mask(values))
+        masks.append(private_apis.get_keras_mask(values))
         masks = [tf.cast(mask, tf.bool) for mask in masks if mask is not None]
         return values, functools.reduce(tf.logical_and, masks) if masks else None
 
 
-def _loss_object(loss):
+def _loss_object(loss: Any) -> keras.losses.Loss:
     try:
         found = keras.losses.get(loss)
     except (TypeError, ValueError) as error:
@@ -135,9 +135,9 @@ def _loss_object(loss):
     if found is None:
         raise _wrong(loss)
     if not isinstance(found, keras.losses.Loss):
-        # Named as Keras names it.
-        name = loss if isinstance(loss, str) else get_object_name(found)
-        return LossFunctionWrapper(found, name=name)
+        # The name that Keras would give it.
+        name = loss if isinstance(loss, str) else private_apis.get_object_name(found)
+        return private_apis.LossFunctionWrapper(found, name=name)
     if type(found).__call__ is not keras.losses.Loss.__call__:
         raise TypeError(
             "loss: expected a keras.losses.Loss that is made by its call(), got "
@@ -146,7 +146,7 @@ def _loss_object(loss):
     return found
 
 
-def _wrong(loss):
+def _wrong(loss: Any) -> TypeError:
     return TypeError(
         "loss: expected a keras.losses.Loss, the name of one or a function (y_true, y_pred), of "
         f"one output, got {loss!r}"

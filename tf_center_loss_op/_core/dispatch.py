@@ -1,0 +1,98 @@
+"""Chooses what computes a call: native ops or plain TensorFlow, on one replica or several."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from typing import Protocol
+
+import tensorflow as tf
+
+from tf_center_loss_op._core import arguments, native, variables, xla
+from tf_center_loss_op._core.arguments import Arguments
+from tf_center_loss_op._core.graph_ops import GraphOps
+from tf_center_loss_op._core.native_ops import NativeOps
+from tf_center_loss_op.distribute.replicated import Replicated
+from tf_center_loss_op.distribute.sharded import ShardedCenters
+from tf_center_loss_op.distribute.sharded_step import Sharded
+
+
+class Implementation(Protocol):
+    """What computes a call; `NativeOps`, `GraphOps`, `Replicated` and `Sharded` are the four.
+
+    Each method takes checked arguments. The native and the graph form work on the batch that they
+    are given. The distributed forms exchange batches between replicas first, and then use one of
+    the other two; a loss is then this replica's share of that of the global batch.
+    """
+
+    def center_loss(self, a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
+        """The loss and ||x_i - c_{y_i}||^2 [B]; the centers have moved where a.update_centers."""
+
+    def sum_loss_and_residual(self, a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
+        """The loss as a plain sum, and x_i - c_{y_i} [B, D]; the centers move as above.
+
+        The residual is in the centers' type, and no gradient flows through it.
+        """
+
+    def update_centers(self, a: Arguments) -> tf.Operation | None:
+        """The step of the centers alone."""
+
+    def update_from_residual(self, a: Arguments, residual: tf.Tensor) -> tf.Operation | None:
+        """The step of the centers from a residual x_i - c_{y_i} [B, D] computed before."""
+
+
+def implementation(impl: str, centers: tf.Variable | variables.TableLike) -> Implementation:
+    """The implementation that `impl` asks for, on these checked centers.
+
+    Raises:
+      RuntimeError: ``impl="native"`` and the native ops cannot run.
+      ValueError: ``impl``, or what the environment variable ``TF_CENTER_LOSS_IMPL`` sets for
+        "auto", is none of `arguments.IMPLEMENTATIONS`.
+    """
+    chosen: Implementation
+    if _choose(impl, getattr(centers, "device", None) or "") == "native":
+        chosen = NativeOps()
+    else:
+        chosen = GraphOps()
+    if isinstance(centers, ShardedCenters):
+        return Sharded(chosen)
+    if impl == "native" and isinstance(centers, variables.PartitionedCenters):
+        raise RuntimeError(
+            "impl: 'native' cannot run on centers that a partitioner has split over several "
+            "variables; expected 'auto' or 'graph'"
+        )
+    if isinstance(centers, variables.TableLike):
+        return GraphOps()  # There is no single variable that the op could write to.
+    return Replicated(chosen) if variables.replicas() > 1 else chosen
+
+
+def _choose(impl: str, device: str) -> str:
+    """Either "native" or "graph"; device: where the centers lie, as TensorFlow writes it."""
+    arguments.one_of("impl", impl, arguments.IMPLEMENTATIONS)
+    if impl == "auto":
+        impl = os.environ.get("TF_CENTER_LOSS_IMPL", "auto")
+        arguments.one_of("TF_CENTER_LOSS_IMPL (environment)", impl, arguments.IMPLEMENTATIONS)
+    if impl == "graph":
+        return "graph"
+    device_type = tf.DeviceSpec.from_string(device).device_type
+    reason = native.why_unusable(device_type, xla.in_xla())
+    if reason is None:
+        return "native"
+    if impl == "native":
+        raise RuntimeError(
+            f"impl: 'native' cannot run: {reason}. To rebuild the library: {native.REBUILD}"
+        )
+    if not (xla.in_xla() and native.lacks_xla_only()):  # The graph path is the rule there.
+        _warn_once(reason)
+    return "graph"
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        "tf_center_loss_op: no native library, computing with plain TensorFlow ops instead, with "
+        f"the same results but slower: {reason}. To rebuild it: {native.REBUILD}",
+        RuntimeWarning,
+        stacklevel=6,
+    )

@@ -1,0 +1,302 @@
+"""The center loss in plain TensorFlow ops: Wen et al., ECCV 2016, equations 2 to 4, line by line.
+
+It runs wherever TensorFlow does, and the tests compare the native ops with it. XLA compiles neither
+checks of values nor shapes that depend on them: under ``jit_compile=True`` `_check` does nothing
+and `_sums_by_class_in_xla` takes the place of `_sums_by_class`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import tensorflow as tf
+
+from tf_center_loss_op._core import xla
+from tf_center_loss_op._core.arguments import Arguments
+
+# Up to this batch size comparing all labels with all is the faster way to find the samples of a
+# class under XLA (measured on two cores; at 128 samples sorting is faster).
+_MATRIX_BATCH = 64
+
+
+class GraphOps:
+    """An `Implementation` (dispatch.py) in plain TensorFlow ops."""
+
+    def center_loss(self, a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
+        """The loss and ||x_i - c_{y_i}||^2 [B]; the centers have moved where a.update_centers."""
+        residual = residual_of(a)
+        loss = loss_of(a, residual)
+        squared_distance = tf.reduce_sum(residual * residual, axis=1)
+        return _after_step(a, residual, loss), squared_distance
+
+    def sum_loss_and_residual(self, a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
+        """The loss as a plain sum, and x_i - c_{y_i} [B, D]; the centers move as above."""
+        residual = residual_of(a)
+        one = tf.ones([], a.centers.dtype)
+        plain = dataclasses.replace(a, reduction="sum", loss_weight=one, sample_weight=None)
+        loss = loss_of(plain, residual)
+        return loss, _after_step(a, residual, tf.stop_gradient(residual))
+
+    def update_centers(self, a: Arguments) -> tf.Operation | None:
+        """The step of the centers alone."""
+        return _move(a, residual_of(a))
+
+    def update_from_residual(self, a: Arguments, residual: tf.Tensor) -> tf.Operation | None:
+        """The step of the centers from a residual x_i - c_{y_i} [B, D] computed before."""
+        checked = True if xla.in_xla() else check_alpha(a)
+        return _move(dataclasses.replace(a, alpha=tf.where(checked, a.alpha, 0)), residual)
+
+
+def _after_step(a: Arguments, residual: tf.Tensor, result: tf.Tensor) -> tf.Tensor:
+    """The result, once the centers have moved where a.update_centers."""
+    if not a.update_centers:
+        return result
+    with tf.control_dependencies([_move(a, residual)]):
+        return tf.identity(result)
+
+
+# ------------------------------------------------------------------------- loss and residual
+
+
+def residual_of(a: Arguments) -> tf.Tensor:
+    """x_i - c_{y_i}; zero for ignored samples, NaN for a label outside the table."""
+    # Whatever follows from the residual, and so every write, waits for the checks.
+    is_counted, is_readable = counted(a), _in_table(a) & _check(a)
+    # Under XLA a gather clamps a label outside the table, and the scatter of its gradient drops it.
+    read = is_counted if xla.in_xla() else is_readable
+    centers = tf.gather(a.centers, tf.where(read, a.labels, 0))
+    if a.update_centers:
+        centers = tf.stop_gradient(centers)
+    residual = tf.cast(a.features, a.centers.dtype) - centers
+    # A factor of NaN, not a NaN in its place: the gradient must be NaN too.
+    factor = tf.where(is_readable | ~is_counted, 1.0, math.nan)
+    residual *= tf.cast(factor, residual.dtype)[:, tf.newaxis]
+    return tf.where(is_counted[:, tf.newaxis], residual, 0)
+
+
+def loss_of(a: Arguments, residual: tf.Tensor) -> tf.Tensor:
+    """The loss of samples with the residual x_i - c_{y_i} [B, D]."""
+    is_counted = counted(a)
+    loss = tf.reduce_sum(residual * residual, axis=1) / 2
+    if a.sample_weight is not None:
+        loss *= tf.where(is_counted, a.sample_weight, 0)
+    loss *= _loss_weight(a)
+    if a.reduction != "none":
+        # The float64 sum rounds to the same float32 number in any order.
+        loss = tf.reduce_sum(tf.cast(loss, tf.float64))
+    if a.reduction == "mean":
+        loss = tf.math.divide_no_nan(loss, tf.reduce_sum(tf.cast(is_counted, tf.float64)))
+    return tf.cast(loss, a.centers.dtype)
+
+
+def counted(a: Arguments) -> tf.Tensor:
+    """[B], whether a sample is not ignored."""
+    if a.ignore_class is None:
+        return tf.fill(tf.shape(a.labels), True)
+    return tf.not_equal(tf.cast(a.labels, tf.int64), a.ignore_class)
+
+
+def _loss_weight(a: Arguments) -> tf.Tensor:
+    # Nothing can raise under XLA: there a bad alpha makes the loss NaN.
+    if not (a.update_centers and xla.in_xla()):
+        return a.loss_weight
+    return tf.where(_is_good_alpha(a), a.loss_weight, math.nan)
+
+
+def _in_table(a: Arguments) -> tf.Tensor:
+    labels = tf.cast(a.labels, tf.int64)
+    return (labels >= 0) & (labels < _num_classes(a))
+
+
+def _num_classes(a: Arguments) -> tf.Tensor:
+    classes = a.centers.shape[0]
+    if classes is None:
+        classes = tf.raw_ops.VariableShape(input=a.centers.handle, out_type=tf.int64)[0]
+    return tf.cast(classes, tf.int64)
+
+
+# ---------------------------------------------------------------------- step of the centers
+
+
+def _move(a: Arguments, residual: tf.Tensor) -> tf.Operation | None:
+    """c_j += s_j * sum of the residuals of class j."""
+    residual = tf.stop_gradient(residual)
+    is_counted = counted(a)
+    is_finite = tf.reduce_all(tf.math.is_finite(a.features), axis=1)
+    sums_by_class = _sums_by_class_in_xla if xla.in_xla() else _sums_by_class
+    labels, n, total = sums_by_class(a, is_counted & _in_table(a) & is_finite, residual)
+
+    dtype = residual.dtype
+    scale = step_scale(a, tf.cast(n, dtype), tf.reduce_sum(tf.cast(is_counted, dtype)))
+    moves = _is_good_alpha(a) & (a.alpha > 0)
+    step = tf.where(moves, scale[:, tf.newaxis] * total, 0)
+    return a.centers.scatter_add(tf.IndexedSlices(step, labels))
+
+
+def step_scale(a: Arguments, n: tf.Tensor, batch: tf.Tensor) -> tf.Tensor:
+    """s_j of a class with n finite samples, in a batch with this number of counted samples."""
+    alpha = a.alpha
+    return {
+        "paper": lambda: alpha / (1 + n),
+        "mean": lambda: alpha / n,
+        "sum": lambda: alpha * tf.ones_like(n),
+        "batch_mean": lambda: alpha / batch * tf.ones_like(n),
+        "paper_batch_mean": lambda: alpha / ((1 + n) * batch),
+        "tutorial": lambda: alpha * (1 - alpha) / (1 + n),
+    }[a.rule]()
+
+
+def _sums_by_class(
+    a: Arguments, moving: tf.Tensor, residual: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """The distinct labels of the moving samples, n_j, and the sum of each class's residuals."""
+    moving = tf.where(moving)[:, 0]
+    # Distinct labels: the scatter writes each row of the table once, so its order does not matter.
+    labels, place = tf.unique(tf.gather(a.labels, moving))
+    classes = tf.size(labels)
+    n = tf.math.unsorted_segment_sum(tf.ones_like(moving), place, classes)
+    return labels, n, tf.math.unsorted_segment_sum(tf.gather(residual, moving), place, classes)
+
+
+def _sums_by_class_in_xla(
+    a: Arguments, moving: tf.Tensor, residual: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """As `_sums_by_class`, in [B] places. An unused place has label C, whose row XLA drops."""
+    unused = tf.cast(_num_classes(a), a.labels.dtype)
+    labels = tf.where(moving, a.labels, unused)
+    residual = tf.where(moving[:, tf.newaxis], residual, 0)
+    sums = _sums_by_comparing if _is_small(residual.shape[0]) else _sums_by_sorting
+    labels, is_last, n, total = sums(labels, residual)
+    return tf.where(is_last, labels, unused), n, total
+
+
+def _is_small(batch: int | None) -> bool:
+    # On a GPU a matrix product may keep ten bits of the residuals only (TensorFloat-32).
+    on_gpu = bool(tf.config.list_physical_devices("GPU"))
+    return batch is not None and batch <= _MATRIX_BATCH and not on_gpu
+
+
+def _sums_by_comparing(
+    labels: tf.Tensor, residual: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Labels; whether a sample is the last of its class; n and sum of its class.
+
+    All labels are compared with all: a matrix [B, B].
+    """
+    # tf.equal, because `==` compares the objects in a graph of TensorFlow 1.
+    same = tf.equal(labels[:, tf.newaxis], labels)
+    place = tf.range(tf.size(labels))
+    is_last = ~tf.reduce_any(same & (place > place[:, tf.newaxis]), axis=1)
+    n = tf.reduce_sum(tf.cast(same, tf.int32), axis=1)
+    return labels, is_last, n, tf.matmul(tf.cast(same, residual.dtype), residual)
+
+
+def _sums_by_sorting(
+    labels: tf.Tensor, residual: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """As `_sums_by_comparing`, with the samples in the order of their labels.
+
+    Sorting makes each class a run. A segmented scan adds to each place the place `shift` before it,
+    if that is in the same run, for shift = 1, 2, 4, ...; the last place of a run ends with its sum.
+    """
+    order = tf.argsort(labels, stable=True)
+    labels, total = tf.gather(labels, order), tf.gather(residual, order)
+    place = tf.range(tf.size(labels))
+
+    def in_same_run(shift: tf.Tensor) -> tf.Tensor:
+        return (place >= shift) & tf.equal(labels, tf.roll(labels, shift, axis=0))
+
+    def scan(
+        shift: tf.Tensor, n: tf.Tensor, total: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        same = in_same_run(shift)
+        n += tf.where(same, tf.roll(n, shift, axis=0), 0)
+        total += tf.where(same[:, tf.newaxis], tf.roll(total, shift, axis=0), 0)
+        return 2 * shift, n, total
+
+    _, n, total = tf.while_loop(
+        lambda shift, *_: tf.reduce_any(in_same_run(shift)),
+        scan,
+        (tf.constant(1), tf.ones_like(place), total),
+    )
+    is_last = tf.not_equal(labels, tf.roll(labels, -1, axis=0))
+    is_last |= tf.equal(place, tf.size(labels) - 1)
+    return labels, is_last, n, total
+
+
+# --------------------------------------------------------------------- checks of the values
+
+
+def _check(a: Arguments) -> tf.Tensor | bool:
+    """True, or an error where the values are bad."""
+    if xla.in_xla():
+        return True
+    checks = [_initialized(a)]
+    for name in ("labels", "sample_weight"):
+        tensor = getattr(a, name)
+        if tensor is not None and None in (*tensor.shape, a.features.shape[0]):
+            checks.append(_same_length(name, tensor, a.features))
+    if a.update_centers:
+        checks.append(check_alpha(a))
+    is_bad = outside(a)
+    checks.append(require(~tf.reduce_any(is_bad), lambda: first_outside(a, is_bad)))
+    return functools.reduce(tf.logical_and, checks)
+
+
+def check_alpha(a: Arguments) -> tf.Tensor:
+    """True, or an error where alpha is negative or not finite."""
+    return require(
+        _is_good_alpha(a),
+        lambda: tf.strings.format("alpha: expected a finite number >= 0, got {}", (a.alpha,)),
+    )
+
+
+def _is_good_alpha(a: Arguments) -> tf.Tensor:
+    return tf.math.is_finite(a.alpha) & (a.alpha >= 0)
+
+
+def outside(a: Arguments) -> tf.Tensor:
+    """[B], whether a label is neither a row of the table nor ignored."""
+    return counted(a) & ~_in_table(a)
+
+
+def first_outside(a: Arguments, is_outside: tf.Tensor) -> tf.Tensor:
+    """The message about the first label that is outside the table."""
+    position = tf.where(is_outside)[0, 0]
+    return tf.strings.format(
+        "labels[{}] = {} is outside [0, {})", (position, a.labels[position], _num_classes(a))
+    )
+
+
+def _initialized(a: Arguments) -> tf.Tensor | bool:
+    # Only a graph of TensorFlow 1 can hold an uninitialised variable.
+    if tf.executing_eagerly() or tf.compat.v1.get_default_graph().building_function:
+        return True
+    # Reading the variable raises an error that says what is wrong; gathering from it does not. The
+    # value must enter the result: an unused read is optimised away.
+    initialized = tf.raw_ops.VarIsInitializedOp(resource=a.centers.handle)
+    return tf.cond(
+        initialized, lambda: True, lambda: tf.math.is_finite(a.centers.read_value()[0, 0])
+    )
+
+
+def _same_length(name: str, tensor: tf.Tensor, features: tf.Tensor) -> tf.Tensor:
+    length, batch = tf.shape(tensor)[0], tf.shape(features)[0]
+    return require(
+        tf.equal(length, batch),
+        lambda: tf.strings.format(name + ": expected shape [{}], got [{}]", (batch, length)),
+    )
+
+
+def require(condition: tf.Tensor, message: Callable[[], tf.Tensor]) -> tf.Tensor:
+    """True, or an error with the text message() where the condition does not hold."""
+    # A branch, so that the message is formatted only where it is needed.
+    return tf.cond(condition, lambda: True, lambda: _fail(message()))
+
+
+def _fail(message: tf.Tensor) -> tf.Tensor:
+    with tf.control_dependencies([tf.debugging.Assert(False, [message])]):
+        return tf.constant(False)

@@ -1,0 +1,199 @@
+"""Finds and loads the native libraries, once, and says what was found."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+import tensorflow as tf
+
+from tf_center_loss_op._core import arguments, private_apis
+
+REBUILD = (
+    "pip install --force-reinstall --no-deps tf_center_loss_op (from a checkout: pip install .)"
+)
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_LIBRARY = _PACKAGE / "libtf_center_loss_op.so"
+_XLA_LIBRARY = _PACKAGE / "libtf_center_loss_op_xla.so"
+
+
+class BuildInfo(TypedDict):
+    """What `build_info` returns."""
+
+    native: bool  # the fused op is loaded
+    reason: str | None  # why it is not loaded
+    tf_built: str | None  # the TensorFlow version that the library was built for
+    tf_running: str  # the TensorFlow version that runs
+    cuda: list[str] | None  # the GPU architectures of the library's kernels
+    xla: list[str]  # the devices for which the fused op compiles under XLA
+    library: str | None  # the path of the loaded library
+
+
+class _Loaded(NamedTuple):
+    ops: Any  # the module of generated op functions, None where unusable
+    reason: str | None  # why unusable
+    xla: bool = False  # whether the ops compile under XLA
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+@functools.cache
+def _record() -> dict[str, Any]:
+    """What the build recorded about itself."""
+    try:
+        return json.loads((_PACKAGE / "_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+@functools.cache
+def _load() -> _Loaded:
+    record = _record()
+    built = record.get("tensorflow")
+    if record.get("reason"):
+        return _Loaded(None, f"it was not built: {record['reason']}")
+    if not _LIBRARY.is_file():
+        return _Loaded(None, f"there is no {_LIBRARY.name} in {_PACKAGE}")
+    # A library of another minor version cannot load, and the loader's error does not say so.
+    if built is not None and _minor(built) != _minor(tf.__version__):
+        return _Loaded(None, f"it was built for TensorFlow {built}, this is {tf.__version__}")
+    try:
+        ops = tf.load_op_library(str(_LIBRARY))
+    except (tf.errors.OpError, OSError) as error:
+        return _Loaded(None, f"it does not load: {error}")
+    return _Loaded(ops, None, _load_xla())
+
+
+def _load_xla() -> bool:
+    # The ops come first: XLA aborts the process when it meets a lowering of an unknown op.
+    try:
+        tf.load_library(str(_XLA_LIBRARY))
+    except (tf.errors.OpError, OSError):
+        return False
+    return True
+
+
+def ops() -> Any:
+    """The generated functions of the native ops; only where they are `usable`."""
+    return _load().ops
+
+
+def usable() -> bool:
+    """Whether the native ops are loaded."""
+    return _load().ops is not None
+
+
+def why_unusable(device_type: str | None, under_xla: bool) -> str | None:
+    """Why the native ops cannot run on such a device, None where they can."""
+    loaded = _load()
+    if loaded.ops is None:
+        return loaded.reason
+    if under_xla and lacks_xla_only():
+        return f"under XLA it needs {_XLA_LIBRARY.name}, which is not there or does not load"
+    if device_type is not None and device_type not in _devices():
+        return (
+            f"the centers lie on a {device_type}, and it was built for {' and '.join(_devices())} "
+            "only (for a GPU it needs nvcc)"
+        )
+    return None
+
+
+def lacks_xla_only() -> bool:
+    """Whether the native ops are loaded, but not what XLA needs to compile them."""
+    return usable() and not _load().xla
+
+
+def supports_jit() -> bool:
+    """Whether the fused op compiles under XLA for every device that TensorFlow uses here."""
+    used = {device.device_type for device in tf.config.get_visible_devices()}
+    return used <= set(build_info()["xla"])
+
+
+def _devices() -> list[str]:
+    """The types of the devices that the library has kernels for."""
+    return ["CPU", "GPU"] if _record().get("cuda") else ["CPU"]
+
+
+def build_info() -> BuildInfo:
+    """What is installed and what runs.
+
+    Returns:
+      A dict: ``native`` (bool, the fused op is loaded), ``reason`` (why not, else None),
+      ``tf_built`` and ``tf_running`` (TensorFlow versions), ``cuda`` (list of GPU architectures
+      that the library holds kernels for, None without), ``xla`` (list of the devices, "CPU" and
+      "GPU", for which the fused op compiles under ``jit_compile=True``; elsewhere plain TensorFlow
+      ops stand in), ``library`` (path of the loaded library, None without).
+
+    >>> import tf_center_loss_op as tcl
+    >>> sorted(tcl.build_info())
+    ['cuda', 'library', 'native', 'reason', 'tf_built', 'tf_running', 'xla']
+    """
+    native = usable()
+    return {
+        "native": native,
+        "reason": _load().reason,
+        "tf_built": _record().get("tensorflow"),
+        "tf_running": tf.__version__,
+        "cuda": _record().get("cuda") if native else None,
+        "xla": _devices() if _load().xla else [],
+        "library": str(_LIBRARY) if native else None,
+    }
+
+
+# ------------------------------------------------------------------------ atomics on a GPU
+
+_gpu_atomics: bool | None = None  # the argument of set_gpu_atomics
+
+
+def set_gpu_atomics(enabled: bool) -> None:
+    """Lets the fused op sum residuals on a GPU by float atomics, in any order.
+
+    Off by default: the same inputs then give the same bits. The environment variable
+    ``TF_CENTER_LOSS_GPU_ATOMICS=1`` turns it on for a process that never calls this function. It
+    has no effect on the CPU and under XLA. Calls that are traced or run afterwards obey it.
+
+    Args:
+      enabled: True or False.
+
+    Raises:
+      TypeError: ``enabled`` is no bool.
+      RuntimeError: ``enabled`` is True under ``tf.config.experimental.enable_op_determinism()``.
+        Where that is called later, the next call of the op raises.
+
+    >>> import tf_center_loss_op as tcl
+    >>> tcl.training.set_gpu_atomics(False)
+    """
+    global _gpu_atomics
+    if not isinstance(enabled, bool):
+        raise TypeError(f"enabled: expected True or False, got {enabled!r}")
+    if enabled:
+        _refuse_atomics_under_determinism("enabled")
+    _gpu_atomics = enabled
+
+
+def gpu_atomics() -> bool:
+    """Whether ops are made with the attribute `atomic`."""
+    if _gpu_atomics is not None:
+        name, wanted = "set_gpu_atomics", _gpu_atomics
+    else:
+        name = "TF_CENTER_LOSS_GPU_ATOMICS"
+        value = os.environ.get(name, "0")
+        arguments.one_of(f"{name} (environment)", value, ("0", "1"))
+        wanted = value == "1"
+    if wanted:
+        _refuse_atomics_under_determinism(name)
+    return wanted
+
+
+def _refuse_atomics_under_determinism(name: str) -> None:
+    if private_apis.is_op_determinism_enabled():
+        raise RuntimeError(
+            f"{name}: expected False under tf.config.experimental.enable_op_determinism(), got "
+            "True: the order in which threads arrive decides a sum by atomics"
+        )

@@ -1,0 +1,324 @@
+"""Every private name of TensorFlow and Keras that the package uses, and why it is needed.
+
+No other file of the package uses one (tests/test_private_apis.py). A name that an installed version
+lacks ends with an ImportError that says which name, which version and what for.
+"""
+
+from __future__ import annotations
+
+import collections
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import h5py
+import keras
+import tensorflow as tf
+
+
+class PrivateName(NamedTuple):
+    """A name that TensorFlow or Keras may remove without notice."""
+
+    module: str
+    name: str
+    why: str
+    since: str  # the oldest version that was seen to have it
+
+
+NAMES: list[PrivateName] = []  # in the order in which they are imported below
+
+
+def _imported(module: str, name: str, why: str, since: str = "TensorFlow 2.16") -> Any:
+    NAMES.append(PrivateName(module, name, why, since))
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(_missing(f"{module}.{name}", why, since)) from error
+
+
+def _attribute(owner: object, name: str, why: str) -> Any:
+    try:
+        return getattr(owner, name)
+    except AttributeError as error:
+        kind = owner if isinstance(owner, type) else type(owner)
+        raise ImportError(_missing(f"{kind.__module__}.{kind.__name__}.{name}", why)) from error
+
+
+def _missing(name: str, why: str, since: str = "") -> str:
+    has_it = f" ({since} has it)" if since else ""
+    return (
+        f"tf_center_loss_op needs the private name {name} {why}. TensorFlow {tf.__version__} with "
+        f"Keras {keras.__version__} lacks it{has_it}: install versions that this release names"
+    )
+
+
+# ------------------------------------------------------------------------------- TensorFlow
+
+ResourceVariable = _imported(
+    "tensorflow.python.ops.resource_variable_ops",
+    "ResourceVariable",
+    "to make one variable on one device inside the scope of a strategy, where tf.Variable makes a "
+    "copy on every replica",
+)
+ShardedVariable = _imported(
+    "tensorflow.python.distribute.sharded_variable",
+    "ShardedVariable",
+    "to recognise a variable that a partitioner has split over several servers",
+)
+is_op_determinism_enabled: Callable[[], bool] = _imported(
+    "tensorflow.python.framework.config",
+    "is_op_determinism_enabled",
+    "to refuse float atomics under tf.config.experimental.enable_op_determinism()",
+)
+variable_accessed: Callable[[tf.Variable], None] = _imported(
+    "tensorflow.python.ops.resource_variable_ops",
+    "variable_accessed",
+    "to put a variable on the gradient tape that an op reads through its handle, as tf.gather does",
+)
+_graph_or_parents_in_xla_context = _imported(
+    "tensorflow.python.ops.control_flow_util",
+    "GraphOrParentsInXlaContext",
+    "to know whether XLA will compile the graph that is being traced",
+)
+_op_is_stateful = _imported(
+    "tensorflow.python.framework.auto_control_deps",
+    "op_is_stateful",
+    "to know which ops tf.function runs in program order",
+)
+_tape_set_is_stopped = _imported(
+    "tensorflow.python.pywrap_tfe",
+    "TFE_Py_TapeSetIsStopped",
+    "to refuse a step of the centers that tf.recompute_grad would run twice",
+)
+Trackable = _imported(
+    "tensorflow.python.trackable.base",
+    "Trackable",
+    "to store the parts of a sharded table in a tf.train.Checkpoint as one tensor",
+)
+VARIABLE_VALUE_KEY: str = _imported(
+    "tensorflow.python.trackable.base",
+    "VARIABLE_VALUE_KEY",
+    "to store the parts of a sharded table under the key of a variable",
+)
+ResourceVariableSaveable = _imported(
+    "tensorflow.python.training.saving.saveable_object_util",
+    "ResourceVariableSaveable",
+    "to store a part of a sharded table as a slice of the whole",
+)
+_LOOPS_AND_BRANCHES = tuple(
+    _imported(
+        "tensorflow.python.ops.control_flow_v2_func_graphs",
+        name,
+        "to find the graph around a loop or branch",
+    )
+    for name in ("WhileBodyFuncGraph", "WhileCondFuncGraph", "CondBranchFuncGraph")
+)
+
+
+# The attribute that tf.function gives to an op that `run_independently` was called for.
+_INDEPENDENT = "_independent_side_effects"
+
+
+def will_compile_with_xla(graph: tf.Graph) -> bool:
+    """Whether XLA will compile the graph (``jit_compile=True``)."""
+    return _graph_or_parents_in_xla_context(graph)
+
+
+def is_loop_or_branch(graph: tf.Graph) -> bool:
+    """Whether the graph is the body of a loop or a branch of the graph around it."""
+    return isinstance(graph, _LOOPS_AND_BRANCHES)
+
+
+def outer_graph(graph: tf.Graph) -> tf.Graph:
+    """The graph around a loop or branch."""
+    return _attribute(graph, "outer_graph", "to find the graph around a loop or branch")
+
+
+def inside_recompute_grad() -> bool:
+    """Whether tf.recompute_grad runs the code now: it alone stops every tape."""
+    return _tape_set_is_stopped()
+
+
+def runs_in_program_order(op: tf.Operation) -> bool:
+    """Whether tf.function runs the op after all earlier ones of its kind, and before later ones.
+
+    These are the stateful ops without a resource: an Assert, a print, a py_function. An op with a
+    resource is ordered by the accesses to that resource.
+    """
+    if not _op_is_stateful(op) or any(tensor.dtype == tf.resource for tensor in op.inputs):
+        return False
+    try:
+        return not op.get_attr(_INDEPENDENT)
+    except ValueError:
+        return True  # The attribute has not been set.
+
+
+def run_out_of_program_order(graph: tf.Graph, ops: list[tf.Operation]) -> None:
+    """Lets tf.function run those of these ops that it runs in program order when it likes."""
+    manager = _attribute(
+        graph,
+        "experimental_acd_manager",
+        "to let the replicas of one process exchange their batches without waiting for each other",
+    )
+    if manager is None:
+        return  # A graph of TensorFlow 1 has no program order.
+    for op in ops:
+        if runs_in_program_order(op):
+            manager.run_independently(op)
+
+
+def running_replica() -> int:
+    """The index of the running replica among those of its process."""
+    context = tf.distribute.get_replica_context()
+    if context is None:
+        return 0
+    return _attribute(
+        context, "_replica_id", "to find the copy of a variable that belongs to a replica"
+    )
+
+
+class CollectiveLauncher:
+    """What TensorFlow's own strategies pass to a collective op of one replica."""
+
+    _WHY = "to run collective ops as the strategies of TensorFlow do"
+
+    def __init__(self, launcher: object):
+        def get(name: str) -> Any:
+            return _attribute(launcher, name, self._WHY)
+
+        self.device: str = get("_device")
+        self.group_size: tf.Tensor = get("_group_size")
+        self.group_key: tf.Tensor = get("_group_key")
+        self.new_ordering_token: Callable[[], tf.Tensor] = get("_get_ordering_token")
+        options = get("_options")
+        self.communication_hint: str = options.implementation.value
+        self.timeout_seconds: float = options.timeout_seconds or 0
+
+
+def collective_launchers(strategy: tf.distribute.Strategy) -> list | None:
+    """The launchers of this process's replicas; None where the strategy uses no collective ops."""
+    extended = strategy.extended
+    ops = getattr(extended, "_collective_ops", None)
+    if ops is None:
+        ops = _attribute(extended, "_cross_device_ops", CollectiveLauncher._WHY)
+    return getattr(ops, "_launchers", None)
+
+
+# ------------------------------------------------------------------------------------ Keras
+
+in_stateless_scope: Callable[[], bool] = _imported(
+    "keras.src.backend.common.stateless_scope",
+    "in_stateless_scope",
+    "to know that variables have no buffers now, because Keras asks for shapes only",
+    "Keras 3.5",
+)
+in_symbolic_scope: Callable[[], bool] = _imported(
+    "keras.src.backend.common.symbolic_scope",
+    "in_symbolic_scope",
+    "to know that Keras builds a model on placeholders, which are all of type float",
+    "Keras 3.5",
+)
+KerasSaveable = _imported(
+    "keras.src.saving.keras_saveable",
+    "KerasSaveable",
+    "to store a sharded table in the weights file of a model",
+    "Keras 3.5",
+)
+get_keras_mask = _imported(
+    "keras.src.backend",
+    "get_keras_mask",
+    "to leave masked values out of the loss of the global batch",
+    "Keras 3.6",
+)
+reduce_weighted_values = _imported(
+    "keras.src.losses.loss",
+    "reduce_weighted_values",
+    "to apply masks and sample weights to a loss as Keras does",
+    "Keras 3.5",
+)
+LossFunctionWrapper = _imported(
+    "keras.src.losses.losses",
+    "LossFunctionWrapper",
+    "to make a loss of a function as Model.compile does",
+    "Keras 3.5",
+)
+get_object_name = _imported(
+    "keras.src.utils.naming",
+    "get_object_name",
+    "to name the loss of a function as Keras does",
+    "Keras 3.5",
+)
+
+
+class LossesByReplica:
+    """Mixin of a layer: what `add_loss` adds stays apart for the replicas of a process.
+
+    Keras has one list, `_losses`, for all. Where another layer suspends a replica in the forward
+    pass (``BatchNormalization(synchronized=True)``), the next replica would clear that list, or
+    find the other's losses in it.
+    """
+
+    @property
+    def _losses(self) -> list[Any]:
+        return self._losses_of[running_replica()]
+
+    @_losses.setter
+    def _losses(self, losses: list[Any]) -> None:
+        # Not an attribute of Keras's: a layer would track the lists.
+        self.__dict__["_losses_of"] = collections.defaultdict(list, {running_replica(): losses})
+
+
+class StoredInParts(Trackable, KerasSaveable):
+    """Base of a table whose parts a checkpoint stores as slices of one tensor."""
+
+    def checkpoint_slices(self, name: str) -> list[Any]:
+        """A saveable for each part."""
+        raise NotImplementedError
+
+    def _gather_saveables_for_checkpoint(self) -> dict[str, Callable[..., list[Any]]]:
+        """Called by tf.train.Checkpoint."""
+        return {VARIABLE_VALUE_KEY: lambda name="centers": self.checkpoint_slices(name)}
+
+    def _obj_type(self) -> str:
+        """Called by Keras. Of the kinds that it knows, a "Loss" holds no layers."""
+        return "Loss"
+
+
+def variable_of(variable: keras.Variable) -> tf.Variable | None:
+    """The tf.Variable inside a keras.Variable, None where it has not been made yet.
+
+    The public `value` is a 16-bit copy of the whole table under an autocasting policy.
+    """
+    return _attribute(variable, "_value", "to get a variable without a copy of it")
+
+
+def layers_of(model: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """All layers of a model, also those inside other layers."""
+    flatten = _attribute(model, "_flatten_layers", "to find CenterLoss layers inside other layers")
+    return list(flatten(include_self=False))
+
+
+def build_on_batch(model: keras.Model, batch: object) -> None:
+    """Makes the variables of model and metrics that depend on the shapes of a batch."""
+    build = _attribute(
+        model, "_symbolic_build", "to make the metrics of a resumed epoch before its first step"
+    )
+    build(data_batch=batch)
+
+
+def start_at_epoch(model: keras.Model, epoch: int) -> None:
+    """Lets `fit` begin with this epoch, as `keras.callbacks.BackupAndRestore` does."""
+    _attribute(model, "_initial_epoch", "to resume fit at an epoch")
+    model._initial_epoch = epoch
+
+
+def h5_entry_group(store: object) -> h5py.Group | None:
+    """The HDF5 group behind a store of Keras's, None for other stores and before Keras 3.10."""
+    return getattr(store, "_h5_entry_group", None)
+
+
+def check_before_loading(layer: keras.layers.Layer, store: object) -> None:
+    """Keras's own check of a layer whose weights are about to be loaded, since Keras 3.12."""
+    check = getattr(layer, "_check_load_own_variables", None)
+    if check is not None:
+        check(store)

@@ -1,0 +1,7 @@
+"""Centers on the replicas of a `tf.distribute` strategy: the step of the global batch."""
+
+from tf_center_loss_op.distribute.global_batch_loss import GlobalBatchLoss
+from tf_center_loss_op.distribute.sharded import ShardedCenters
+from tf_center_loss_op.distribute.strategies import MultiWorkerMirroredStrategy
+
+__all__ = ["GlobalBatchLoss", "MultiWorkerMirroredStrategy", "ShardedCenters"]
