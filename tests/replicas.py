@@ -42,12 +42,12 @@ def spread(strategy, parts):
 
 
 def gather(strategy, value):
-    """The parts of this process's replicas, one after another."""
+    """The values of this process's replicas, concatenated."""
     return np.concatenate([part.numpy() for part in strategy.experimental_local_results(value)])
 
 
 def copies(strategy, variable):
-    """The table of each of this process's replicas; they must have the same bits."""
+    """The table, which must have the same bits on each of this process's replicas."""
     tables = [copy.numpy() for copy in strategy.experimental_local_results(variable)]
     assert all(np.array_equal(tables[0], table) for table in tables)
     return tables[0]

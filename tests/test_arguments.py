@@ -1,4 +1,4 @@
-"""What a caller can get wrong in the arguments: one clear error, the same on every path."""
+"""A wrong argument raises one clear error, the same on every path."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def good():
 
 
 def variable(*shape, dtype="float32"):
-    """Made when the test runs, not when it is collected."""
+    """A function that makes a variable when the test runs, not when it is collected."""
     return lambda: tf.Variable(tf.zeros(shape, dtype), name="centers")
 
 

@@ -31,7 +31,7 @@ def initialise(session):
 @pytest.mark.parametrize("order", ["control", "collection", "fetch"])
 def test_training_beside_the_formula(order, batch):
     actual = tutorial.train(ours, 0.5, order, STEPS, batch)
-    # The formula reads all it needs before it writes, however the ops are ordered.
+    # The formula reads before it writes in every order of the ops.
     expected = tutorial.train(tutorial.center_loss, 0.5, order, STEPS, batch)
     for step, (a, b) in enumerate(zip(actual, expected, strict=True)):
         for key in b:
@@ -56,11 +56,11 @@ def test_by_hand(session):
     initialise(session)
     assert session.run(loss) == 68.0
     assert session.run(loss) == 68.0
-    # Asking for the loss moves nothing; asking for the update does: 1/2 * 1/2 over 1 + count.
+    # The loss alone moves nothing; the update moves by 1/2 * 1/2 over 1 + count.
     assert not session.run(centers).any()
     session.run(update)
     np.testing.assert_allclose(session.run(centers), [[0.5, 1], [0, 0], [0, 0.75]], rtol=1e-6)
-    # From the residual of that same run, not from an earlier one.
+    # The step uses the residual of the same run, not of an earlier one.
     session.run(update)
     second = [[0.5 + (6 - 2 * 0.5) / 12, 1 + (12 - 2 * 1) / 12], [0, 0], [0, 0.75 + 5.25 / 8]]
     np.testing.assert_allclose(session.run(centers), second, rtol=1e-6)
@@ -85,7 +85,7 @@ def test_loss_and_update_of_one_run_see_the_same_centers(session):
 
 
 def test_gradient_made_behind_the_update_uses_the_centers_before_it(session):
-    # As `minimize` under control_dependencies does: the gradient's ops all run after the step.
+    # Under control_dependencies, `minimize` runs all ops of the gradient after the step.
     features = tf.constant([[2.0], [6.0]])
     loss, _, update = ours(features, tf.constant([[1.0, 0.0], [1.0, 0.0]]), alpha=0.5)
     with tf.control_dependencies([update]):

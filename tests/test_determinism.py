@@ -1,4 +1,4 @@
-"""The same inputs give the same bits, whatever the number of threads and the instruction set."""
+"""The same inputs give the same bits with any number of threads and any instruction set."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ DTYPES = list(problems.DTYPES)
 
 
 def bits(array):
-    """Bytes, so that NaN equals NaN and 0 does not equal -0."""
+    """The bytes of an array: NaN equals NaN, and 0 differs from -0."""
     return np.ascontiguousarray(array).tobytes()
 
 

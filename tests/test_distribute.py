@@ -1,4 +1,4 @@
-"""Several replicas in one process give what one gives on the concatenated batch."""
+"""Several replicas in one process give the results of one on the concatenated batch."""
 
 import pytest
 
@@ -38,8 +38,7 @@ def test_eager_loop(implementations, tmp_path):
 
 
 def test_side_effects_of_replicas_do_not_wait_for_each_other(tmp_path):
-    # TensorFlow orders them by when they were traced: the second replica's first behind the first
-    # replica's last.
+    # TensorFlow orders side effects as traced: those of the second replica after all of the first.
     run("replicas_side_effects", cwd=tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Under ParameterServerStrategy the op runs where the table lies, or as a graph on its parts."""
+"""Under ParameterServerStrategy the op runs on the table's server, or as a graph on its parts."""
 
 from replicas import Cluster
 

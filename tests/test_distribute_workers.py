@@ -1,4 +1,4 @@
-"""Several processes on loopback give what one replica gives; one that is killed ends the others."""
+"""Several processes give the results of one replica; if one is killed, the others end."""
 
 import re
 
@@ -28,7 +28,7 @@ def test_a_killed_worker(tmp_path):
 
     with Cluster("workers_training", broken, worker=2) as cluster:
         cluster.kill("worker", 1, after="done 4")
-        # TensorFlow's own error, within a bound.
+        # The other worker ends with TensorFlow's error, within the time limit.
         assert cluster.wait("worker", 0, seconds=60) != 0
         log = cluster.log("worker", 0)
     assert re.search(

@@ -1,4 +1,4 @@
-"""The picture of embeddings: what is where, in which color, and what the axes claim."""
+"""The plot of embeddings: positions, colors, labels of the axes."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def problem(dim, classes=C):
 
 
 def drawn(figure):
-    """Points by class, and the centers, as they were handed to matplotlib."""
+    """Points by class, and the centers, as passed to matplotlib."""
     *points, centers = figure.axes[0].collections
     return [np.asarray(part.get_offsets()) for part in points], np.asarray(centers.get_offsets())
 
@@ -105,6 +105,6 @@ def test_wrong_arguments():
 
 
 def test_without_matplotlib(tmp_path):
-    # Everything else works without it, and the error says what to install.
+    # Everything else works without matplotlib, and the error says what to install.
     out = run_program("plot_without_matplotlib", cwd=tmp_path)
     assert out == "plots.embeddings needs matplotlib: pip install matplotlib\n"

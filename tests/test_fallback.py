@@ -68,7 +68,7 @@ def test_asked_for_by_the_environment(native_library, tmp_path, means):
     result = run(tmp_path, TF_CENTER_LOSS_IMPL=means)
     assert result["warnings"] == [] and result["error"] is None
     assert result["info"]["native"] is True
-    # An op that TensorFlow does not know by itself.
+    # Ops that are not TensorFlow's.
     assert bool(result["own_ops"]) == (means != "graph")
 
 

@@ -1,4 +1,4 @@
-"""After its first step a large table lies on large pages: same place, same numbers."""
+"""The first step moves a large table to huge pages, with the same address and numbers."""
 
 import json
 import os
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.native
 
 
 @pytest.mark.skipif(not OFFERED, reason=f"{SETTING} says never, or Linux before 6.1")
-def test_a_large_table_moves_to_large_pages_in_its_place(tmp_path):
+def test_a_large_table_moves_to_huge_pages_in_place(tmp_path):
     seen = json.loads(run_program("large_table_on_huge_pages", cwd=tmp_path))
     assert seen["right"] and not seen["moved"]
     assert seen["share"] > 0.9

@@ -144,7 +144,7 @@ def test_centers_that_cannot_be_moved_in_place_are_refused(kernels):
 
 
 def test_views_of_features_and_labels(kernels):
-    # Every other row of an array, or a column-major one, is read for what it is.
+    # Every other row of an array, and a column-major array, are read correctly.
     features = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
     labels = np.array([0, 9, 1, 9, 0, 9])
     expected = np.zeros([2, 5], np.float32)
@@ -154,7 +154,7 @@ def test_views_of_features_and_labels(kernels):
         try:
             actual, _ = kernels.center_loss_step(view, labels[::2], centers)
         except ValueError:
-            continue  # refusing is fine as well, misreading is not
+            continue  # an error is allowed, a wrong result is not
         assert actual == loss
         assert np.array_equal(centers, expected)
 

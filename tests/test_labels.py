@@ -1,4 +1,4 @@
-"""Labels outside the table: the error says which, nothing is written."""
+"""A label outside the table raises an error that names it, and nothing is written."""
 
 import re
 
@@ -112,6 +112,6 @@ def test_every_path_says_the_same(implementations, centers):
         errors = (ValueError, tf.errors.OpError)
         with pytest.raises(errors, match=r"labels\[1\] = 12 is outside") as caught:
             tcl.center_loss(tf.ones([2, 3]), [3, 12], centers, impl=impl)
-        # TensorFlow puts the name of the node around an op's own text.
+        # TensorFlow adds the node's name to an op's message.
         texts.update(re.findall(r"labels\[1\] = 12 is outside \[0, 10\)", str(caught.value)))
     assert len(texts) == 1

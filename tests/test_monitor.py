@@ -1,4 +1,4 @@
-"""What CentersMonitor measures, writes and warns of, and that the training does not notice it."""
+"""CentersMonitor measures, writes and warns; the training is the same without it."""
 
 import csv
 import itertools
@@ -75,7 +75,7 @@ def events(folder):
             event = tf.compat.v1.Event.FromString(record.numpy())
             for value in event.summary.value:
                 values.setdefault(value.tag, {})[event.step] = tf.make_ndarray(value.tensor)
-                # Only the first of a tag needs to say what it is; every one does.
+                # TensorBoard needs the plugin in the first event of a tag; each one has it.
                 plugins[value.tag] = value.metadata.plugin_data.plugin_name
     return values, plugins
 
@@ -145,7 +145,7 @@ def test_event_files(data, tmp_path):
         assert abs(mean - scalar) <= width
 
 
-def test_every_so_many_batches(data, tmp_path):
+def test_an_integer_freq_counts_batches(data, tmp_path):
     # Four batches an epoch.
     train(functional(), data, tcl.training.CentersMonitor(tmp_path, freq=3), epochs=2)
     assert sorted(events(tmp_path)[0]["cl/moved"]) == [3, 6]
@@ -239,7 +239,7 @@ class Forgetful(Subclassed):
 
 
 class Skipping(Subclassed):
-    """A training step that leaves the layer out."""
+    """A training step that does not call the layer."""
 
     def call(self, inputs, training=None):
         return self.logits(self.dense(inputs[0]))
@@ -287,7 +287,7 @@ def test_warns_once_and_names_the_cause(data, case):
 
 @pytest.mark.parametrize("case", ["ignored", "zeros"])
 def test_a_validation_does_not_hide_the_cause(data, case):
-    # Its samples count in the layer's metric, which is where the cause is read from.
+    # Its samples count in the layer's metric, from which the monitor reads the cause.
     check_warning(case, data, validation_data=([data[0] + 1, data[1]], data[1]))
 
 
@@ -311,13 +311,13 @@ def test_no_warning_without_a_reason(data):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(functional(), data, tcl.training.CentersMonitor(None, batches(data)))
-        # One batch an epoch, and a table of which few rows are looked at.
+        # One batch an epoch, and a sample of few rows of the table.
         monitor = tcl.training.CentersMonitor(None, batches(data), max_classes=1)
         train(functional(), data, monitor, batch_size=N)
 
 
 def test_a_large_table_of_which_other_classes_were_trained():
-    # Nothing that is looked at moved, but not everything was looked at: the warning says so.
+    # No sampled class moved, but others may have: the warning says so.
     inputs, labels = keras.Input([2]), keras.Input([], dtype="int32")
     model = keras.Model([inputs, labels], tcl.CenterLoss(100_000)(inputs, labels))
     model.compile("sgd")
@@ -331,10 +331,9 @@ def test_a_large_table_of_which_other_classes_were_trained():
 
 
 def test_the_table_is_not_copied(tmp_path):
-    # 256 MiB, in the mode in which a dense read copies.
     out = run_program("monitor_a_large_table", cwd=tmp_path, TF_CENTER_LOSS_HUGE_PAGES="0")
-    # A table of zeros takes memory only where it is touched: by the steps, or by a copy of it.
-    # (On large pages these labels would touch all of it.)
+    # A table of zeros takes memory only where the steps, or a copy of it, touch it. (On huge pages
+    # these labels would touch all of it.)
     assert int(out) < 2**26
 
 

@@ -1,4 +1,4 @@
-"""Nearest centers and distances: exact, in bounded memory, from whatever holds the table."""
+"""Nearest centers and distances are exact and use bounded memory, for every kind of table."""
 
 import json
 import math
@@ -20,7 +20,7 @@ C, D, B = 300, 7, 40
 
 
 def brute_force(features, centers, k, dtype="float32"):
-    """Labels and distances [B, k] by all differences in float64; ties by the lowest label."""
+    """Labels and distances [B, k] from all differences in float64; the lowest label wins a tie."""
     x, c = np.asarray(features, np.float64), np.asarray(centers, np.float64)
     # Distances that round to one number are equal.
     distances = np.sqrt(np.square(x[:, None] - c[None]).sum(-1)).astype(dtype)
@@ -72,7 +72,7 @@ def test_every_source(source, mode, k):
 
 @pytest.mark.parametrize("block", [7, 299, 300, 10**9])
 def test_any_block(block):
-    # Also one in which fewer rows remain than are asked for.
+    # The last block has fewer rows than k.
     features, centers = problem()
     assert_exact(tcl.nearest.predict(features, centers, k=3, block=block), features, centers, 3)
 
@@ -89,7 +89,7 @@ def test_more_samples_than_are_read_at_a_time():
     ids=str,
 )
 def test_far_from_the_origin(offset, noise):
-    # |x|^2 - 2 x.c + |c|^2 has no right digit here.
+    # |x|^2 - 2 x.c + |c|^2 has no correct digit here.
     features, centers = problem(offset, noise)
     assert_exact(tcl.nearest.predict(features, centers, k=2), features, centers, 2)
 
@@ -136,7 +136,7 @@ def test_ties_go_to_the_lowest_label():
 
 @pytest.mark.parametrize("far, near", [(1e3, 1e-3), (1.0, 1e-5), (1.0, 1e-20), (1e-15, 1e-22)])
 def test_distances_that_round_to_one_number(far, near):
-    # Samples all around and far from the centers: most distances are equal as float32.
+    # Samples far from the centers, in all directions: most distances are equal as float32.
     features, centers = problem()
     features, centers = features * np.float32(far), centers * np.float32(near)
     for block in (300, 64):
@@ -303,8 +303,7 @@ def test_wrong_labels(source):
         assert f"labels[7] = {value} is outside [0, 300)" in str(caught.value)
 
 
-def test_memory(tmp_path):
-    # 2^20 x 64 numbers, 256 MiB, and so are the scores of all samples and classes.
+def test_the_scores_of_all_classes_are_never_in_memory(tmp_path):
     out = run_program("nearest_in_a_large_table", cwd=tmp_path)
     (tmp_path / "centers.npy").unlink()
     result = json.loads(out)

@@ -34,7 +34,7 @@ def read(folder, name="embeddings"):
 
 
 def entries(config):
-    """What the configuration file names: {tensor: (its file, that of the labels)}."""
+    """The entries of the configuration file: {tensor: (its file, the file of the labels)}."""
     blocks = config.read_text().split("embeddings {\n")[1:]
     fields = [dict(re.findall(r'^  (\w+): "(.*)"$', block, re.MULTILINE)) for block in blocks]
     return {f["tensor_name"]: (f.get("tensor_path"), f.get("metadata_path")) for f in fields}
@@ -91,7 +91,7 @@ def test_a_sample(tmp_path, data):
 
 
 def test_a_huge_table_costs_nothing(tmp_path):
-    # 1 TB, were it written to; only the rows of two classes are.
+    # A sparse table of 1 TB; only the rows of two classes are read.
     centers = np.broadcast_to(np.ones(256, "f"), [10**9, 256])
     tcl.plots.export_projector(tmp_path, np.ones([2, 256]), [5, 10**9 - 1], centers)
     assert len(read(tmp_path)[0]) == 4

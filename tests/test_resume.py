@@ -1,4 +1,4 @@
-"""A training killed at any moment and resumed ends bit for bit as one that was not."""
+"""A training that is killed at any moment and resumed ends with the bits of one that is not."""
 
 import functools
 import json
@@ -25,7 +25,7 @@ def weights(folder):
 
 
 def backups(folder):
-    """The complete ones: their names."""
+    """The names of the complete backups."""
     found = [str(path) for path in folder.glob("backup/*/state.json")]
     return found + [path.read_text() for path in folder.glob("checkpoints/checkpoint")]
 
@@ -71,7 +71,7 @@ def test_killed_on_two_replicas(tmp_path):
     run_program("backup_on_replicas", cwd=tmp_path, timeout=BOUND)
 
 
-# In one process: a model, interrupted, and a new one that goes on.
+# In one process: a training is interrupted, and a new model resumes it.
 
 BATCHES, EPOCHS = 6, 3
 
@@ -153,7 +153,7 @@ def uninterrupted(steps_per_execution=1, policy="float32"):
         (3, 4, 16, 12),  # the last step of an epoch is shorter
     ],
 )
-def test_it_goes_on_from_any_batch(save_freq, steps, after, trained_before, tmp_path):
+def test_it_resumes_from_any_batch(save_freq, steps, after, trained_before, tmp_path):
     whole, history = uninterrupted(steps)
     with interrupted():
         fit(make_model(steps), tcl.training.AtomicBackup(tmp_path, save_freq), Interrupt(after))
@@ -163,10 +163,10 @@ def test_it_goes_on_from_any_batch(save_freq, steps, after, trained_before, tmp_
     )
     resumed = fit(model, tcl.training.AtomicBackup(tmp_path, save_freq), count)
     assert_same(model, whole)
-    # What was trained before is not trained again.
+    # No batch is trained twice.
     first = min(seen)
     assert first == trained_before or first == trained_before + min(steps, BATCHES)
-    # The metrics of the epoch in which it was interrupted go on, too.
+    # The metrics of the interrupted epoch are resumed, too.
     for name, values in history.items():
         assert resumed[name] == values[-len(resumed[name]) :]
     assert not tmp_path.exists()
@@ -174,7 +174,7 @@ def test_it_goes_on_from_any_batch(save_freq, steps, after, trained_before, tmp_
 
 @pytest.mark.parametrize("moment", ["half a file", "no state", "no name"])
 def test_a_backup_that_is_not_complete_is_never_loaded(moment, tmp_path, monkeypatch):
-    # What a process killed while it wrote its second backup leaves behind.
+    # The state that a process leaves that is killed while it writes its second backup.
     def second():
         return (tmp_path / "1").exists()
 
@@ -219,7 +219,7 @@ def test_mixed_precision_and_sixteen_bit_variables(tmp_path):
     assert_same(model, whole)
 
 
-def test_it_takes_the_place_of_kerass_own(tmp_path):
+def test_it_replaces_kerass_backup(tmp_path):
     backup = tcl.training.AtomicBackup(
         backup_dir=str(tmp_path / "backup"),
         save_freq="epoch",
@@ -259,7 +259,7 @@ def damage(folder, how):
 
 
 @pytest.mark.parametrize("how", ["state", "truncated", "missing"])
-def test_a_damaged_backup(how, tmp_path):
+def test_a_damaged_backup_is_not_loaded(how, tmp_path):
     options = dict(double_checkpoint=True, delete_checkpoint=False)
     with interrupted():
         fit(
@@ -284,7 +284,7 @@ def test_a_damaged_backup(how, tmp_path):
 
 @pytest.mark.parametrize("removed_before", [0, EPOCHS - 1], ids=["an older one", "the last"])
 def test_killed_while_it_removes_the_backups(removed_before, tmp_path, monkeypatch):
-    # Files went, but not all: what is left must not look like a backup, nor be in the way.
+    # Only some files were removed: the rest must not count as a backup, nor prevent a new one.
     removed = []
 
     def half(folder, rmtree=shutil.rmtree):
@@ -304,7 +304,7 @@ def test_killed_while_it_removes_the_backups(removed_before, tmp_path, monkeypat
     assert_same(model, uninterrupted()[0])
 
 
-def test_a_backup_of_another_model(tmp_path):
+def test_a_backup_of_another_model_is_refused(tmp_path):
     fit(make_model(), tcl.training.AtomicBackup(tmp_path, delete_checkpoint=False))
     state = json.loads((tmp_path / str(EPOCHS) / "state.json").read_text())
     assert state["epoch"] == EPOCHS
@@ -312,7 +312,7 @@ def test_a_backup_of_another_model(tmp_path):
         fit(make_model(width=5), tcl.training.AtomicBackup(tmp_path))
 
 
-def test_a_model_that_is_not_built(tmp_path):
+def test_a_model_that_is_not_built_is_refused(tmp_path):
     model = keras.Sequential([keras.layers.Dense(1)])
     model.compile("sgd", "mse")
     with pytest.raises(ValueError, match="model: expected a built model"):

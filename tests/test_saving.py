@@ -1,4 +1,4 @@
-"""Centers are saved and restored exactly, and training goes on from there bit for bit."""
+"""Centers are saved and restored exactly, and the training then continues with the same bits."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def test_checkpoint_of_the_variable(impl, tmp_path):
     assert np.array_equal(other.numpy(), saved)
     tcl.update_centers(features, labels, other, impl=impl)
     assert np.array_equal(other.numpy(), went_on)
-    # Restoring into a table that is in use works too.
+    # A table in use can be restored, too.
     tf.train.Checkpoint(centers=centers).restore(path).assert_consumed()
     assert np.array_equal(centers.numpy(), saved)
 
@@ -102,7 +102,7 @@ class Subclassed(keras.Model):
 
 
 def test_a_subclassed_model_goes_on_bit_for_bit(data, tmp_path):
-    # Keras builds it when it loads it, from shapes alone: as if labels were floats, too.
+    # Keras builds a loaded layer from shapes only, as if labels were floats.
     model = Subclassed()
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     train(model, data)
@@ -126,7 +126,7 @@ def test_configuration_survives_in_the_file(impl, data, tmp_path):
     assert layer.get_config() == model.get_layer("center_loss").get_config()
 
 
-# By blocks: the files are the same as Keras's own, the memory is not.
+# By blocks: the files equal Keras's, but take less memory.
 
 
 @pytest.fixture
@@ -272,7 +272,7 @@ def test_a_bad_checkpoint_changes_nothing(tmp_path, how, words):
 
 
 def test_no_second_copy_of_a_large_table(tmp_path):
-    # 512 MiB; beside it a block of 64 MiB. HDF5 and what TensorFlow takes for itself are warmed up.
+    # The table has 512 MiB, a block 64 MiB.
     seen = json.loads(run_program("save_a_large_model", cwd=tmp_path))
     table = 2**29
     for what in "save_weights", "load_weights", "save":

@@ -1,4 +1,4 @@
-"""Large tables are made, filled, saved and loaded by blocks; a bad file changes nothing."""
+"""Large tables are created, filled, saved and loaded by blocks; a bad file changes nothing."""
 
 import json
 import os
@@ -101,7 +101,7 @@ def test_random_centers():
     same = [tcl.tables.RandomNormal(2.0, seed=5)((4000, D), "float32").numpy() for _ in range(2)]
     assert np.array_equal(*same)
     assert abs(same[0].mean()) < 0.05 and abs(same[0].std() - 2) < 0.05
-    # Each block has numbers of its own.
+    # No two blocks have the same numbers.
     assert len(np.unique(same[0])) > 0.99 * same[0].size
     other = tcl.tables.RandomNormal(2.0, seed=6)((4000, D), "float32").numpy()
     assert not np.array_equal(same[0], other)
@@ -270,7 +270,7 @@ def test_class_means_of_bad_batches(centers, batch, words):
 
 
 def test_no_second_copy_of_a_large_table(impl, tmp_path):
-    # 1 GiB; beside it a block of 64 MiB, and what TensorFlow takes for itself.
+    # The table has 1 GiB, a block 64 MiB; TensorFlow needs some memory of its own.
     out = run_program("large_table_in_blocks", impl, cwd=tmp_path)
     seen = json.loads(out)
     table = 2**30

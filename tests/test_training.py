@@ -1,4 +1,4 @@
-"""The layer in real training: schedules, the metric, when centers move, mixed precision, export."""
+"""The layer in a training: schedules, metric, time of the step, mixed precision, export."""
 
 import re
 
@@ -58,7 +58,7 @@ def test_variables_are_read_at_each_call(impl, kind, batch):
 
 
 def test_schedules_follow_the_training_calls(impl, batch):
-    # weight 0, 1, 2, ... and alpha 0.5, 0.4, ...; evaluation in between does not count.
+    # weight 0, 1, 2, ... and alpha 0.5, 0.4, ...; an evaluation does not count as a step.
     warm_up = keras.optimizers.schedules.PolynomialDecay(0.0, 10, 10.0)
     slower = keras.optimizers.schedules.PolynomialDecay(0.5, 5, 0.0)
     layer = tcl.CenterLoss(C, loss_weight=warm_up, alpha=slower, impl=impl)
@@ -181,7 +181,7 @@ def test_an_update_that_never_comes_is_an_error(batch):
 
 @pytest.mark.parametrize("steps_per_execution", [1, 3])
 def test_after_the_optimizer_step(impl, batch, steps_per_execution):
-    # The residual is that of the forward pass, so it makes no difference when the centers move.
+    # The step uses the residual of the forward pass, so the time of the step does not matter.
     results = []
     for deferred, bases in ((False, ()), (True, (tcl.training.UpdateCentersAfterStep,))):
         keras.utils.set_random_seed(1)
@@ -245,7 +245,7 @@ def test_a_step_that_would_be_recomputed_is_an_error(impl, batch, what, deferred
     "deferred, bases", [(False, ()), (True, (tcl.training.UpdateCentersAfterStep,))]
 )
 def test_a_scope_that_recomputes_leaves_the_layer_alone(impl, batch, deferred, bases):
-    # In eager mode: in functions Keras cannot recompute a layer that takes `training`.
+    # In eager mode only: in functions Keras cannot recompute a layer that takes `training`.
     results = []
     for mode in ("list_of_layers", None):
         keras.utils.set_random_seed(1)
@@ -293,7 +293,7 @@ class SequentialWithLabels(keras.Sequential):
 
 
 def test_sequential_with_labels(impl, batch, tmp_path):
-    # The layer in the midst of a sequential model, behind others.
+    # The layer is between others in a sequential model.
     features, labels = batch
     layer = tcl.CenterLoss(C, impl=impl, name="centers")
     dense = keras.layers.Dense(D, use_bias=False, trainable=False)

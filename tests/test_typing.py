@@ -1,4 +1,4 @@
-"""What an editor and a reader see: names, signatures, annotations, docstrings, py.typed."""
+"""The public interface: names, signatures, annotations, docstrings, py.typed."""
 
 import inspect
 from importlib import resources

@@ -1,4 +1,4 @@
-"""jit_compile=True: the same numbers, in the same buffer, as a call of the kernel and in plain ops.
+"""jit_compile=True gives the same numbers in the same buffer, with the kernel and in plain ops.
 
 tests/gpu/test_gpu_xla.py runs most of this on a GPU, or with the emulator in its place.
 """
@@ -142,7 +142,7 @@ def test_a_bad_alpha_raises_and_nothing_is_written(xla_library, alpha):
     assert (centers.numpy() == 1).all()
 
 
-# What cannot raise: plain ops that XLA compiles, and the kernel on a GPU.
+# Plain ops that XLA compiles, and the kernel on a GPU, cannot raise.
 CANNOT_RAISE = pytest.mark.parametrize("impl", ["graph"])
 
 
@@ -157,7 +157,7 @@ def test_a_bad_label_is_nan_and_moves_nothing(impl, reduction, ignore):
     loss, gradient = loss_and_gradient(impl, centers, reduction=reduction, ignore_class=ignore)(
         features, labels
     )
-    # The rest is as if the bad samples had features of NaN, which count in N.
+    # All other results are those of bad samples with features of NaN, which count in N.
     bad = np.array([False, True, False, True, False, True, ignore is None])
     truth = oracle.center_loss(
         np.where(bad[:, None], np.nan, features),
@@ -215,7 +215,7 @@ def test_any_batch_size(impl):
 
 
 def test_steps_of_two_tables_in_one_program(impl):
-    # XLA may run them at the same time.
+    # XLA may run both at the same time.
     features, labels = tf.random.normal([300, 8]), np.arange(300) % 5
     tables = [tf.Variable(tf.random.normal([5, 8])) for _ in range(2)]
     before = [table.numpy() for table in tables]
@@ -288,7 +288,7 @@ def test_second_derivatives(impl):
 
 
 def test_gradient_to_the_centers(impl):
-    # Applied as an optimizer would: rows of ignored labels must not be touched.
+    # Applied as by an optimizer: rows of ignored labels must not change.
     features = tf.random.normal([6, 3])
     labels = tf.constant([1, -1, 1, 2, -1, -1])
     centers = tf.Variable(tf.zeros([4, 3]))
@@ -356,7 +356,7 @@ def test_a_large_batch_needs_no_matrix_and_no_second_table(impl):
     np.testing.assert_allclose(centers.numpy(), truth.centers, rtol=1e-4, atol=1e-4)
 
     program = step.experimental_get_compiler_ir(*arguments)(stage="optimized_hlo")
-    # All but bytes, which are a GPU's workspace.
+    # All sizes but those of bytes, which are a GPU's workspace.
     sizes = re.findall(r"\w(?<!\bu8)\[([\d,]+)\]", program)
     sizes = {tuple(map(int, s.split(","))) for s in sizes}
     assert all(np.prod(s) <= 2 * batch * dim for s in sizes if s != (classes, dim)), sizes
@@ -365,7 +365,6 @@ def test_a_large_batch_needs_no_matrix_and_no_second_table(impl):
 
 @pytest.mark.native
 def test_in_place(xla_library, tmp_path):
-    # A table of 2 GiB. A copy would show in the peak of the resident memory, or in the address.
     run_program("xla_steps_in_place", cwd=tmp_path)
 
 
@@ -448,7 +447,7 @@ PROGRAMS_WITH_READS = [
 
 
 def check_program(program, *, in_place=True, layer=False):
-    """The numbers are those without XLA, which is given no reason to copy the table."""
+    """The numbers equal those without XLA, and XLA does not copy the table."""
     features, labels = tf.random.normal([6, 3]), tf.constant([0, 1, 1, 2, 0, 1])
     before = tf.random.normal([5003, 3])
 
@@ -519,7 +518,7 @@ def test_a_read_of_a_number_of_rows_that_xla_does_not_know(xla_library):
 
 @pytest.mark.native
 @pytest.mark.parametrize("first", ["package", "xla"])
-def test_whichever_comes_first(xla_library, tmp_path, first):
+def test_the_package_may_be_imported_before_or_after_xla_is_used(xla_library, tmp_path, first):
     run_program("import_before_or_after_xla", first, cwd=tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Without the library for XLA: everything else works, and XLA compiles pure TensorFlow instead."""
+"""Without the library for XLA everything else works, and XLA compiles plain TensorFlow ops."""
 
 import json
 

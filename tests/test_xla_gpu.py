@@ -1,7 +1,6 @@
-"""XLA's program for a GPU is the CPU's but for the call's target and workspace, and runs on the
-emulator.
+"""XLA's program for a GPU equals the CPU's, except for the target and the workspace of the call.
 
-What XLA's compiler for GPUs makes of the program only a GPU can show: tests/gpu/test_gpu_xla.py.
+It runs with the emulator here. tests/gpu/test_gpu_xla.py compiles it for a GPU.
 """
 
 import json
@@ -50,7 +49,7 @@ def second_order(loss, update, features, centers):
         total = sum(
             tf.reduce_sum(tf.cast(tf.convert_to_tensor(g), centers.dtype) ** 3) for g in gradients
         )
-    # Nothing moves, but the table is to be among the results.
+    # No center moves; the step makes the table one of the results.
     update()
     return [tf.convert_to_tensor(g) for g in outer.gradient(total, [features, centers])]
 
@@ -76,7 +75,7 @@ FACTORS = {
 
 
 def hlo(function, *arguments):
-    """The program, the same however many functions TensorFlow has traced before."""
+    """The program, without the counters of traced functions in its names."""
     compiled = tf.function(function, jit_compile=True)
     text = compiled.experimental_get_compiler_ir(*arguments)(stage="hlo_no_metadata")
     text = text.replace(re.match(r"HloModule (\w+)", text)[1], "program")
@@ -135,7 +134,7 @@ def test_a_gpu_gets_the_program_of_the_cpu(native_library, tmp_path):
     for name, program in for_gpu.items():
         assert '"tf_center_loss_op.cuda"' in program, name
         assert with_calls_of_the_cpu(program) == for_cpu[name], name
-        # The table's result goes out in the buffer in which it comes in.
+        # The table's result has the buffer of the argument.
         table = re.search(r"input_output_alias=\{ \{\d*\}: \((\d+), \{\}, may-alias\) \}", program)
         assert re.search(rf"\[{CLASSES},{DIM}\]\S* parameter\({table[1]}\)", program), name
         moving = re.findall(r"custom-call\(.*moves = true", program)

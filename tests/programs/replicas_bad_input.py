@@ -17,8 +17,7 @@ start = np.ones([C, D], "f")
 features, ids = batches(2, 0)
 good = spread(strategy, features), spread(strategy, ids)
 
-# A label of one replica that is out of range: all raise, no copy has moved, and the next
-# step is as ever.
+# A label of one replica is out of range: all replicas raise, no copy moves, the next step works.
 for table in (mirrored_table, sharded_table):
     make, tables_of = table(strategy)
     centers = make(start)
