@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 
@@ -33,11 +34,9 @@ def test_a_block_of_a_page_runs_alone(page, line, tmp_path):
 
 def modules():
     """Names of all modules of the package that are written in Python."""
-    found = pkgutil.walk_packages(tcl.__path__, f"{tcl.__name__}.")
-    return [
-        tcl.__name__,
-        *(module.name for module in found if not module.name.endswith("_kernels")),
-    ]
+    names = [m.name for m in pkgutil.walk_packages(tcl.__path__, f"{tcl.__name__}.")]
+    files = {name: importlib.util.find_spec(name).origin for name in names}
+    return [tcl.__name__, *(name for name, file in files.items() if file.endswith(".py"))]
 
 
 def doctests(module):
@@ -57,17 +56,28 @@ def test_the_examples_of_a_module_run(module, tmp_path, monkeypatch):
 
 
 def public_objects():
-    """(name, object) of each public function and class."""
+    """{name: object} of each public function and class."""
+    found = {}
     for path in PUBLIC:
         module = importlib.import_module(".".join(filter(None, [tcl.__name__, path])))
-        for name in module.__all__:
-            value = getattr(module, name)
-            if inspect.isclass(value) or inspect.isfunction(value):
-                yield ".".join(filter(None, [path, name])), value
+        for name, value in vars(module).items():
+            # Without __all__, the functions and classes that the module defines.
+            own = not name.startswith("_") and getattr(value, "__module__", "") == module.__name__
+            public = name in module.__all__ if hasattr(module, "__all__") else own
+            if public and (inspect.isclass(value) or inspect.isfunction(value)):
+                found[".".join(filter(None, [path, name]))] = value
+    return found
 
 
-def test_every_public_name_has_an_example():
-    parse = doctest.DocTestParser().get_examples
-    found = list(public_objects())
-    assert len(found) > 10
-    assert [name for name, value in found if not parse(inspect.getdoc(value) or "")] == []
+PUBLIC_OBJECTS = public_objects()
+
+
+@pytest.mark.parametrize("name", PUBLIC_OBJECTS)
+def test_a_public_name_has_an_example(name):
+    doc = inspect.getdoc(PUBLIC_OBJECTS[name]) or ""
+    assert doctest.DocTestParser().get_examples(doc)
+
+
+def test_all_public_modules_are_known():
+    found = {path.split(".")[0] for path in PUBLIC if path}
+    assert found == {name for name in tcl.__all__ if inspect.ismodule(getattr(tcl, name))}
