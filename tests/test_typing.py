@@ -34,25 +34,25 @@ SIGNATURES = {
         | dict(reduction="mean", centers_initializer="zeros", ignore_class=None, impl="auto")
         | dict(deferred_update=False, distance_metric=True, sharded=False),
     ),
-    "GlobalBatchLoss": (dict(loss=REQUIRED), dict(name=None)),
+    "distribute.GlobalBatchLoss": (dict(loss=REQUIRED), dict(name=None)),
     "compat.v1.center_loss": (dict(features=REQUIRED, labels=REQUIRED, alpha=0.0), {}),
-    "nearest_centers": (
+    "nearest.predict": (
         dict(features=REQUIRED, centers=REQUIRED),
         dict(k=1, threshold=None, block=None, name=None),
     ),
-    "distance_to_center": (
+    "nearest.distance_to_center": (
         dict(features=REQUIRED, labels=REQUIRED, centers=REQUIRED),
         dict(name=None),
     ),
-    "CentersMonitor": (
+    "training.CentersMonitor": (
         dict(log_dir=REQUIRED, dataset=None),
         dict(layer=None, embed=None, freq="epoch", max_samples=10_000, max_classes=4096),
     ),
-    "export_projector": (
+    "plots.export_projector": (
         dict(log_dir=REQUIRED, features=REQUIRED, labels=REQUIRED, centers=None),
         dict(class_names=None, name="embeddings", max_samples=5000, seed=0),
     ),
-    "draw_embeddings": (
+    "plots.embeddings": (
         dict(features=REQUIRED, labels=REQUIRED, centers=None),
         dict(class_names=None, title=None, max_samples=5000, seed=0),
     ),
