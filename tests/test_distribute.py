@@ -37,8 +37,8 @@ def test_eager_loop(implementations, tmp_path):
     run("replicas_eager", *implementations, cwd=tmp_path)
 
 
-def test_side_effects_of_replicas_do_not_wait_for_each_other(tmp_path):
-    # TensorFlow orders side effects as traced: those of the second replica after all of the first.
+def test_side_effects_keep_their_order_and_a_deadlock_is_an_error(tmp_path):
+    # TensorFlow runs the side effects of the second replica after all of the first one.
     run("replicas_side_effects", cwd=tmp_path)
 
 

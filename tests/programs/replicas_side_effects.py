@@ -1,4 +1,6 @@
-"""Steps of two replicas between other ops with side effects; for test_distribute.py."""
+"""Ops with side effects around the steps of two replicas; for test_distribute.py."""
+
+import time
 
 import numpy as np
 import tensorflow as tf
@@ -8,23 +10,53 @@ from replica_checks import C, D, batches, mirrored_table, sharded_table
 from replicas import mirrored, spread
 
 strategy = mirrored(2)
+features, ids = batches(2, 0)
+
+
+def append(what, *numbers):
+    if what == b"before":
+        time.sleep(0.3)  # What comes after it in the program must wait all the same.
+    seen.append((what.decode(), *(float(number) for number in numbers)))
+
 
 for table in (mirrored_table, sharded_table):
     make, _ = table(strategy)
     centers = make(np.zeros([C, D], "f"))
+    seen = []
 
     @tf.function(autograph=False)
-    def run(features, labels):
+    def in_program_order(features, labels):
+        def step(features, labels):
+            replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+            tf.numpy_function(append, ["before", replica], [])
+            loss = tcl.center_loss(features, labels, centers)  # noqa: B023
+            tf.numpy_function(append, ["after", replica, loss], [])
+
+        strategy.run(step, args=(features, labels))
+
+    in_program_order(spread(strategy, features), spread(strategy, ids))
+    assert [each[:2] for each in seen] == [
+        ("before", 0.0),
+        ("after", 0.0),
+        ("before", 1.0),
+        ("after", 1.0),
+    ], seen
+
+    @tf.function(autograph=False)
+    def waiting_for_each_other(features, labels):
         def step(features, labels):
             check = tf.debugging.Assert(tf.reduce_all(labels >= 0), [labels])
             with tf.control_dependencies([check]):
                 features = tf.identity(features)
-                loss = tcl.center_loss(features, tf.identity(labels), centers)  # noqa: B023
-            tf.debugging.Assert(loss >= 0, [loss])
-            tf.print("loss", loss, output_stream="file:///dev/null")
-            return loss
+            loss = tcl.center_loss(features, labels, centers)  # noqa: B023
+            tf.print("loss", loss)
 
-        return strategy.run(step, args=(features, labels))
+        strategy.run(step, args=(features, labels))
 
-    features, ids = batches(2, 0)
-    run(spread(strategy, features), spread(strategy, ids))
+    try:
+        waiting_for_each_other(spread(strategy, features), spread(strategy, ids))
+    except ValueError as error:
+        for words in ("strategy: expected", "(Assert)", "(PrintV2)", "strategy.run"):
+            assert words in str(error), error
+    else:
+        raise AssertionError("a program that waits for itself was accepted")
