@@ -1,43 +1,45 @@
-"""Runs Python source in a process of its own, away from the source tree."""
+"""Runs the programs of tests/programs, each in a process of its own, away from the source tree."""
 
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
+PROGRAMS = TESTS / "programs"
 
 
-def run_python(source, cwd, *, paths=(), check=True, timeout=300, **environment):
-    """Standard output of `source` run in `cwd`; with check=False the finished process."""
+def command(name, *arguments):
+    """The command line of a program with its arguments."""
+    return [sys.executable, str(PROGRAMS / f"{name}.py"), *map(str, arguments)]
+
+
+def environment(*, paths=(), **changes):
+    """This process's environment with `changes`.
+
+    A program imports the helpers of tests/, and modules in `paths` before those.
+    """
     env = dict(os.environ, TF_CPP_MIN_LOG_LEVEL="2")
     env.pop("TF_CENTER_LOSS_IMPL", None)
     env["PYTHONPATH"] = os.pathsep.join([*map(str, paths), str(TESTS)])
-    env.update(environment)
-    # A file, because AutoGraph reads the source of what it converts.
-    program = Path(cwd) / "program.py"
-    program.write_text(textwrap.dedent(source))
-    done = subprocess.run(
-        [sys.executable, program],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    return env | changes
+
+
+def run_program(name, *arguments, cwd, paths=(), check=True, timeout=300, **changes):
+    """Standard output of a program run in `cwd`; with check=False the finished process."""
+    return _run(command(name, *arguments), cwd, environment(paths=paths, **changes), check, timeout)
+
+
+def run_pytest(*arguments, cwd=TESTS.parent, timeout=300, **changes):
+    """Standard output of pytest, which must pass; it uses no plugins of this run."""
+    line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    env = environment(**changes)
+    return _run([*line, *map(str, arguments)], cwd, env, True, timeout)
+
+
+def _run(line, cwd, env, check, timeout):
+    done = subprocess.run(line, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
     if not check:
         return done
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
-
-
-def memory(field):
-    """A size of this process by its name in /proc, such as VmHWM (the peak), in bytes.
-
-    The peak that `resource.getrusage` gives begins with that of the process which started this one.
-    """
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return 1024 * int(line.split()[1])
-    raise ValueError(f"field: {field!r} is none of /proc/self/status")

@@ -12,8 +12,8 @@ from tolerances import assert_near_oracle
 
 SCANNED = 1024  # the largest batch whose labels are scanned; larger ones are hashed
 
-# Sizes of classes around what changes with them: one sample, a pair, one chunk up to 32 samples,
-# several chunks. Rows of a chunk are loaded by 12 or more. They fit into a batch that is scanned.
+# Class sizes around each threshold: one sample, a pair, one chunk of up to 32 samples, several
+# chunks. A warp loads 12 or more rows of a chunk at once. They fit into a batch that is scanned.
 CLASS_SIZES = [1, 2, 3, 12, 13, 32, 33, 64, 65, 300]
 # 32 chunks are the most under one node of the reduction tree; one more needs a second level, one
 # more than 32 * 32 a third.
@@ -91,18 +91,18 @@ def make(row):
 
 
 def run(device, row):
-    """The row's problem on the device, and the check of what came of it."""
+    """Runs the row's problem on the device and checks the results."""
     options = {key: row[key] for key in ("rule", "reduction", "update_centers", "loss_weight")}
     options |= {key: row[key] for key in ("features_are_residuals", "numbers_in_memory", "atomic")}
     return check(device, make(row), unaligned=row["unaligned"], alpha=0.3, **options)
 
 
 def check(device, problem, *, unaligned=False, workspace=None, atomic=False, **options):
-    """A step of the problem against the oracle. Returns the bytes of all that it gave."""
+    """A step of the problem against the oracle. Returns the bytes of all results."""
     features, labels = problem.features, problem.labels
     if unaligned:
         features = off_by_one(features)
-    # The table lies between rows that no step may touch.
+    # The table has rows before and after it that no step may write.
     rows, dim = problem.centers.shape
     memory = np.full([rows + 2, dim], 77, problem.centers.dtype)
     memory[1:-1] = problem.centers
@@ -115,7 +115,7 @@ def check(device, problem, *, unaligned=False, workspace=None, atomic=False, **o
     truth, distances = expected(problem, **options)
     plain, _ = expected(problem, precision=problem.centers.dtype.type, **options)
     dtype, terms = centers.dtype.name, max(len(labels), 1)
-    # A distance is a sum of D squares; atomics add the samples one by one in an order of their own.
+    # A distance is a sum of D squares; atomics add the samples one by one, in any order.
     for actual, yardstick, exact, what, count in (
         (loss, plain.loss, truth.loss, "loss", terms * dim),
         (residual, plain.feature_gradient, truth.feature_gradient, "residual", 1),
@@ -146,10 +146,10 @@ def expected(
     precision=oracle.WIDE,
     **options,
 ):
-    """The oracle's step and the squared distances, with what a GPU does about bad labels."""
+    """The oracle's step and the squared distances, with a GPU's treatment of bad labels."""
     del numbers_in_memory
     rows, dim = problem.centers.shape
-    # A label that is no row of the table gets one of its own, which makes everything NaN.
+    # A label outside the table gets an extra row of NaN, so all of its results are NaN.
     labels = problem.labels.astype(np.int64)
     outside = (labels < 0) | (labels >= rows)
     if problem.ignore_class is not None:
@@ -190,7 +190,7 @@ def assert_same_kind(actual, exact, what):
 
 
 def off_by_one(array):
-    """The same numbers, one number behind where an array begins."""
+    """The same numbers, one element after the beginning of an array."""
     moved = np.empty(array.size + 1, array.dtype)[1:].reshape(array.shape)
     moved[...] = array
     return moved

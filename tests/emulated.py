@@ -17,11 +17,11 @@ EMULATOR = ROOT / "tests" / "emulator"
 KERNELS = ROOT / "cuda"
 BUILT = ROOT / "build" / "emulator"
 
-# No FORTIFY_SOURCE: it takes a longjmp to another stack for a mistake.
+# No FORTIFY_SOURCE: it reports a longjmp to another stack as an error.
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas"]
 FLAGS += ["-D_FORTIFY_SOURCE=0", "-U_FORTIFY_SOURCE"]
 SANITIZE = ("-fsanitize=address", "-fno-omit-frame-pointer")
-# For the kernels alone: tells the emulator of every access to memory.
+# For the kernels only: reports every memory access to the emulator.
 RACES = ("-fsanitize=thread",)
 
 FEATURE_TYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
@@ -70,7 +70,7 @@ def _compiler():
 
 
 def sanitizer_libraries():
-    """What LD_PRELOAD has to name where a library built with SANITIZE is loaded into Python."""
+    """The value of LD_PRELOAD for a Python that loads a library built with SANITIZE."""
     return [
         _output(_compiler(), f"-print-file-name={name}.so") for name in ("libasan", "libstdc++")
     ]
@@ -81,7 +81,7 @@ def _output(*command):
 
 
 def _compile(source, flags, includes):
-    """The object file of `source`; at once where neither it nor a header has changed."""
+    """The object file of `source`, compiled only if it or a header has changed."""
     command = [_compiler(), *FLAGS, *flags, *(f"-I{folder}" for folder in includes)]
     content = hashlib.sha256(repr(command).encode() + source.read_bytes())
     for folder in (EMULATOR, ROOT / "csrc", source.parent, ROOT / "cuda"):
@@ -104,7 +104,7 @@ def _make(content, suffix, command):
 
 @functools.cache
 def build(*, kernels=KERNELS, entry=(EMULATOR / "entry.cc", ()), flags=(), races=False):
-    """Compiles `kernels` with the emulator; returns the library's path. Unchanged files: at once.
+    """Compiles `kernels` with the emulator, unless unchanged; returns the path of the library.
 
     `kernels` may be a changed copy of the folder cuda/, from `changed`, which is for float32 alone.
     `entry` is the file that calls the launchers, and what it is compiled and linked with.
@@ -125,8 +125,8 @@ def build(*, kernels=KERNELS, entry=(EMULATOR / "entry.cc", ()), flags=(), races
 
 
 def changed(*changes):
-    """A copy of cuda/ for float32 alone, with `changes`: pairs of an old text, which has to be in
-    one place in its files, and a new one."""
+    """A copy of cuda/ for float32 alone, with `changes`: pairs of an old text, which must occur
+    exactly once, and a new one."""
     texts = {file.name: file.read_text() for file in sorted(KERNELS.iterdir())}
     kernels = texts["center_loss.cu"]
     for feature in ("double", "Half", "BFloat16"):
@@ -150,14 +150,14 @@ class EmulatorError(RuntimeError):
 
 
 class Workspace:
-    """Memory of a launch's bookkeeping, zero at first and kept from launch to launch."""
+    """A launch's workspace: zero at first, kept from launch to launch."""
 
     def __init__(self, library, batch, dim, dtype, atomic=False, tuning=None, phases=False):
         constants = tuning_defaults(library) | (tuning or {})
         self.struct = _Workspace(None, batch, dim, np.dtype(dtype).itemsize, atomic)
         self.struct.tuning[:] = list(constants.values())
         self.size = library.tcl_emulator_workspace_bytes(ctypes.byref(self.struct))
-        # The first bytes, which have to be zero where the workspace serves a single launch.
+        # These first bytes must be zero even if the workspace is used for one launch only.
         self.clear_size = library.tcl_emulator_workspace_clear_bytes(ctypes.byref(self.struct))
         self.memory = np.zeros(self.size // 8 + 2, np.uint64)
         address = self.memory.ctypes.data
@@ -172,7 +172,7 @@ class Workspace:
             self.phase_names, self.clock = names, np.zeros([blocks, len(names)], np.uint64)
 
     def clock_of(self, batch):
-        """Where a launch notes the time; None unless it is one of the whole batch."""
+        """The array of a launch's phase clock; None unless the launch is of the whole batch."""
         whole = self.clock is not None and batch == self.struct.batch
         return self.clock.ctypes.data if whole else None
 
@@ -183,7 +183,7 @@ class Workspace:
 
 
 def phase_times(names, clock):
-    """The same from [blocks, phases] nanoseconds; zero: the block did not pass there."""
+    """The same from [blocks, phases] nanoseconds; zero where the block did not pass the point."""
     started = clock[:, 0].min()
     passed = {name: clock[:, k][clock[:, k] > 0] - started for k, name in enumerate(names)}
     return [
@@ -235,7 +235,7 @@ class Emulator:
         return workspace.phases()
 
     def memory_of(self, workspace):
-        """Its bytes, as a launch has left them."""
+        """The bytes of the workspace after the last launch."""
         return workspace.memory.view(np.uint8)[workspace.offset :][: workspace.size]
 
     def center_loss_step(
@@ -323,7 +323,7 @@ class Emulator:
             raise EmulatorError(re.sub("@([0-9a-f]+)@", self._line, text))
 
     def _line(self, found):
-        """The source line of an address in the library, as far as the machine can tell."""
+        """The source line of an address in the library, if addr2line is installed."""
         if not shutil.which("addr2line"):
             return f"address {found[1]}"
         return Path(_output("addr2line", "-e", self._file, found[1]).split()[0]).name

@@ -4,13 +4,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Wider than float64 where the machine has it, so that the oracle's own rounding is no part of a
-# float64 comparison. What is returned is float64.
+# Wider than float64 on machines that have it, so that the oracle's rounding does not matter in a
+# float64 comparison. Results are float64.
 WIDE = np.longdouble
 
 
 class Step(NamedTuple):
-    """What one call must give: float64 arrays."""
+    """The expected results of one call: float64 arrays."""
 
     loss: np.ndarray  # scalar, or the labels' shape for reduction "none"
     feature_gradient: np.ndarray  # the features' shape, upstream included

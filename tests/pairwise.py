@@ -16,7 +16,7 @@ def all_pairs(factors, allowed=lambda row: True, tries=40):
     ]
     rows = []
     while missing:
-        # A pair that no allowed row holds (probably: `tries` rows say so) is dropped.
+        # A pair is dropped if `tries` random rows with it are not allowed.
         candidates = []
         for _ in range(tries):
             row = {name: rng.choice(factors[name]) for name in names} | missing[0]

@@ -1,4 +1,4 @@
-"""The same formulas as a few lines of plain TensorFlow: the yardstick for the tolerances."""
+"""The formulas in a few lines of plain TensorFlow; its error defines the tolerances."""
 
 import tensorflow as tf
 
@@ -33,7 +33,7 @@ def _steps(features, labels, centers, alpha, rule, ignore_class):
     total = tf.cast(tf.size(labels), centers.dtype)
     _, index, counts = tf.unique_with_counts(labels)
     n = tf.cast(tf.gather(counts, index), centers.dtype)[:, None]
-    # Not tf.cast, which takes a Python number through float32.
+    # Not tf.cast, which converts a Python number to float32 first.
     alpha = tf.convert_to_tensor(alpha, centers.dtype)
     size = {
         "paper": lambda: alpha / (1 + n),
@@ -53,7 +53,7 @@ def moved_centers(features, labels, centers, *, alpha=0.5, rule="paper", ignore_
 
 
 def centers_moved_by_sums(features, labels, centers, *, alpha=0.5, rule="paper", ignore_class=None):
-    """The same, with the residuals summed first and scaled then: as plain, rounded otherwise."""
+    """The same step, but sums the residuals before it scales them, so the rounding differs."""
     labels, residual, size = _steps(features, labels, centers, alpha, rule, ignore_class)
     classes, index, _ = tf.unique_with_counts(labels)
     sums = tf.math.unsorted_segment_sum(residual, index, tf.size(classes))

@@ -1,4 +1,4 @@
-"""What any synchronous strategy must do; run by the programs of test_distribute*.py."""
+"""Checks of a synchronous strategy, for the programs of test_distribute*.py."""
 
 import contextlib
 import json
@@ -46,7 +46,7 @@ def step_of(strategy, centers, *, eager=False, **options):
     return run if eager else tf.function(run, autograph=False)
 
 
-# Sums per label are exchanged for few labels, samples for distinct ones.
+# Replicas exchange sums per label if there are few labels, samples if the labels are distinct.
 CASES = [
     ({}, "few"),
     ({"rule": "batch_mean", "ignore_class": 1}, "distinct"),
@@ -57,7 +57,11 @@ CASES = [
 
 
 def check_functions(strategy, impl, make, tables_of, *, cases=CASES, eager=False):
-    """`make(start)` a table in the strategy's scope; `tables_of(table)` -> (first row, rows)."""
+    """Compares steps with the oracle.
+
+    `make(start)` creates a table in the strategy's scope; `tables_of(table)` gives (first row,
+    rows) of each shard or copy.
+    """
     replicas = strategy.num_replicas_in_sync
     here = None
     for seed, (options, labels) in enumerate(cases):
@@ -89,7 +93,7 @@ def check_functions(strategy, impl, make, tables_of, *, cases=CASES, eager=False
 
 
 def replicas_here(strategy):
-    """Which of all replicas run in this process."""
+    """The ids of the replicas that run in this process."""
     ids = strategy.run(lambda: tf.distribute.get_replica_context().replica_id_in_sync_group)
     return [int(k) for k in strategy.experimental_local_results(ids)]
 
@@ -105,7 +109,7 @@ def mirrored_table(strategy):
 
 
 def sharded_table(strategy):
-    """The same for a table of which each replica has a part."""
+    """`make` and `tables_of` for a table with a shard on each replica."""
 
     def make(start):
         with strategy.scope():
@@ -121,7 +125,7 @@ class AddsAnother(keras.layers.Layer):
     """Another layer's loss, before the center loss."""
 
     def call(self, x):
-        """Adds what must not get lost."""
+        """Adds a loss that must be kept."""
         self.add_loss(0.25 * tf.ones([]))
         return x
 
@@ -139,7 +143,7 @@ def trained(
     steps=1,
     **options,
 ):
-    """A model fitted on 3 batches of 16 and a last one of 1; its weights, logs and layer."""
+    """A model fitted on 3 batches of 16 and a last one of 1 sample; the model, logs and layer."""
     keras.utils.set_random_seed(1)
     with scope:
         inputs, labels = keras.Input([D]), keras.Input([], dtype="int32")
@@ -165,9 +169,9 @@ def trained(
 
 
 def trained_for_two(scope, wrap):
-    """The same for two outputs, with a mask, weights of the samples and of the losses.
+    """A fitted model with two outputs, a mask, weights of the samples and of the losses.
 
-    And with a layer in which the replicas wait for each other, where Keras mixes up their losses.
+    It contains a layer in which the replicas synchronize; Keras mixes up their losses there.
     """
     keras.utils.set_random_seed(1)
     with scope:
@@ -189,7 +193,7 @@ def trained_for_two(scope, wrap):
 
 
 def check_same(model, logs, one, one_logs):
-    """Trained weights and what was shown, as of one replica."""
+    """Trained weights and logs are those of one replica."""
     for mine, other in zip(model.trainable_weights, one.trainable_weights, strict=True):
         np.testing.assert_allclose(mine.numpy(), other.numpy(), rtol=1e-5, atol=1e-6)
     assert logs.keys() == one_logs.keys()
@@ -198,7 +202,7 @@ def check_same(model, logs, one, one_logs):
 
 
 def check_fit(strategy, cases):
-    """Weights, centers and logs as of one replica."""
+    """Weights, centers and logs are those of one replica."""
     for options in cases:
         model, logs, layer = trained(strategy.scope(), **options)
         alike = {k: v for k, v in options.items() if k not in ("sharded", "steps")}
@@ -217,7 +221,7 @@ def check_fit(strategy, cases):
 
 
 def differs(check, *args):
-    """Whether the check fails."""
+    """True if the check fails."""
     try:
         check(*args)
     except AssertionError:

@@ -1,4 +1,4 @@
-"""Calls the package the way a test asks for and hands everything back as NumPy arrays."""
+"""Calls the package in a given mode and returns all results as NumPy arrays."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from tolerances import assert_near_oracle
 
 
 class Outcome(NamedTuple):
-    """What a call gave; float64 copies, and the dtypes it came in."""
+    """The results of a call: float64 copies and the original dtypes."""
 
     loss: np.ndarray
     feature_gradient: np.ndarray
@@ -75,7 +75,7 @@ def run(problem, *, mode="eager", holder="tf.Variable", upstream=None, jit=None,
 
 
 def check(problem, outcome, *, dtype, upstream=None, update_centers=True, **options):
-    """Holds an outcome against the oracle, with plain TensorFlow in the same dtype as yardstick."""
+    """Compares an outcome with the oracle; the tolerance is plain TensorFlow's error."""
     up = 1.0 if upstream is None else upstream
     alpha, rule = options.pop("alpha", 0.5), options.pop("rule", "paper")
     weighed = dict(

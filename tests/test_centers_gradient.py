@@ -49,7 +49,7 @@ def test_values(impl, reduction, dtype, ignore):
         reduction=reduction,
         upstream=upstream,
     )
-    # Ignored labels such as -1 may not come back as rows to update.
+    # Ignored labels such as -1 must not be among the rows to update.
     assert (gradient.indices.numpy() >= 0).all() and (gradient.indices.numpy() < 9).all()
     # Half-precision residuals are exact in the centers' dtype; only sums of them round.
     dense = tf.convert_to_tensor(gradient).numpy()
@@ -82,7 +82,7 @@ def test_plain_descent(impl, ignore, traced):
         centers.scatter_sub(tf.IndexedSlices(0.25 * gradient.values, gradient.indices))
 
     (tf.function(step) if traced else step)()
-    # Rule "sum" is this very step.
+    # Rule "sum" is the same step.
     truth = oracle.center_loss(
         problem.features,
         problem.ids,
@@ -94,8 +94,8 @@ def test_plain_descent(impl, ignore, traced):
     assert_close(centers.numpy(), truth.centers, "float32", "centers")
 
 
-# Distinct labels: Keras' Adam takes each of several slices of a row for itself (as it does with the
-# gradient of tf.gather), so that there is no one right answer for duplicates.
+# Distinct labels: Keras's Adam applies several slices of a row separately (as with the gradient of
+# tf.gather), so the result for duplicates is not defined.
 @pytest.mark.parametrize("kind", [keras.optimizers.SGD, keras.optimizers.Adam])
 @pytest.mark.parametrize("ignore", [None, "outside", "class"])
 def test_keras_optimizers(impl, kind, ignore):

@@ -1,12 +1,15 @@
 """The tutorial's function in TensorFlow 1 graphs, beside its formula in plain TensorFlow."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import tf_center_loss_op as tcl
 import tutorial
-from child import TESTS, run_python
+from child import run_program, run_pytest
+from messages import with_words
 from tolerances import TRAINING
 
 tf1 = tf.compat.v1
@@ -28,7 +31,7 @@ def initialise(session):
 @pytest.mark.parametrize("order", ["control", "collection", "fetch"])
 def test_training_beside_the_formula(order, batch):
     actual = tutorial.train(ours, 0.5, order, STEPS, batch)
-    # The formula reads all it needs before it writes, however the ops are ordered.
+    # The formula reads before it writes in every order of the ops.
     expected = tutorial.train(tutorial.center_loss, 0.5, order, STEPS, batch)
     for step, (a, b) in enumerate(zip(actual, expected, strict=True)):
         for key in b:
@@ -53,11 +56,11 @@ def test_by_hand(session):
     initialise(session)
     assert session.run(loss) == 68.0
     assert session.run(loss) == 68.0
-    # Asking for the loss moves nothing; asking for the update does: 1/2 * 1/2 over 1 + count.
+    # The loss alone moves nothing; the update moves by 1/2 * 1/2 over 1 + count.
     assert not session.run(centers).any()
     session.run(update)
     np.testing.assert_allclose(session.run(centers), [[0.5, 1], [0, 0], [0, 0.75]], rtol=1e-6)
-    # From the residual of that same run, not from an earlier one.
+    # The step uses the residual of the same run, not of an earlier one.
     session.run(update)
     second = [[0.5 + (6 - 2 * 0.5) / 12, 1 + (12 - 2 * 1) / 12], [0, 0], [0, 0.75 + 5.25 / 8]]
     np.testing.assert_allclose(session.run(centers), second, rtol=1e-6)
@@ -82,7 +85,7 @@ def test_loss_and_update_of_one_run_see_the_same_centers(session):
 
 
 def test_gradient_made_behind_the_update_uses_the_centers_before_it(session):
-    # As `minimize` under control_dependencies does: the gradient's ops all run after the step.
+    # Under control_dependencies, `minimize` runs all ops of the gradient after the step.
     features = tf.constant([[2.0], [6.0]])
     loss, _, update = ours(features, tf.constant([[1.0, 0.0], [1.0, 0.0]]), alpha=0.5)
     with tf.control_dependencies([update]):
@@ -147,53 +150,18 @@ def test_saver(session, tmp_path):
     ids=str,
 )
 def test_errors(session, features, label, words):
-    with pytest.raises((ValueError, TypeError)) as caught:
+    with pytest.raises((ValueError, TypeError), match=with_words(*words.split())):
         ours(tf1.placeholder(tf.float32, features), tf1.placeholder(tf.float32, label), 0.5)
-    for word in words.split():
-        assert word in str(caught.value)
 
 
 def test_with_version_2_behaviour_switched_off(tmp_path):
-    # As programs begin that were written for TensorFlow 1: variables are then references unless a
-    # resource is asked for.
-    run_python(
-        f"""
-        import tensorflow.compat.v1 as tf
-
-        tf.disable_v2_behavior()
-
-        import numpy as np
-        import tf_center_loss_op as tcl
-        import tutorial
-
-        for order in ("control", "collection"):
-            actual = tutorial.train(tcl.compat.v1.center_loss, 0.5, order, 10)
-            expected = tutorial.train(tutorial.center_loss, 0.5, order, 10)
-            for a, b in zip(actual, expected):
-                for key in b:
-                    scale = np.abs(b[key]).max()
-                    np.testing.assert_allclose(a[key], b[key], atol={TRAINING} * scale)
-            assert actual[-1]["centers"].any()
-        """,
-        tmp_path,
-    )
+    run_program("tutorial_without_v2_behavior", cwd=tmp_path)
 
 
-def test_all_of_this_without_the_native_op(tmp_path):
+def test_all_of_this_without_the_native_op():
     # The function has no argument for it; the environment variable has.
-    run_python(
-        f"""
-        import sys
-        import pytest
-
-        sys.exit(pytest.main([
-            {str(TESTS / "test_compat_v1.py")!r}, "-q", "--tb=line", "-p", "no:cacheprovider", "-k",
-            "not unknown and not without_the_native_op and not switched_off",
-        ]))
-        """,
-        tmp_path,
-        TF_CENTER_LOSS_IMPL="graph",
-    )
+    chosen = "not unknown and not without_the_native_op and not switched_off"
+    run_pytest(Path(__file__), "--tb=line", "-k", chosen, TF_CENTER_LOSS_IMPL="graph")
 
 
 def compiled_by(how, step):

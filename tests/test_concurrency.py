@@ -1,4 +1,4 @@
-"""Several threads at one variable: no step is lost, no snapshot shows half a step."""
+"""Several threads step on one variable: no step is lost, no snapshot shows half a step."""
 
 import os
 import threading
@@ -9,16 +9,16 @@ import pytest
 import tensorflow as tf
 
 import tf_center_loss_op as tcl
-from child import run_python
+from child import run_program
 
-# The promise is the native op's: the pure-TensorFlow path is several ops, between which others run.
+# Only the native op promises this: the plain TensorFlow path is several ops, others run between.
 pytestmark = pytest.mark.native
 
 C, D = 3000, 64
 
 
 def run_threads(*targets):
-    """Runs them at once; an error in one is an error of the test."""
+    """Runs the targets in parallel threads; the first error of any is raised."""
     errors = []
 
     def guarded(target):
@@ -39,7 +39,7 @@ def run_threads(*targets):
 @pytest.mark.parametrize("traced", [False, True], ids=["eager", "function"])
 def test_two_threads_lose_no_step(native_library, traced):
     # Rule "sum" with alpha = 1/2 halves the distance to x; from 0, k steps end at x - x / 2^k,
-    # exactly, in whatever order they come. A lost step or a row moved from an old value shows.
+    # exactly, in any order. A lost step or a row moved from an old value changes the result.
     steps, x = 20, 2.0**42
     labels = tf.range(C)
     features = tf.fill([C, D], tf.constant(x, tf.float64))
@@ -64,7 +64,7 @@ def test_two_threads_lose_no_step(native_library, traced):
 @pytest.mark.parametrize("reader", ["checkpoint", "read_value", "gather"])
 def test_snapshots_are_never_torn(native_library, tmp_path, reader):
     # Rule "sum" with alpha = 1 sets every row to x, so that all numbers of the table are equal
-    # after every step; a snapshot with two values in it was taken in the middle of one.
+    # after every step. A snapshot with two values was taken during a step.
     centers = tf.Variable(tf.zeros([C, D]))
     restored = tf.Variable(tf.zeros([C, D]))
     labels = tf.range(C)
@@ -119,42 +119,11 @@ def test_steps_of_different_variables_run_at_once(native_library):
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor")
 @pytest.mark.parametrize(
-    "setting",
-    [
-        "",
-        "tf.config.threading.set_inter_op_parallelism_threads(1)",
-    ],
+    "threads",
+    [(), (1,)],
     ids=["as it is", "one thread for ops"],
 )
-def test_a_large_step_has_helpers(native_library, tmp_path, setting):
-    out = run_python(
-        f"""
-        import collections
-        from pathlib import Path
-        import tensorflow as tf
-        import tf_center_loss_op as tcl
-
-        {setting}
-        features, labels = tf.ones([4096, 512]), tf.range(4096)
-        centers = tf.Variable(tf.zeros([4096, 512]))
-
-        @tf.function
-        def steps():
-            for _ in tf.range(100):
-                tcl.update_centers(features, labels, centers)
-
-        def seconds():
-            stat = {{p.parent.name: p.read_text() for p in Path("/proc/self/task").glob("*/stat")}}
-            ticks = {{thread: int(s.rsplit(")", 1)[1].split()[11]) for thread, s in stat.items()}}
-            return collections.Counter(ticks)
-
-        steps()
-        before = seconds()
-        while (seconds() - before).total() < 200:  # hundredths
-            steps()
-        print(*sorted((seconds() - before).values())[-2:])
-        """,
-        tmp_path,
-    )
+def test_a_large_step_has_helpers(native_library, tmp_path, threads):
+    out = run_program("time_of_two_threads", *threads, cwd=tmp_path)
     least, most = map(int, out.split())
     assert least > most / 5, f"processor time of two threads: {least} and {most} hundredths"

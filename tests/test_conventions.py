@@ -1,4 +1,4 @@
-"""Every convention reproduces the formula of the codebase it names, written out here as there."""
+"""Every convention reproduces the formula of the codebase that it names."""
 
 import re
 from pathlib import Path
@@ -23,8 +23,8 @@ def counts(labels):
     return per_class(np.ones(B), labels)[:, None]
 
 
-# Each takes features x, labels y, centers c and the codebase's own step size, and returns what the
-# codebase reports as its loss, and its centers after a step.
+# Each formula is written as in its codebase. It takes features x, labels y, centers c and the
+# codebase's step size; it returns the codebase's loss and the centers after a step.
 
 
 def paper(x, y, c, alpha):
@@ -184,5 +184,5 @@ def test_descriptions():
 
 
 def test_conventions_cannot_be_changed_by_accident():
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="does not support item assignment"):
         tcl.CONVENTIONS["paper"] = None

@@ -1,4 +1,4 @@
-"""What nvcc makes of the CUDA kernels; needs no GPU."""
+"""nvcc compiles the CUDA kernels without spills and within the registers; needs no GPU."""
 
 import pytest
 
@@ -36,12 +36,12 @@ def test_registers_spills_and_shared_memory(capsys):
         print("", *ptxas.table(kernels), sep="\n")
     assert not warnings
     names = {kernel.name for kernel in kernels}
-    # A step scanned, hashed and hashed with atomics, of rows aligned or not, and a backward pass,
-    # for four types.
+    # For four types: a backward pass, and a scanned step, a hashed one and a hashed one with
+    # atomics, each for aligned rows and for others.
     assert len(names) == 4 * (3 * 2 + 1)
     assert len(kernels) == len(names) * len(ptxas.ARCHITECTURES)
     for kernel in kernels:
         assert kernel.spill_stores == kernel.spill_loads == 0, kernel
         assert kernel.stack_frame == 0, kernel
-        # The registers that the launch bounds leave. The blocks of HashStep have to be resident.
+        # The limit of the launch bounds. The blocks of HashStep must be resident at the same time.
         assert kernel.registers <= MOST_REGISTERS[kernel.name.split("<")[0]], kernel

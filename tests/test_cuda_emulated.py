@@ -66,7 +66,7 @@ def test_bits_do_not_depend_on_the_schedule(problem):
 
 
 def test_labels_that_fall_into_one_slot():
-    # The same hash as the kernel's; its last slot, so that the search goes on at the first.
+    # The kernel's hash. All labels hash to the last slot, so the search wraps around to the first.
     batch = SCANNED + 300
     slots = hash_slots(batch)
     classes = np.arange(3_000_000, dtype=np.uint64)
@@ -92,7 +92,7 @@ def test_labels_that_fall_into_one_slot():
 @pytest.mark.parametrize("distinct", [20, 600], ids=["scanned", "hashed"])
 @pytest.mark.parametrize("dim", [7, 132, 513])
 def test_rows_that_are_not_finite(dim, distinct, atomic):
-    # In every second class, of one sample or more: the first and the last row; then all rows.
+    # Not finite in every second class: the first and the last row; then all rows.
     problem = batch_of(CLASS_SIZES, dim, distinct=distinct)
     for every in (False, True):
         features = problem.features.copy()
@@ -119,7 +119,7 @@ def test_a_bad_alpha_shows_in_the_loss_and_moves_nothing(alpha, numbers_in_memor
         assert np.isnan(loss).all() and np.isnan(residual).all()
         assert np.isfinite(squared).all()
         assert centers.tobytes() == problem.centers.tobytes()
-        # Where no center is to move, alpha does not matter.
+        # Without an update alpha does not matter.
         loss, residual, _ = device.center_loss_step(
             problem.features, problem.labels, centers, update_centers=False, **options
         )
@@ -150,7 +150,7 @@ def test_backward(batch, dim, dtype):
 
 
 def test_backward_keeps_what_is_not_finite():
-    # Rounding to 16 bits: to infinity beyond the largest number, NaN stays NaN.
+    # Rounding to 16 bits gives infinity beyond the largest number; NaN stays NaN.
     residual = np.array([[65519.0, 65520.0, np.inf, -np.inf, np.nan, 1e-8]], np.float32)
     for dtype in (np.float16, ml_dtypes.bfloat16):
         gradient = emulated.Emulator().backward(np.array(1, np.float32), residual, dtype)
@@ -160,7 +160,8 @@ def test_backward_keeps_what_is_not_finite():
             )
 
 
-# Larger and smaller batches, scanned and hashed by turns, so that a launch finds what others left.
+# Larger and smaller batches, scanned and hashed in turns: each launch starts from the workspace
+# that another one left.
 BATCHES = [SCANNED + 300, 30, SCANNED + 1, 0, SCANNED + 300, SCANNED + 300, 1, SCANNED, SCANNED + 2]
 
 
@@ -190,7 +191,7 @@ def test_one_launch_needs_only_the_first_bytes_zero(sizes, atomic):
 
 
 def must_be_zero(memory, batch, dim, atomic):
-    """What has to be zero between launches; the places are those of Layout in workspace.cuh."""
+    """The bytes that must be zero between launches, by Layout of workspace.cuh."""
     chunk, tiles, slots = 32, 128, hash_slots(batch)
     levels = 1
     while chunk ** (levels + 1) < batch:
@@ -230,8 +231,7 @@ def hash_slots(batch):
     return slots
 
 
-# Each launch constant at its extremes, and whether the order in which losses are added up is that
-# of the defaults.
+# Each launch constant at its extremes; True if the losses are added in the order of the defaults.
 CONSTANTS = [
     ("scan_batch", 0, False),
     ("scan_batch", 4096, False),
@@ -300,7 +300,7 @@ def test_the_phase_clock(sizes, expected):
         expected = [*expected, "all samples", "class sums", "loss"]
     assert list(names) == expected
     assert first[0] == 0 and all(a <= b for a, b in zip(first, last, strict=True))
-    # Every block passes each point, in this order; but the loss is stored by the last block alone.
+    # Every block passes each point in this order, but only the last block stores the loss.
     assert sorted(last[:-1]) == list(last[:-1]) and sorted(first) == list(first)
 
 

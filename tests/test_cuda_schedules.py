@@ -1,5 +1,7 @@
-"""What holds the launch of the CUDA kernels together: each barrier, release, acquire and
-hand-over from one block or launch to the next is found missing where it is left out."""
+"""Each barrier, release and acquire of the CUDA kernels is needed: without it a test fails.
+
+The same holds for what a block or launch leaves to the next one.
+"""
 
 import functools
 import re
@@ -10,14 +12,14 @@ import pytest
 import cuda_cases
 import emulated
 import problems
-from child import run_python
+from child import run_program
 from pairwise import all_pairs
 
 pytestmark = pytest.mark.native
 
 
 def sites(pattern):
-    """The lines of cuda/ that match, as "file:line"."""
+    """The lines of cuda/ that match `pattern`, as "file:line"."""
     found = [
         f"{file.name}:{number}"
         for file in sorted(emulated.KERNELS.iterdir())
@@ -31,8 +33,8 @@ def sites(pattern):
 BARRIERS = sites(r"__sync(threads|threads_or|warp)\(")
 ORDERS = sites(r"TCL_(RELEASE|ACQUIRE)\(\);")
 
-# The barriers that only order memory, by their comments. The lanes meet in a shuffle all the same,
-# so no schedule of the emulator shows in the results what the barrier is for.
+# The barriers that only order memory, by their comments. A shuffle synchronizes the lanes anyway,
+# so in no schedule of the emulator do the results depend on the barrier.
 ONLY_ORDER = [
     "// orders the arrival before the other lanes' reads",
     "// the members of the task before have been read",
@@ -44,15 +46,15 @@ DIM = 70  # three slices of columns
 
 
 def built(*changes, **options):
-    """The kernels with `changes`. A block adds up several units of losses, and the hash of a label
-    is its low 6 bits, so that labels share slots."""
+    """The kernels with `changes`. A block adds several units of losses, and the hash of a label is
+    its low 6 bits, so that labels share slots."""
     few = ("kLossUnit = 4096;", "kLossUnit = 64;")
     crowded = ("0x9e3779b97f4a7c15u", "uint64_t{1} << 58")
     return emulated.build(kernels=emulated.changed(few, crowded, *changes), **options)
 
 
 def breakable():
-    """The barriers that are there for more."""
+    """The barriers that do more than order memory."""
     kept, left_out = [], []
     for site in BARRIERS:
         file, number = site.split(":")
@@ -109,8 +111,8 @@ def test_without_this_barrier_or_order_there_is_a_race(site):
 
 
 def launch_after_launch(library, skip=""):
-    """Launches that share a workspace, with the schedules that break what is broken, against the
-    oracle; without the check of races."""
+    """Compares launches that share a workspace with the oracle, under schedules that make a missing
+    barrier visible. Races are not checked."""
     for seed in (0, 1, 3, 5, 7, 11, 15, 19, 23):
         for batch, atomic in LAUNCHES:
             device = emulated.Emulator(
@@ -123,13 +125,8 @@ def launch_after_launch(library, skip=""):
 
 
 def broken(cwd, library, skip=""):
-    """How `launch_after_launch` ends in a process of its own, which may crash; "" if well."""
-    done = run_python(
-        f"from test_cuda_schedules import launch_after_launch\n"
-        f"launch_after_launch({str(library)!r}, {skip!r})",
-        cwd,
-        check=False,
-    )
+    """The error of `launch_after_launch` in a process of its own, which may crash; "" if none."""
+    done = run_program("run_emulated_launches", library, skip, cwd=cwd, check=False)
     if done.returncode == 0:
         return ""
     if done.returncode < 0:
@@ -297,7 +294,7 @@ def test_a_mutation_of_what_is_not_there_is_an_error():
         emulated.changed(("__device__", ""))
 
 
-# Small batches, then a few that are hashed: a change of stacks costs much more under the sanitizer.
+# Small batches and a few hashed ones: the emulator's stack switches are slow under the sanitizer.
 SANITIZED = cuda_cases.FACTORS | {
     "rule": ["paper"],
     "numbers_in_memory": [True],
@@ -313,22 +310,22 @@ FLOAT_ROWS = all_pairs(MOVING | {"shape": SMALL}) + all_pairs(MOVING | {"shape":
 
 
 def sanitized_rows(library, rows):
-    """Goes through the rows; a process that AddressSanitizer watches ends at the first error."""
+    """Runs the rows. Under AddressSanitizer the process ends at the first error."""
     for row in rows:
         schedule = {key: row[key] for key in cuda_cases.DEVICE}
         cuda_cases.run(emulated.Emulator(library=library, **schedule), row)
 
 
 def under_address_sanitizer(cwd, library, rows):
-    """The finished process, without TensorFlow: it does not bear the sanitizer."""
-    return run_python(
-        f"import test_cuda_schedules as here\n"
-        f"here.sanitized_rows({str(library)!r}, here.{rows})\n"
-        f"print('done')",
-        cwd,
+    """The finished process, without TensorFlow, which does not run under the sanitizer."""
+    return run_program(
+        "run_sanitized_rows",
+        library,
+        rows,
+        cwd=cwd,
         check=False,
         LD_PRELOAD=" ".join(map(str, emulated.sanitizer_libraries())),
-        # Wide enough between arrays for what four warps keep in shared memory.
+        # The space between arrays, larger than the shared memory of four warps.
         ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0:redzone=1024",
     )
 

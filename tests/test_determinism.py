@@ -1,4 +1,4 @@
-"""The same inputs give the same bits, whatever the number of threads and the instruction set."""
+"""The same inputs give the same bits with any number of threads and any instruction set."""
 
 import numpy as np
 import pytest
@@ -6,14 +6,14 @@ import tensorflow as tf
 
 import problems
 import tf_center_loss_op as tcl
-from child import run_python
+from child import run_program
 
 RULES = ["paper", "mean", "sum", "batch_mean", "paper_batch_mean", "tutorial"]
 DTYPES = list(problems.DTYPES)
 
 
 def bits(array):
-    """Bytes, so that NaN equals NaN and 0 does not equal -0."""
+    """The bytes of an array: NaN equals NaN, and 0 differs from -0."""
     return np.ascontiguousarray(array).tobytes()
 
 
@@ -106,41 +106,7 @@ def test_repeats(impl, shape):
 
 def test_threads_of_tensorflow(implementations, tmp_path):
     digests = {
-        run_python(
-            f"""
-            import hashlib
-            import numpy as np
-            import problems
-            import tensorflow as tf
-
-            tf.config.threading.set_intra_op_parallelism_threads({threads})
-            tf.config.threading.set_inter_op_parallelism_threads({threads})
-            if {strict}:
-                tf.keras.utils.set_random_seed(0)
-                tf.config.experimental.enable_op_determinism()
-
-            import tf_center_loss_op as tcl
-
-            def digest(impl):
-                result = hashlib.sha256()
-                for i, shape in enumerate(problems.SHAPES):
-                    problem = problems.make(shape, weights=True, ignore="outside")
-                    features, centers = tf.constant(problem.features), tf.Variable(problem.centers)
-                    with tf.GradientTape() as tape:
-                        tape.watch(features)
-                        loss = tcl.center_loss(
-                            features, problem.labels, centers, ignore_class=-1,
-                            sample_weight=problem.sample_weight, impl=impl,
-                            reduction=["mean", "none"][i % 2],
-                        )
-                    for part in (loss, tape.gradient(loss, features), centers):
-                        result.update(part.numpy().tobytes())
-                return result.hexdigest()
-
-            print([digest(impl) for impl in {implementations}])
-            """,
-            tmp_path,
-        )
-        for threads, strict in ((1, False), (2, True), (5, False))
+        run_program("digests_with_threads", threads, determinism, *implementations, cwd=tmp_path)
+        for threads, determinism in ((1, "free"), (2, "strict"), (5, "free"))
     }
     assert len(digests) == 1

@@ -1,4 +1,4 @@
-"""What the guide says of 100 million labels is what the command prints, and adds up by hand."""
+"""The guide's table of 100 million labels is the command's output, and agrees with hand counts."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def bench_distribute(monkeypatch):
-    """The command's module; it is no part of the package."""
+    """The command's module, which is not part of the package."""
     monkeypatch.syspath_prepend(str(ROOT))
     from bench import distribute
 

@@ -1,64 +1,10 @@
-"""A table in the memory of another device: the op runs beside it, and gives the same."""
+"""A table in another device's memory: the op runs on that device, with the same results."""
 
 import pytest
 
-from child import run_python
+from child import run_program
 
 
 @pytest.mark.native
 def test_the_op_runs_beside_the_table(native_library, tmp_path):
-    # Two logical CPU devices: the first stands for the GPU with the model, the second for the host.
-    run_python(
-        """
-        import numpy as np
-        import tensorflow as tf
-
-        cpu = tf.config.list_physical_devices("CPU")[0]
-        two = [tf.config.LogicalDeviceConfiguration()] * 2
-        tf.config.set_logical_device_configuration(cpu, two)
-        import keras
-        import oracle
-        import tf_center_loss_op as tcl
-
-        B, C, D = 16, 503, 8
-        inputs, label = keras.Input([D]), keras.Input([], dtype="int32")
-        dense = keras.layers.Dense(D)
-        embedded = dense(inputs)
-        layer = tcl.CenterLoss(C, name="centers")
-        with tf.device("CPU:1"):
-            embedded = layer([embedded, label])
-        model = keras.Model([inputs, label], embedded)
-        assert layer.centers.value.device.endswith("CPU:1")
-        assert dense.kernel.value.device.endswith("CPU:0")
-        rng = np.random.default_rng(0)
-        with tf.device("CPU:0"):
-            x = tf.constant(rng.normal(size=(B, D)), tf.float32)
-            y = tf.constant(rng.integers(0, C, B), tf.int32)
-
-        def step(x, y):
-            with tf.device("CPU:0"):
-                with tf.GradientTape() as tape:
-                    model([x, y], training=True)
-                    loss = model.losses[0]
-                return loss, tape.gradient(loss, dense.kernel.value)
-
-        # The model asks for the first device; the op goes to its table.
-        embedded = dense(x)
-        assert embedded.device.endswith("CPU:0")
-        with tf.device("CPU:0"):
-            loss = tcl.center_loss(embedded, y, layer.centers, impl="native", alpha=0.0)
-        assert loss.device.endswith("CPU:1"), loss.device
-
-        before = np.zeros([C, D])
-        for run in (step, tf.function(step)):
-            loss, gradient = run(x, y)
-            truth = oracle.center_loss(embedded, y, before)
-            np.testing.assert_allclose(loss, truth.loss, rtol=1e-5)
-            expected = x.numpy().T @ truth.feature_gradient
-            np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)
-            before = layer.centers.numpy()
-            np.testing.assert_allclose(before, truth.centers, rtol=1e-5, atol=1e-7)
-        assert layer.centers.value.device.endswith("CPU:1")
-        """,
-        tmp_path,
-    )
+    run_program("step_beside_its_table", cwd=tmp_path)

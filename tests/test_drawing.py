@@ -1,11 +1,11 @@
-"""The picture of embeddings: what is where, in which color, and what the axes claim."""
+"""The plot of embeddings: positions, colors, labels of the axes."""
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import tf_center_loss_op as tcl
-from child import run_python
+from child import run_program
 
 N, C = 60, 3
 
@@ -19,7 +19,7 @@ def problem(dim, classes=C):
 
 
 def drawn(figure):
-    """Points by class, and the centers, as they were handed to matplotlib."""
+    """Points by class, and the centers, as passed to matplotlib."""
     *points, centers = figure.axes[0].collections
     return [np.asarray(part.get_offsets()) for part in points], np.asarray(centers.get_offsets())
 
@@ -105,18 +105,6 @@ def test_wrong_arguments():
 
 
 def test_without_matplotlib(tmp_path):
-    # Everything else works without it, and the error says what to install.
-    out = run_python(
-        """
-        import sys
-        sys.modules["matplotlib"] = None
-        import tf_center_loss_op as tcl
-        tcl.plots.export_projector(".", [[1.0]], [0])
-        try:
-            tcl.plots.embeddings([[1.0]], [0])
-        except ImportError as error:
-            print(error)
-        """,
-        tmp_path,
-    )
+    # Everything else works without matplotlib, and the error says what to install.
+    out = run_program("plot_without_matplotlib", cwd=tmp_path)
     assert out == "plots.embeddings needs matplotlib: pip install matplotlib\n"

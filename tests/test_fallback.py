@@ -1,5 +1,6 @@
 """Without a usable library: one warning that says why and what to do, and the same results."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -9,50 +10,12 @@ import pytest
 
 import oracle
 import tf_center_loss_op as tcl
-from child import run_python
+from child import run_program
 
 FEATURES = [[2.0, 4.0], [4.0, 8.0], [10.0, 16.0]]
 LABELS = [0, 0, 1]
+ARGUMENTS = json.dumps(FEATURES), json.dumps(LABELS)
 EXPECTED = oracle.center_loss(FEATURES, LABELS, np.zeros([2, 2]))
-
-# Three calls of "auto", a layer, and one of "native"; everything that was warned of.
-PROGRAM = f"""
-import json, warnings
-
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    import numpy as np
-    import tensorflow as tf
-    import tf_center_loss_op as tcl
-
-    centers = tf.Variable(tf.zeros([2, 2]))
-    loss = tcl.center_loss({FEATURES}, {LABELS}, centers)
-    tables = [centers.numpy().tolist()]
-    for _ in range(2):
-        tcl.center_loss({FEATURES}, {LABELS}, centers)
-        tcl.update_centers({FEATURES}, {LABELS}, centers)
-    tcl.CenterLoss(2)(np.array({FEATURES}, "f"), np.array({LABELS}), training=True)
-    try:
-        tcl.center_loss({FEATURES}, {LABELS}, centers, impl="native")
-        error = None
-    except Exception as e:
-        error = str(e)
-
-graph = (
-    tf.function(lambda: tcl.center_loss({FEATURES}, {LABELS}, centers))
-    .get_concrete_function()
-    .graph.as_graph_def()
-)
-nodes = [*graph.node, *(node for f in graph.library.function for node in f.node_def)]
-functions = {{f.signature.name for f in graph.library.function}}
-own_ops = {{node.op for node in nodes}} - functions - set(dir(tf.raw_ops))
-
-print(json.dumps(dict(
-    file=tcl.__file__, loss=float(loss), centers=tables[0], error=error, info=tcl.build_info(),
-    own_ops=sorted(own_ops),
-    warnings=[str(w.message) for w in caught if "center" in str(w.message).lower()],
-)))
-"""
 
 
 def copy_package(directory, broken=False):
@@ -66,8 +29,20 @@ def copy_package(directory, broken=False):
     return copy
 
 
+def copy_as_if_built(directory, **record):
+    """A copy of the package whose build recorded something else."""
+    copy = copy_package(directory)
+    package = Path(tcl.__file__).parent
+    for library in package.glob("lib*.so"):
+        (copy / library.name).symlink_to(library)
+    changed = json.loads((package / "_build.json").read_text()) | record
+    (copy / "_build.json").write_text(json.dumps(changed))
+
+
 def run(directory, **options):
-    result = json.loads(run_python(PROGRAM, directory, paths=[directory], **options))
+    result = json.loads(
+        run_program("call_every_path", *ARGUMENTS, cwd=directory, paths=[directory], **options)
+    )
     np.testing.assert_allclose(result["loss"], EXPECTED.loss, rtol=1e-6)
     np.testing.assert_allclose(result["centers"], EXPECTED.centers, rtol=1e-6)
     return result
@@ -93,7 +68,7 @@ def test_asked_for_by_the_environment(native_library, tmp_path, means):
     result = run(tmp_path, TF_CENTER_LOSS_IMPL=means)
     assert result["warnings"] == [] and result["error"] is None
     assert result["info"]["native"] is True
-    # An op that TensorFlow does not know by itself.
+    # Ops that are not TensorFlow's.
     assert bool(result["own_ops"]) == (means != "graph")
 
 
@@ -106,39 +81,60 @@ def test_asked_for_by_the_environment_without_the_library(tmp_path):
 
 def test_native_asked_for_by_the_environment_without_the_library(tmp_path):
     copy_package(tmp_path)
-    done = run_python(
-        PROGRAM, tmp_path, paths=[tmp_path], check=False, TF_CENTER_LOSS_IMPL="native"
+    done = run_program(
+        "call_every_path",
+        *ARGUMENTS,
+        cwd=tmp_path,
+        paths=[tmp_path],
+        check=False,
+        TF_CENTER_LOSS_IMPL="native",
     )
     assert done.returncode != 0
     assert "pip install" in done.stderr
 
 
 def test_nonsense_in_the_environment(tmp_path):
-    done = run_python(PROGRAM, tmp_path, check=False, TF_CENTER_LOSS_IMPL="fastest")
+    done = run_program(
+        "call_every_path", *ARGUMENTS, cwd=tmp_path, check=False, TF_CENTER_LOSS_IMPL="fastest"
+    )
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     for word in ("TF_CENTER_LOSS_IMPL", "fastest", "auto", "native", "graph"):
         assert word in last
 
 
-@pytest.mark.native
-@pytest.mark.parametrize("in_xla", [False, True])
-def test_centers_on_a_device_that_the_library_was_not_built_for(
-    native_library, monkeypatch, in_xla
-):
-    # Here no centers can lie on one: the choice alone is looked at.
-    from tf_center_loss_op._core import native as _native
+@pytest.fixture(scope="module")
+def choices(tmp_path_factory):
+    """Function of what the build recorded and of how a step runs: what is chosen on each device."""
 
-    cpu, gpu, tpu = (f"/job:localhost/task:0/device:{kind}:0" for kind in ("CPU", "GPU", "TPU"))
-    with_cuda, without = _native._record() | {"cuda": ["90"]}, _native._record() | {"cuda": None}
-    monkeypatch.setattr(_native, "in_xla", lambda: in_xla)
-    for record, there, missing in ((with_cuda, [cpu, gpu, ""], [tpu]), (without, [cpu], [gpu])):
-        monkeypatch.setattr(_native, "_record", lambda record=record: record)
-        for device in there:
-            assert _native.choose("auto", device) == "native"
-        for device in missing:
-            _native._warn_once.cache_clear()
-            with pytest.warns(RuntimeWarning, match=f"the centers lie on {device}, and it was"):
-                assert _native.choose("auto", device) == "graph"
-            with pytest.raises(RuntimeError, match="'native' cannot run: the centers lie on"):
-                _native.choose("native", device)
+    @functools.cache
+    def run_once(cuda, how):
+        directory = tmp_path_factory.mktemp("package")
+        copy_as_if_built(directory, cuda=cuda and [cuda])
+        return json.loads(run_program("choose_by_device", how, cwd=directory, paths=[directory]))
+
+    return run_once
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("how", ["ops", "xla"])
+@pytest.mark.parametrize(
+    "cuda, kind, built_for_it",
+    [
+        ("90", "CPU", True),
+        ("90", "GPU", True),
+        ("90", "TPU", False),
+        (None, "CPU", True),
+        (None, "GPU", False),
+    ],
+)
+def test_centers_on_a_device(native_library, choices, how, cuda, kind, built_for_it):
+    result = choices(cuda, how)[kind]
+    if built_for_it:
+        assert result["auto"] == result["native"] == ["TclCenterLossStep"]
+        assert result["warnings"] == []
+        return
+    assert result["auto"] == []
+    (warning,) = result["warnings"]
+    assert f"the centers lie on /device:{kind}:0, and it was" in warning
+    assert "'native' cannot run: the centers lie on" in result["error"]

@@ -17,7 +17,7 @@ def batches():
 
 
 def expected_steps(batches, **options):
-    """Losses and tables of the steps one after another."""
+    """Losses and tables of consecutive steps."""
     table, losses, tables = np.zeros([C, D]), [], []
     for features, labels in zip(*batches, strict=True):
         truth = oracle.center_loss(features, labels, table, **options)
@@ -232,7 +232,7 @@ def test_variable_as_an_argument_of_the_function(impl):
 
 
 def test_inside_map_fn(impl, batches):
-    # tf.map_fn traces its body once more, as a loop of its own.
+    # tf.map_fn traces its body again, as a loop of its own.
     centers = tf.Variable(tf.zeros([C, D]))
     losses = tf.function(
         lambda: tf.map_fn(

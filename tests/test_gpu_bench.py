@@ -1,4 +1,4 @@
-"""`python -m bench.gpu` with the emulator in the GPU's place: the program, not the times."""
+"""`python -m bench.gpu` runs with the emulator in the GPU's place; its times mean nothing."""
 
 import importlib.util
 import json
@@ -25,7 +25,7 @@ CASE = GpuCase(40, 12, 1000, rotation=2**14)
 
 
 def run(tmp_path, *arguments):
-    """What the program writes."""
+    """The results file of the program, and its output."""
     path = tmp_path / "results.json"
     command = [sys.executable, "-m", "bench.gpu", "--stand-in", "--rounds", "2", "--json", path]
     done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
@@ -74,7 +74,7 @@ def table():
 
 
 class Step:
-    """A kernel whose constants make it slow, wrong or impossible, as a test wants them to."""
+    """A kernel that a test makes slow, wrong or impossible by its constants."""
 
     def __init__(self, batch, dim, dtype, *, tuning=None, phases=False):
         self.setting = {"wait_ns": 20, "hash_blocks": 2} | (tuning or {})

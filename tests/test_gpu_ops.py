@@ -37,7 +37,7 @@ def emulated_kernels(native_library):
 
 @contextlib.contextmanager
 def on_the_emulator():
-    """Ops that are made in here, in a tf.function, run with the GPU's kernels."""
+    """Ops made in this context, in a tf.function, run with the GPU's kernels."""
     graph = tf.compat.v1.get_default_graph()
     with graph._kernel_label_map(dict.fromkeys(OPS, "emulated")):
         yield
@@ -85,7 +85,7 @@ def test_step_and_gradient(dtype, labels, reduction):
 
 
 def test_batches_that_grow_and_shrink_in_one_op():
-    # The workspace is kept from call to call, and made anew for a larger batch.
+    # The workspace is kept from call to call, and reallocated for a larger batch.
     dim, classes = 8, 50
     rng = np.random.default_rng(0)
     emulated_centers = tf.Variable(rng.normal(size=[classes, dim]).astype(np.float32))
@@ -105,7 +105,7 @@ def test_batches_that_grow_and_shrink_in_one_op():
         np.testing.assert_allclose(emulated_centers.numpy(), centers.numpy(), rtol=1e-4, atol=1e-6)
 
 
-def test_a_table_that_somebody_holds_is_copied_once():
+def test_a_table_that_another_tensor_shares_is_copied_once():
     centers = tf.Variable(tf.zeros([4, 2]))
     before = centers.read_value()
 

@@ -4,7 +4,8 @@ import pytest
 import tensorflow as tf
 
 import tf_center_loss_op as tcl
-from child import run_python
+from child import run_program
+from gpu_option import traced_atomic
 
 pytestmark = pytest.mark.native
 
@@ -13,22 +14,6 @@ pytestmark = pytest.mark.native
 def restore():
     yield
     tcl.training.set_gpu_atomics(False)
-
-
-def traced_atomic():
-    """The attribute of the op that a call makes now."""
-    centers = tf.Variable(tf.zeros([3, 2]))
-
-    @tf.function
-    def step():
-        loss = tcl.center_loss(tf.ones([1, 2]), [1], centers, impl="native")
-        tcl.update_centers(tf.ones([1, 2]), [1], centers, impl="native")
-        return loss
-
-    ops = step.get_concrete_function().graph.get_operations()
-    values = {op.get_attr("atomic") for op in ops if op.type.startswith("Tcl")}
-    assert len(values) == 1
-    return values.pop()
 
 
 def test_off_unless_asked_for(native_library):
@@ -52,53 +37,24 @@ def test_only_a_bool(native_library):
 
 
 @pytest.mark.parametrize("value, expected", [("1", True), ("0", False)])
-def test_the_environment_decides_where_nobody_called(native_library, tmp_path, value, expected):
-    out = run_python(
-        """
-        import tf_center_loss_op as tcl
-        from tf_center_loss_op._core import native as _native
-
-        print(_native.gpu_atomics())
-        tcl.training.set_gpu_atomics(False)
-        print(_native.gpu_atomics())
-        """,
-        tmp_path,
-        TF_CENTER_LOSS_GPU_ATOMICS=value,
+def test_the_environment_decides_until_a_call(native_library, tmp_path, value, expected):
+    out = run_program(
+        "gpu_atomics_from_the_environment", cwd=tmp_path, TF_CENTER_LOSS_GPU_ATOMICS=value
     )
     assert out.split() == [str(expected), "False"]
 
 
 def test_refused_under_op_determinism(native_library, tmp_path):
-    run_python(
-        """
-        import tensorflow as tf
-        import tf_center_loss_op as tcl
+    run_program("gpu_atomics_under_determinism", cwd=tmp_path)
 
-        def refused(call, name):
-            try:
-                call()
-            except (RuntimeError, ValueError) as error:
-                assert name in str(error), error
-            else:
-                raise AssertionError(name)
 
-        centers = tf.Variable(tf.zeros([3, 2]))
-        step = lambda: tcl.center_loss(tf.ones([1, 2]), [1], centers)
-        tcl.training.set_gpu_atomics(True)
-        step()
-        tf.keras.utils.set_random_seed(0)
-        tf.config.experimental.enable_op_determinism()
-        refused(step, "set_gpu_atomics: expected False")
-        refused(lambda: tcl.training.set_gpu_atomics(True), "enabled: expected False")
-        tcl.training.set_gpu_atomics(False)
-        step()
-        import os
-        from tf_center_loss_op._core import native as _native
-        _native._gpu_atomics = None
-        os.environ["TF_CENTER_LOSS_GPU_ATOMICS"] = "1"
-        refused(step, "TF_CENTER_LOSS_GPU_ATOMICS: expected False")
-        os.environ["TF_CENTER_LOSS_GPU_ATOMICS"] = "yes"
-        refused(step, "TF_CENTER_LOSS_GPU_ATOMICS (environment): expected one of '0', '1'")
-        """,
-        tmp_path,
-    )
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        ("1", "TF_CENTER_LOSS_GPU_ATOMICS: expected False"),
+        ("yes", "TF_CENTER_LOSS_GPU_ATOMICS (environment): expected one of '0', '1'"),
+    ],
+)
+def test_the_environment_is_refused_under_op_determinism(native_library, tmp_path, value, words):
+    out = run_program("step_under_determinism", cwd=tmp_path, TF_CENTER_LOSS_GPU_ATOMICS=value)
+    assert words in out

@@ -1,5 +1,7 @@
-"""What `python -m bench.gpu` makes of its times: the figures to reach, the plot, the launch
-constants. All of it without PyTorch; tests/test_gpu_bench.py runs the program itself."""
+"""`python -m bench.gpu` computes figures, the plot and launch constants from measured times.
+
+Without PyTorch; tests/test_gpu_bench.py runs the program.
+"""
 
 import json
 import sys
@@ -60,7 +62,8 @@ def test_figures():
 def test_rounds_of_their_own_are_compared_by_their_medians():
     few = measured(256, tutorial_busy=100, fused_busy=10)
     few["implementations"]["fused busy"]["seconds"] = [1e-5]
-    assert list(report._tensorflow([few]))[0].value == pytest.approx(10)
+    figures = {figure.what: figure.value for figure in report.figures([few])}
+    assert figures["tutorial's ops / fused op, the device's time"] == pytest.approx(10)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +122,7 @@ DEFAULTS = {"scan_batch": 2048, "wait_ns": 20, "hash_blocks": 2, "new": 7}
 
 
 class Times:
-    """What settings would take: `seconds(setting with the defaults)`, None for one refused."""
+    """Times of settings: `seconds(setting with the defaults)`, None for one that is refused."""
 
     def __init__(self, seconds):
         self._seconds, self.asked = seconds, []
@@ -137,7 +140,7 @@ def test_the_search_takes_one_constant_after_the_other():
 
     times = Times(lambda s: None if seconds(s) is None else 10 + seconds(s))
     assert tune.search(65536, DEFAULTS, times) == {"wait_ns": 100, "hash_blocks": 4}
-    # Neither those that the module does not have, nor those that the search does not know.
+    # Not those that the module lacks, nor those that the search does not know.
     assert {name for setting in times.asked for name in setting} == {"wait_ns", "hash_blocks"}
 
 

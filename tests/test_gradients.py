@@ -1,4 +1,4 @@
-"""First derivatives: numerical ones, upstream gradients, tapes in every place."""
+"""First derivatives equal numerical ones, with upstream gradients and with tapes in every place."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def centers():
     return tf.Variable(tf.random.normal([4, 5], dtype=tf.float64), name="centers")
 
 
-# alpha = 0 with update_centers=True is the training path with nothing moving between differences.
+# alpha = 0 with update_centers=True is the training path, and no center moves between differences.
 @pytest.mark.parametrize("options", [dict(update_centers=False), dict(alpha=0.0)], ids=str)
 @pytest.mark.parametrize("ignore", [None, 0])
 @pytest.mark.parametrize("weights", [None, [1.0, 0.5, 0.0, 2.0, 3.0, 1.0]], ids=["w1", "w"])
@@ -87,7 +87,7 @@ def test_upstream_gradient(impl, features, centers, reduction, update):
 
 @pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16])
 def test_loss_scaling_reaches_half_precision_gradients(impl, dtype):
-    # As a loss-scaling optimizer does it: 1/3 and 1/7 of a small residual would round to nothing.
+    # A loss-scaling optimizer does this: 1/3 and 1/7 of a small residual would round to zero.
     features = tf.constant([[2.0**-10, 0.0], [0.0, 2.0**-9]], dtype)
     centers = tf.Variable(tf.zeros([2, 2]))
     with tf.GradientTape() as tape:
@@ -108,7 +108,7 @@ def test_persistent_tape_gives_the_same_twice(impl, features, centers, update):
     assert np.array_equal(first, second)
     tripled = tape.gradient(loss, features, tf.constant(3.0, tf.float64))
     np.testing.assert_allclose(tripled, 3 * first, rtol=1e-12)
-    # Asking for gradients moves nothing.
+    # A gradient moves no center.
     assert np.array_equal(centers.numpy(), moved)
 
 
@@ -151,7 +151,7 @@ def test_gradient_uses_the_centers_before_the_step_even_if_they_move_again(impl,
 @pytest.mark.parametrize("traced", [False, True], ids=["eager", "function"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_gradients_are_not_overwritten_by_later_steps(impl, reduction, traced):
-    # Results of a step that are still held when later ones run, some asked for only then.
+    # Results of a step are kept while later steps run; some gradients are computed only then.
     centers = tf.Variable(tf.random.normal([4, 5], dtype=tf.float64), name="centers")
 
     def call(x):

@@ -7,17 +7,10 @@ import pytest
 import tensorflow as tf
 
 import tf_center_loss_op as tcl
-from child import run_python
+from child import run_program
+from measure import address
 
 B, D, C = 32, 16, 4000
-
-
-def address(variable):
-    """Where the variable's numbers lie."""
-    # In copy-on-read mode read_value() would be a copy.
-    tf.raw_ops.DisableCopyOnRead(resource=variable.handle)
-    value = variable.read_value()
-    return np.asarray(memoryview(value)).ctypes.data
 
 
 @pytest.fixture
@@ -93,57 +86,7 @@ def test_a_step_after_assign_uses_the_new_values(impl, centers):
 def test_no_gigabyte_is_copied(impl, tmp_path):
     # A table of 1 GiB. The peak of the resident memory is read before and after the steps; it can
     # only show a copy if making the table needed no second one, which is checked as well.
-    out = run_python(
-        f"""
-        import json
-        import tensorflow as tf
-        import tf_center_loss_op as tcl
-        from child import memory
-
-        C, D, B = 2**20, 256, 256
-        small = tf.Variable(tf.zeros([1000, D]))
-        centers = tf.Variable(tf.zeros([C, D]))
-        variable = [small]
-        features = tf.ones([B, D])
-
-        def loss_and_gradient(labels):
-            with tf.GradientTape() as tape:
-                tape.watch(features)
-                loss = tcl.center_loss(features, labels, variable[0], impl={impl!r})
-            return loss, tape.gradient(loss, features)
-
-        def centers_gradient(labels):
-            with tf.GradientTape() as tape:
-                loss = tcl.center_loss(
-                    features, labels, variable[0], update_centers=False, impl={impl!r}
-                )
-            gradient = tape.gradient(loss, variable[0])
-            variable[0].scatter_sub(gradient)
-
-        def loop(labels):
-            def body(i):
-                tcl.update_centers(features, labels + i, variable[0], impl={impl!r})
-                return [i + 1]
-            return tf.while_loop(lambda i: i < 5, body, [tf.constant(0, labels.dtype)])
-
-        def run(classes):
-            kinds = [loss_and_gradient, centers_gradient, loop]
-            kinds += [tf.function(kind) for kind in kinds]
-            for kind in kinds:
-                for i in range(5):
-                    labels = (tf.range(B, dtype=tf.int64) * 3989 + 17 * i) % (classes - 10)
-                    kind(labels)
-                    tf.gather(variable[0], labels)
-
-        run(1000)  # whatever TensorFlow allocates once
-        variable[0] = centers
-        before = memory("VmHWM")
-        run(C)
-        moved = int(tf.math.count_nonzero(tf.gather(centers, tf.range(0, 3989 * 5, 3989))))
-        print(json.dumps(dict(before=before, after=memory("VmHWM"), moved=moved)))
-        """,
-        tmp_path,
-    )
+    out = run_program("steps_on_a_gigabyte", impl, cwd=tmp_path)
     result = json.loads(out)
     gigabyte = 2**30
     assert result["moved"] > 0

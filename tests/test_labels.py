@@ -1,4 +1,4 @@
-"""Labels outside the table: the error says which, nothing is written."""
+"""A label outside the table raises an error that names it, and nothing is written."""
 
 import re
 
@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 
 import tf_center_loss_op as tcl
+from messages import with_words
 
 BAD = [10, -1, 2**31 - 1, -(2**31)]
 # Truncated to 32 bits these would be valid classes.
@@ -20,10 +21,9 @@ def centers():
 
 def refused(call, centers, position, value):
     """The call raises, naming position, value and range, and writes nothing."""
-    with pytest.raises((ValueError, tf.errors.OpError)) as caught:
+    words = with_words(f"labels[{position}] = {value} is outside [0, 10)")
+    with pytest.raises((ValueError, tf.errors.OpError), match=words) as caught:
         call()
-    expected = f"labels[{position}] = {value} is outside [0, 10)"
-    assert expected in str(caught.value)
     assert not centers.numpy().any()
     return caught.value
 
@@ -109,8 +109,9 @@ def test_a_bad_label_beside_a_bad_row_is_still_refused(impl, centers):
 def test_every_path_says_the_same(implementations, centers):
     texts = set()
     for impl in implementations:
-        with pytest.raises((ValueError, tf.errors.OpError)) as caught:
+        errors = (ValueError, tf.errors.OpError)
+        with pytest.raises(errors, match=r"labels\[1\] = 12 is outside") as caught:
             tcl.center_loss(tf.ones([2, 3]), [3, 12], centers, impl=impl)
-        # TensorFlow puts the name of the node around an op's own text.
+        # TensorFlow adds the node's name to an op's message.
         texts.update(re.findall(r"labels\[1\] = 12 is outside \[0, 10\)", str(caught.value)))
     assert len(texts) == 1

@@ -1,4 +1,4 @@
-"""The built library: links what it must, and nothing that only some machines have."""
+"""The built library links TensorFlow's framework, and nothing that only some machines have."""
 
 import subprocess
 
@@ -16,7 +16,7 @@ def lines(*command):
 
 
 def needed(path):
-    """Names of the shared libraries that it asks for."""
+    """Lines of readelf with the shared libraries that a file needs."""
     return [line for line in lines("readelf", "-d", path) if "(NEEDED)" in line]
 
 
@@ -33,7 +33,7 @@ def test_asks_for_the_framework_only(native_library):
 
 
 def test_leaks_no_symbols_of_its_own(native_library):
-    # Another op library in the same process must not meet this one's functions.
+    # Another op library in the process must not link to this one's functions.
     exported = lines("nm", "-D", "--defined-only", "-C", native_library)
     assert [line for line in exported if "center_loss" in line and " T " in line] == []
 

@@ -1,4 +1,4 @@
-"""A row with NaN or infinity: seen in loss and gradient, never in the table."""
+"""A row with NaN or infinity changes loss and gradient, but never the table."""
 
 import numpy as np
 import pytest

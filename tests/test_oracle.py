@@ -1,4 +1,4 @@
-"""The oracle itself, held against plain TensorFlow and its automatic differentiation in float64."""
+"""The oracle equals plain TensorFlow and its automatic differentiation in float64."""
 
 import numpy as np
 import pytest

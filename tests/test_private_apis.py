@@ -57,7 +57,7 @@ def test_no_other_file_uses_a_private_name(path):
 
 
 def reloaded(monkeypatch, name):
-    """What importing the package's list of private names does, where one is missing."""
+    """Imports the package's list of private names, with one missing."""
     module = importlib.import_module(name.module)
     monkeypatch.delattr(module, name.name)
     monkeypatch.delitem(sys.modules, private_apis.__name__)

@@ -1,4 +1,4 @@
-"""A training killed at any moment and resumed ends bit for bit as one that was not."""
+"""A training that is killed at any moment and resumed ends with the bits of one that is not."""
 
 import functools
 import json
@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,58 +15,8 @@ import numpy as np
 import pytest
 
 import tf_center_loss_op as tcl
-from child import TESTS, run_python
+from child import command, environment, run_program
 from replicas import BOUND
-
-# With dropout (a random state), Adam (an optimizer's state), a schedule, a metric and shuffling; 32
-# steps. A short rest in each step, so that there is time to be killed in.
-TRAINING = """
-import time
-import keras, numpy as np, tensorflow as tf
-import tf_center_loss_op as tcl
-
-keras.utils.set_random_seed(3)
-rng = np.random.default_rng(0)
-labels = rng.integers(0, 50, 256).astype("int32")
-inputs = rng.normal(size=(256, 16)).astype("float32")
-image, label = keras.Input([16]), keras.Input([], dtype="int32")
-x = keras.layers.Dropout(0.1, seed=1)(keras.layers.Dense(8)(image))
-warm_up = keras.optimizers.schedules.PolynomialDecay(0.01, 20, 0.1)
-x = tcl.CenterLoss(50, loss_weight=warm_up, name="centers")([x, label])
-model = keras.Model([image, label], keras.layers.Dense(50)(x))
-model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-"""
-
-WITH_CALLBACK = (
-    TRAINING
-    + """
-model.fit([inputs, labels], labels, batch_size=32, epochs=4, verbose=0, callbacks=[
-    tcl.training.AtomicBackup("backup", save_freq=3),
-    keras.callbacks.LambdaCallback(on_train_batch_end=lambda *_, **__: time.sleep(0.05))])
-"""
-)
-
-# As in docs/training.md.
-WITH_CHECKPOINT = (
-    TRAINING
-    + """
-dataset = tf.data.Dataset.from_tensor_slices(((inputs, labels), labels)).shuffle(256, seed=7)
-batches = iter(dataset.batch(32).repeat(4))
-model.optimizer.build(model.trainable_variables)
-variables = [v.value for v in [*model.variables, *model.optimizer.variables]]
-state = tf.train.Checkpoint(variables=variables, batches=batches)
-manager = tf.train.CheckpointManager(state, "checkpoints", max_to_keep=2)
-state.restore(manager.latest_checkpoint)
-for batch, target in batches:
-    model.train_on_batch(batch, target)
-    manager.save()
-    time.sleep(0.05)
-"""
-)
-
-SAVE = """
-np.savez("end.npz", *[variable.numpy() for variable in model.variables])
-"""
 
 
 def weights(folder):
@@ -76,19 +25,18 @@ def weights(folder):
 
 
 def backups(folder):
-    """The complete ones: their names."""
+    """The names of the complete backups."""
     found = [str(path) for path in folder.glob("backup/*/state.json")]
     return found + [path.read_text() for path in folder.glob("checkpoints/checkpoint")]
 
 
-def run(source, folder, kill_after=None):
-    """Whether it was killed, so many seconds after its first backup; else it ran to its end."""
-    program, before = folder / "program.py", backups(folder)
-    program.write_text(source)
+def run(program, folder, kill_after=None):
+    """Runs a program; True if it was killed `kill_after` seconds after its first new backup."""
+    before = backups(folder)
     child = subprocess.Popen(
-        [sys.executable, program],
+        command(program),
         cwd=folder,
-        env=dict(os.environ, PYTHONPATH=str(TESTS), TF_CPP_MIN_LOG_LEVEL="2"),
+        env=environment(),
         stderr=subprocess.DEVNULL,
     )
     while kill_after is not None and child.poll() is None and backups(folder) == before:
@@ -103,75 +51,39 @@ def run(source, folder, kill_after=None):
     return False
 
 
-@pytest.mark.parametrize("program", [WITH_CALLBACK, WITH_CHECKPOINT], ids=["fit", "checkpoint"])
+@pytest.mark.parametrize("program", ["train_with_backup", "train_with_checkpoint"])
 def test_killed_at_random_moments(program, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir(), broken.mkdir()
     moments = [random.SystemRandom().uniform(0, 0.5) for _ in range(2)]
     print("killed after", moments)  # pytest shows it where the test fails
-    run(program + SAVE, whole)
-    killed = [run(program + SAVE, broken, moment) for moment in moments]
+    run(program, whole)
+    killed = [run(program, broken, moment) for moment in moments]
     assert any(killed)
-    run(program + SAVE, broken)
+    run(program, broken)
     for expected, resumed in zip(weights(whole), weights(broken), strict=True):
         assert np.array_equal(expected, resumed)
 
 
-# Trains to the end, then anew until it is killed; started again, it resumes that. With what is not
-# the same on both replicas: statistics of their batches, parts of a table, metrics.
-ON_REPLICAS = """
-from replicas import mirrored
-strategy = mirrored(2)
-from replica_checks import *
-
-rng = np.random.default_rng(0)
-x, y = rng.normal(size=(34, D)).astype("f"), rng.integers(0, C, 34)
-data = tf.data.Dataset.from_tensor_slices(((x, y), y)).batch(8)
-
-def end_of_training(*callbacks):
-    keras.utils.set_random_seed(3)
-    with strategy.scope():
-        inputs, labels = keras.Input([D]), keras.Input([], dtype="int32")
-        z = keras.layers.Dropout(0.1)(keras.layers.Dense(D)(inputs))
-        z = keras.layers.BatchNormalization()(z)
-        layers = [tcl.CenterLoss(C, loss_weight=0.1, sharded=sharded) for sharded in (False, True)]
-        for layer in layers:
-            z = layer(z, labels)
-        model = keras.Model([inputs, labels], keras.layers.Dense(C)(z))
-        model.compile("adam", tcl.distribute.GlobalBatchLoss(main_loss()), metrics=["accuracy"])
-    logs = model.fit(data, epochs=2, verbose=0, callbacks=[*callbacks]).history
-    variables = [v.value for v in model.variables + model.optimizer.variables]
-    variables += [part for _, part in layers[1].centers.shards]
-    copies = [c for v in variables for c in strategy.experimental_local_results(v)]
-    return {str(k): copy.numpy() for k, copy in enumerate(copies)} | {k: logs[k][-1] for k in logs}
-
-backup = tcl.training.AtomicBackup("backup", save_freq=2)
-if not os.path.exists("backup"):
-    np.savez("whole.npz", **end_of_training())
-    kill = lambda batch, logs: os.path.exists("backup/4") and os.kill(os.getpid(), 9)
-    end_of_training(backup, keras.callbacks.LambdaCallback(on_train_batch_begin=kill))
-assert sorted(os.listdir("backup")) == ["4"]
-resumed = end_of_training(backup)
-with np.load("whole.npz") as whole:
-    assert whole.files == list(resumed)
-    for name in whole.files:
-        assert np.isfinite(resumed[name]).all() and np.array_equal(whole[name], resumed[name]), name
-"""
-
-
 def test_killed_on_two_replicas(tmp_path):
-    killed = run_python(ON_REPLICAS, tmp_path, check=False, timeout=BOUND)
+    killed = run_program("backup_on_replicas", cwd=tmp_path, check=False, timeout=BOUND)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    run_python(ON_REPLICAS, tmp_path, timeout=BOUND)
+    run_program("backup_on_replicas", cwd=tmp_path, timeout=BOUND)
 
 
-# In one process: a model, interrupted, and a new one that goes on.
+# In one process: a training is interrupted, and a new model resumes it.
 
 BATCHES, EPOCHS = 6, 3
 
 
 class Interruption(Exception):
-    pass
+    def __init__(self):
+        super().__init__("interrupted by the test")
+
+
+def interrupted():
+    """Expects that a training is interrupted."""
+    return pytest.raises(Interruption, match="interrupted by the test")
 
 
 class Interrupt(keras.callbacks.Callback):
@@ -241,9 +153,9 @@ def uninterrupted(steps_per_execution=1, policy="float32"):
         (3, 4, 16, 12),  # the last step of an epoch is shorter
     ],
 )
-def test_it_goes_on_from_any_batch(save_freq, steps, after, trained_before, tmp_path):
+def test_it_resumes_from_any_batch(save_freq, steps, after, trained_before, tmp_path):
     whole, history = uninterrupted(steps)
-    with pytest.raises(Interruption):
+    with interrupted():
         fit(make_model(steps), tcl.training.AtomicBackup(tmp_path, save_freq), Interrupt(after))
     model, seen = make_model(steps), []
     count = keras.callbacks.LambdaCallback(
@@ -251,10 +163,10 @@ def test_it_goes_on_from_any_batch(save_freq, steps, after, trained_before, tmp_
     )
     resumed = fit(model, tcl.training.AtomicBackup(tmp_path, save_freq), count)
     assert_same(model, whole)
-    # What was trained before is not trained again.
+    # No batch is trained twice.
     first = min(seen)
     assert first == trained_before or first == trained_before + min(steps, BATCHES)
-    # The metrics of the epoch in which it was interrupted go on, too.
+    # The metrics of the interrupted epoch are resumed, too.
     for name, values in history.items():
         assert resumed[name] == values[-len(resumed[name]) :]
     assert not tmp_path.exists()
@@ -262,7 +174,7 @@ def test_it_goes_on_from_any_batch(save_freq, steps, after, trained_before, tmp_
 
 @pytest.mark.parametrize("moment", ["half a file", "no state", "no name"])
 def test_a_backup_that_is_not_complete_is_never_loaded(moment, tmp_path, monkeypatch):
-    # What a process killed while it wrote its second backup leaves behind.
+    # The state that a process leaves that is killed while it writes its second backup.
     def second():
         return (tmp_path / "1").exists()
 
@@ -282,7 +194,7 @@ def test_a_backup_that_is_not_complete_is_never_loaded(moment, tmp_path, monkeyp
             raise Interruption
         rename(path, target)
 
-    with monkeypatch.context() as patch, pytest.raises(Interruption):
+    with monkeypatch.context() as patch, interrupted():
         target, name, replacement = {
             "half a file": (np, "save", half_a_file),
             "no state": (json, "dumps", no_state),
@@ -300,14 +212,14 @@ def test_mixed_precision_and_sixteen_bit_variables(tmp_path):
     policy = "bfloat16"
     whole, _ = uninterrupted(policy=policy)
     assert any(v.dtype == "bfloat16" for v in whole.variables)
-    with pytest.raises(Interruption):
+    with interrupted():
         fit(make_model(policy=policy), tcl.training.AtomicBackup(tmp_path), Interrupt(BATCHES + 1))
     model = make_model(policy=policy)
     fit(model, tcl.training.AtomicBackup(tmp_path))
     assert_same(model, whole)
 
 
-def test_it_takes_the_place_of_kerass_own(tmp_path):
+def test_it_replaces_kerass_backup(tmp_path):
     backup = tcl.training.AtomicBackup(
         backup_dir=str(tmp_path / "backup"),
         save_freq="epoch",
@@ -328,7 +240,7 @@ def test_wrong_arguments(wrong):
 
 
 def test_without_backups_it_only_resumes(tmp_path):
-    with pytest.raises(Interruption):
+    with interrupted():
         fit(make_model(), tcl.training.AtomicBackup(tmp_path), Interrupt(BATCHES + 1))
     model = make_model()
     fit(model, tcl.training.AtomicBackup(tmp_path, save_freq=False, delete_checkpoint=False))
@@ -347,9 +259,9 @@ def damage(folder, how):
 
 
 @pytest.mark.parametrize("how", ["state", "truncated", "missing"])
-def test_a_damaged_backup(how, tmp_path):
+def test_a_damaged_backup_is_not_loaded(how, tmp_path):
     options = dict(double_checkpoint=True, delete_checkpoint=False)
-    with pytest.raises(Interruption):
+    with interrupted():
         fit(
             make_model(), tcl.training.AtomicBackup(tmp_path, **options), Interrupt(2 * BATCHES + 1)
         )
@@ -372,7 +284,7 @@ def test_a_damaged_backup(how, tmp_path):
 
 @pytest.mark.parametrize("removed_before", [0, EPOCHS - 1], ids=["an older one", "the last"])
 def test_killed_while_it_removes_the_backups(removed_before, tmp_path, monkeypatch):
-    # Files went, but not all: what is left must not look like a backup, nor be in the way.
+    # Only some files were removed: the rest must not count as a backup, nor prevent a new one.
     removed = []
 
     def half(folder, rmtree=shutil.rmtree):
@@ -383,7 +295,7 @@ def test_killed_while_it_removes_the_backups(removed_before, tmp_path, monkeypat
             path.unlink()
         raise Interruption
 
-    with monkeypatch.context() as patch, pytest.raises(Interruption):
+    with monkeypatch.context() as patch, interrupted():
         patch.setattr(shutil, "rmtree", half)
         fit(make_model(), tcl.training.AtomicBackup(tmp_path))
     assert (tmp_path / str(removed_before + 1)).exists()
@@ -392,7 +304,7 @@ def test_killed_while_it_removes_the_backups(removed_before, tmp_path, monkeypat
     assert_same(model, uninterrupted()[0])
 
 
-def test_a_backup_of_another_model(tmp_path):
+def test_a_backup_of_another_model_is_refused(tmp_path):
     fit(make_model(), tcl.training.AtomicBackup(tmp_path, delete_checkpoint=False))
     state = json.loads((tmp_path / str(EPOCHS) / "state.json").read_text())
     assert state["epoch"] == EPOCHS
@@ -400,7 +312,7 @@ def test_a_backup_of_another_model(tmp_path):
         fit(make_model(width=5), tcl.training.AtomicBackup(tmp_path))
 
 
-def test_a_model_that_is_not_built(tmp_path):
+def test_a_model_that_is_not_built_is_refused(tmp_path):
     model = keras.Sequential([keras.layers.Dense(1)])
     model.compile("sgd", "mse")
     with pytest.raises(ValueError, match="model: expected a built model"):

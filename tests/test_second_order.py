@@ -24,7 +24,7 @@ def centers():
 
 
 def dense(gradient):
-    """A gradient as a NumPy array, whatever it came as."""
+    """A gradient, dense or IndexedSlices, as a NumPy array."""
     return tf.convert_to_tensor(gradient).numpy()
 
 
@@ -53,7 +53,7 @@ def test_features_against_finite_differences(impl, features, centers, reduction,
                 **options,
             )
 
-        # Scaled, so that the third derivative keeps the differences within the tolerance.
+        # The scale keeps the third derivative small, so that differences are within the tolerance.
         return penalty(loss, x, [x]) * 1e-4
 
     theoretical, numerical = tf.test.compute_gradient(value, [0.1 * features], delta=1e-5)
@@ -126,7 +126,7 @@ def test_centers_against_finite_differences(impl, features, centers, reduction):
 
 
 def test_moving_centers_are_constants_of_the_second_derivative(impl, features, centers):
-    # The step happens between the forward and the backward passes; neither may see it.
+    # The step runs between the forward and the backward pass and must affect neither.
     before = tf.constant(centers)
     with tf.GradientTape() as outer:
         outer.watch(features)

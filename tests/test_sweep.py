@@ -1,4 +1,4 @@
-"""Loss, feature gradient and moved centers against the oracle over everything a caller can vary."""
+"""Loss, feature gradient and moved centers equal the oracle's for all options of a caller."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ FACTORS = {
 
 def allowed(row):
     ids = row["labels"] in ("int32", "int64")
-    # One-hot rows cannot say "outside", and are no way to pass thousands of classes.
+    # One-hot rows have no class outside the table, and are too large for thousands of classes.
     return ids or (row["ignore"] != "outside" and row["shape"].classes <= 1000)
 
 
@@ -64,7 +64,7 @@ def test_every_pair_of_choices(impl, row):
     run_and_check(impl, row)
 
 
-# Every distribution of labels in the plainest way: a failure here says more than one above.
+# Every distribution of labels with default options: a failure here is easier to read.
 @pytest.mark.parametrize("rule", ["paper", "sum"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("shape", problems.SHAPES, ids=str)
@@ -77,7 +77,7 @@ def test_every_shape(impl, shape, dtype, rule):
 @pytest.mark.parametrize("reduction", FACTORS["reduction"])
 @pytest.mark.parametrize("dtype", list(problems.DTYPES))
 def test_large_residual_near_a_far_center(impl, dtype, reduction):
-    # Features of size 1000 a unit away from their centers: |x|^2 - 2xc + |c|^2 would lose it all.
+    # Features of size 1000, one unit away from their centers: |x|^2 - 2xc + |c|^2 would cancel.
     problem = problems.make(problems.SHAPES[0], dtype)
     near = (problem.centers[problem.ids] + 1000).astype(problem.features.dtype)
     problem = problem._replace(features=near + problem.features, centers=problem.centers + 1000)
@@ -89,7 +89,7 @@ def test_large_residual_near_a_far_center(impl, dtype, reduction):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_features_too_small_for_normal_numbers(impl, dtype, dim):
     # TensorFlow's threads flush float32 subnormals to zero. These numbers are subnormal as float16
-    # only: they are exact in float32, and may not be lost on the way there and back.
+    # only: they are exact in float32, and both conversions must keep them.
     column = np.array([[2.0**-24], [-3 * 2.0**-22], [2.0**-15], [1.0]])
     features = np.tile(column, dim).astype(problems.DTYPES[dtype])
     problem = problems.Problem(

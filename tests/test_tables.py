@@ -1,7 +1,8 @@
-"""Large tables are made, filled, saved and loaded by blocks; a bad file changes nothing."""
+"""Large tables are created, filled, saved and loaded by blocks; a bad file changes nothing."""
 
 import json
 import os
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 import tensorflow as tf
 
 import tf_center_loss_op as tcl
-from child import run_python
-from tf_center_loss_op import tables
+from child import run_program
+from tf_center_loss_op.tables import blocks
 
 C, D = 37, 5
 
@@ -18,7 +19,7 @@ C, D = 37, 5
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several blocks, the last one shorter."""
-    monkeypatch.setattr(tables, "BLOCK_BYTES", 10 * D * 4)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 10 * D * 4)
 
 
 @pytest.fixture
@@ -59,18 +60,30 @@ def test_a_table_that_no_memory_holds_is_an_early_error(initializer, make):
             layer.build((None, 256))
 
 
-def test_what_counts_as_room(tmp_path, monkeypatch):
-    # Zeros may stay smaller than their size, numbers may not; a container may have less.
-    path = {name: tmp_path / name for name in ("meminfo", "limit")}
-    path["meminfo"].write_text(
-        "MemTotal: 8 kB\nMemAvailable: 3 kB\nSwapTotal: 1 kB\nSwapFree: 1 kB"
-    )
-    monkeypatch.setattr(tables, "Path", lambda name: path.get(name.split("/")[-1], path["limit"]))
-    assert tables._room(("MemTotal", "SwapTotal")) == 9 * 1024
-    assert tables._room(tables._AVAILABLE) == 4 * 1024
-    for limit, room in (("max", 9 * 1024), ("5000", 5000)):
-        path["limit"].write_text(limit + "\n")
-        assert tables._room(("MemTotal", "SwapTotal")) == room
+@pytest.mark.parametrize(
+    "initializer, limit, rows",
+    [
+        # Zeros take memory where they are written, so all memory counts.
+        ("zeros", "max", 9 * 256),
+        # Numbers take it at once, so free memory counts.
+        (tcl.tables.RandomNormal(), "max", 4 * 256),
+        # A container may have less.
+        ("zeros", "5000", 1250),
+    ],
+    ids=["zeros", "numbers", "container"],
+)
+def test_what_counts_as_room(monkeypatch, initializer, limit, rows):
+    files = {
+        "meminfo": "MemTotal: 8 kB\nMemAvailable: 3 kB\nSwapTotal: 1 kB\nSwapFree: 1 kB",
+        "memory.max": limit,
+        "memory.limit_in_bytes": limit,
+    }
+    read, exists = Path.read_text, Path.exists
+    monkeypatch.setattr(Path, "read_text", lambda path: files.get(path.name) or read(path))
+    monkeypatch.setattr(Path, "exists", lambda path: path.name in files or exists(path))
+    assert tcl.tables.create(rows, 1, initializer=initializer).shape == (rows, 1)
+    with pytest.raises(MemoryError, match=f"got {rows + 1} x 1 float32"):
+        tcl.tables.create(rows + 1, 1, initializer=initializer)
 
 
 @pytest.mark.parametrize("wrap", [lambda v: v, lambda v: keras.Variable(v)])
@@ -88,7 +101,7 @@ def test_random_centers():
     same = [tcl.tables.RandomNormal(2.0, seed=5)((4000, D), "float32").numpy() for _ in range(2)]
     assert np.array_equal(*same)
     assert abs(same[0].mean()) < 0.05 and abs(same[0].std() - 2) < 0.05
-    # Each block has numbers of its own.
+    # No two blocks have the same numbers.
     assert len(np.unique(same[0])) > 0.99 * same[0].size
     other = tcl.tables.RandomNormal(2.0, seed=6)((4000, D), "float32").numpy()
     assert not np.array_equal(same[0], other)
@@ -184,7 +197,7 @@ def test_a_bad_file_changes_nothing(centers, name, words, tmp_path):
 
 
 def test_a_file_that_is_not_there(centers, tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="none.npy"):
         tcl.tables.load(centers, tmp_path / "none.npy")
 
 
@@ -257,70 +270,18 @@ def test_class_means_of_bad_batches(centers, batch, words):
 
 
 def test_no_second_copy_of_a_large_table(impl, tmp_path):
-    # 1 GiB; beside it a block of 64 MiB, and what TensorFlow takes for itself.
-    out = run_python(
-        f"""
-        import json
-        import numpy as np
-        import tensorflow as tf
-        import tf_center_loss_op as tcl
-        from child import memory
-
-        def reset():
-            open("/proc/self/clear_refs", "w").write("5")
-
-        C, D = 2**20, 256
-        start = memory("VmHWM")
-        centers = tcl.tables.create(C, D, initializer=tcl.tables.RandomNormal(seed=0))
-        tcl.update_centers(tf.ones([2, D]), [0, C - 1], centers, impl={impl!r})
-        seen = dict(made=memory("VmHWM") - start)
-        for what in "save_centers", "load_centers":  # but for what is mapped of the file
-            reset()
-            before = memory("RssAnon")
-            getattr(tcl, what)(centers, "centers.npy")
-            seen[what] = memory("VmHWM") - memory("RssFile") - before
-        reset()
-        before = memory("VmHWM")
-        tcl.tables.rows([5, 7], centers)
-        seen["centers_of"] = memory("VmHWM") - before
-        checkpoint = tf.train.Checkpoint(centers=centers)
-        checkpoint.write("checkpoint")
-        tcl.update_centers(tf.ones([2, D]), [0, C - 1], centers, impl={impl!r})
-        kept = tcl.tables.rows([5, 7], centers)
-        reset()
-        before = memory("VmHWM")
-        tcl.tables.clear(centers)
-        checkpoint.read("checkpoint")
-        seen["clear_centers, read"] = memory("VmHWM") - before
-        assert np.array_equal(tcl.tables.rows([5, 7], centers), kept)
-        print(json.dumps(seen))
-        """,
-        tmp_path,
-    )
+    # The table has 1 GiB, a block 64 MiB; TensorFlow needs some memory of its own.
+    out = run_program("large_table_in_blocks", impl, cwd=tmp_path)
     seen = json.loads(out)
     table = 2**30
     assert table < seen["made"] < 1.6 * table
-    assert seen["save_centers"] < table / 4
-    assert seen["load_centers"] < table / 4
-    assert seen["centers_of"] < table / 16
-    assert seen["clear_centers, read"] < table / 4
+    assert seen["save"] < table / 4
+    assert seen["load"] < table / 4
+    assert seen["rows"] < table / 16
+    assert seen["clear and read"] < table / 4
 
 
 @pytest.mark.native
 def test_zeros_take_up_memory_only_where_they_are_written(tmp_path):
-    out = run_python(
-        """
-        import tensorflow as tf
-        import tf_center_loss_op as tcl
-        from child import memory
-
-        layer = tcl.CenterLoss(2**22)  # 4 GiB
-        tcl.update_centers(tf.ones([1, 256]), [1], tcl.tables.create(10, 256))
-        before = memory("RssAnon")
-        layer.build((None, 256))
-        layer(tf.ones([1, 256]), tf.constant([2**22 - 1]), training=True)
-        print(memory("RssAnon") - before)
-        """,
-        tmp_path,
-    )
+    out = run_program("large_table_of_zeros", cwd=tmp_path)
     assert int(out) < 2**26

@@ -1,4 +1,4 @@
-"""What an editor and a reader see: names, signatures, annotations, docstrings, py.typed."""
+"""The public interface: names, signatures, annotations, docstrings, py.typed."""
 
 import inspect
 from importlib import resources
@@ -6,7 +6,7 @@ from importlib import resources
 import pytest
 
 import tf_center_loss_op as tcl
-from child import run_python
+from child import run_program
 
 REQUIRED = inspect.Parameter.empty
 STEP = {"alpha": 0.5, "rule": "paper"}
@@ -34,25 +34,25 @@ SIGNATURES = {
         | dict(reduction="mean", centers_initializer="zeros", ignore_class=None, impl="auto")
         | dict(deferred_update=False, distance_metric=True, sharded=False),
     ),
-    "GlobalBatchLoss": (dict(loss=REQUIRED), dict(name=None)),
+    "distribute.GlobalBatchLoss": (dict(loss=REQUIRED), dict(name=None)),
     "compat.v1.center_loss": (dict(features=REQUIRED, labels=REQUIRED, alpha=0.0), {}),
-    "nearest_centers": (
+    "nearest.predict": (
         dict(features=REQUIRED, centers=REQUIRED),
         dict(k=1, threshold=None, block=None, name=None),
     ),
-    "distance_to_center": (
+    "nearest.distance_to_center": (
         dict(features=REQUIRED, labels=REQUIRED, centers=REQUIRED),
         dict(name=None),
     ),
-    "CentersMonitor": (
+    "training.CentersMonitor": (
         dict(log_dir=REQUIRED, dataset=None),
         dict(layer=None, embed=None, freq="epoch", max_samples=10_000, max_classes=4096),
     ),
-    "export_projector": (
+    "plots.export_projector": (
         dict(log_dir=REQUIRED, features=REQUIRED, labels=REQUIRED, centers=None),
         dict(class_names=None, name="embeddings", max_samples=5000, seed=0),
     ),
-    "draw_embeddings": (
+    "plots.embeddings": (
         dict(features=REQUIRED, labels=REQUIRED, centers=None),
         dict(class_names=None, title=None, max_samples=5000, seed=0),
     ),
@@ -116,6 +116,6 @@ def test_typed_marker():
 
 
 def test_import_is_quiet(tmp_path):
-    done = run_python("import tf_center_loss_op", tmp_path, check=False)
+    done = run_program("import_the_package", cwd=tmp_path, check=False)
     assert (done.returncode, done.stdout) == (0, "")
     assert "Warning" not in done.stderr

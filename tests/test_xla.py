@@ -1,4 +1,4 @@
-"""jit_compile=True: the same numbers, in the same buffer, as a call of the kernel and in plain ops.
+"""jit_compile=True gives the same numbers in the same buffer, with the kernel and in plain ops.
 
 tests/gpu/test_gpu_xla.py runs most of this on a GPU, or with the emulator in its place.
 """
@@ -15,7 +15,7 @@ import plain
 import problems
 import stepping
 import tf_center_loss_op as tcl
-from child import run_python
+from child import run_program
 from implementations import IMPLEMENTATIONS
 from pairwise import all_pairs
 from tolerances import assert_close
@@ -142,7 +142,7 @@ def test_a_bad_alpha_raises_and_nothing_is_written(xla_library, alpha):
     assert (centers.numpy() == 1).all()
 
 
-# What cannot raise: plain ops that XLA compiles, and the kernel on a GPU.
+# Plain ops that XLA compiles, and the kernel on a GPU, cannot raise.
 CANNOT_RAISE = pytest.mark.parametrize("impl", ["graph"])
 
 
@@ -157,7 +157,7 @@ def test_a_bad_label_is_nan_and_moves_nothing(impl, reduction, ignore):
     loss, gradient = loss_and_gradient(impl, centers, reduction=reduction, ignore_class=ignore)(
         features, labels
     )
-    # The rest is as if the bad samples had features of NaN, which count in N.
+    # All other results are those of bad samples with features of NaN, which count in N.
     bad = np.array([False, True, False, True, False, True, ignore is None])
     truth = oracle.center_loss(
         np.where(bad[:, None], np.nan, features),
@@ -215,7 +215,7 @@ def test_any_batch_size(impl):
 
 
 def test_steps_of_two_tables_in_one_program(impl):
-    # XLA may run them at the same time.
+    # XLA may run both at the same time.
     features, labels = tf.random.normal([300, 8]), np.arange(300) % 5
     tables = [tf.Variable(tf.random.normal([5, 8])) for _ in range(2)]
     before = [table.numpy() for table in tables]
@@ -288,7 +288,7 @@ def test_second_derivatives(impl):
 
 
 def test_gradient_to_the_centers(impl):
-    # Applied as an optimizer would: rows of ignored labels must not be touched.
+    # Applied as by an optimizer: rows of ignored labels must not change.
     features = tf.random.normal([6, 3])
     labels = tf.constant([1, -1, 1, 2, -1, -1])
     centers = tf.Variable(tf.zeros([4, 3]))
@@ -356,7 +356,7 @@ def test_a_large_batch_needs_no_matrix_and_no_second_table(impl):
     np.testing.assert_allclose(centers.numpy(), truth.centers, rtol=1e-4, atol=1e-4)
 
     program = step.experimental_get_compiler_ir(*arguments)(stage="optimized_hlo")
-    # All but bytes, which are a GPU's workspace.
+    # All sizes but those of bytes, which are a GPU's workspace.
     sizes = re.findall(r"\w(?<!\bu8)\[([\d,]+)\]", program)
     sizes = {tuple(map(int, s.split(","))) for s in sizes}
     assert all(np.prod(s) <= 2 * batch * dim for s in sizes if s != (classes, dim)), sizes
@@ -365,76 +365,7 @@ def test_a_large_batch_needs_no_matrix_and_no_second_table(impl):
 
 @pytest.mark.native
 def test_in_place(xla_library, tmp_path):
-    # A table of 2 GiB. A copy would show in the peak of the resident memory, or in the address.
-    run_python(
-        """
-        import numpy as np
-        import tensorflow as tf
-        import tf_center_loss_op as tcl
-        from child import memory
-
-        C, D, B = 2**20, 512, 256
-        centers = tf.Variable(tf.zeros([C, D]))
-        features = tf.random.normal([B, D])
-        labels = tf.random.uniform([B], 0, C - 10, tf.int64)
-
-        def address():
-            tf.raw_ops.DisableCopyOnRead(resource=centers.handle)
-            return np.asarray(memoryview(centers.read_value())).ctypes.data
-
-        def step(labels=labels):
-            return tcl.center_loss(features, labels, centers)
-
-        def read(labels=labels):
-            return tf.gather(centers, labels)
-
-        def alone():
-            return step()
-
-        def between_reads():
-            return read(), step(), read()
-
-        def read_first_and_used_last():
-            early = read()
-            return early * step()
-
-        def loss_first_step_later():
-            loss = tcl.center_loss(features, labels, centers, update_centers=False)
-            tcl.update_centers(features, labels, centers)
-            return loss
-
-        def read_in_a_branch():
-            early = tf.cond(features[0, 0] > 0, lambda: read()[0, 0], lambda: 0.0)
-            return early, step()
-
-        def sum_of_the_table():
-            return tf.reduce_sum(centers), step()
-
-        def loop_between_reads():
-            whole, total = tf.reduce_sum(centers), read()
-            for i in tf.range(5, dtype=tf.int64):
-                total += read(labels + i)
-                step(labels + i)
-                total += read(labels + i)
-            return whole, total, step()
-
-        programs = [alone, between_reads, read_first_and_used_last, loss_first_step_later,
-                    read_in_a_branch, sum_of_the_table, loop_between_reads]
-        programs = [tf.function(program, jit_compile=True) for program in programs]
-        before = address()
-        tf.function(step, jit_compile=True)(labels)
-        peak = memory("VmHWM")
-        for program in programs:
-            for _ in range(2):
-                program()
-            assert address() == before, program
-            now = memory("VmHWM")
-            assert now - peak < 2**30, (program, now - peak)  # half a table
-        step()  # and by the op without XLA
-        assert address() == before
-        """,
-        tmp_path,
-    )
+    run_program("xla_steps_in_place", cwd=tmp_path)
 
 
 def whole_reads_before_each_step(step, centers):
@@ -516,7 +447,7 @@ PROGRAMS_WITH_READS = [
 
 
 def check_program(program, *, in_place=True, layer=False):
-    """The numbers are those without XLA, which is given no reason to copy the table."""
+    """The numbers equal those without XLA, and XLA does not copy the table."""
     features, labels = tf.random.normal([6, 3]), tf.constant([0, 1, 1, 2, 0, 1])
     before = tf.random.normal([5003, 3])
 
@@ -587,30 +518,8 @@ def test_a_read_of_a_number_of_rows_that_xla_does_not_know(xla_library):
 
 @pytest.mark.native
 @pytest.mark.parametrize("first", ["package", "xla"])
-def test_whichever_comes_first(xla_library, tmp_path, first):
-    run_python(
-        f"""
-        import tensorflow as tf
-
-        def use_xla():
-            tf.function(lambda x: x + 1, jit_compile=True)(tf.zeros([2]))
-
-        if {first == "xla"}:
-            use_xla()
-        import tf_center_loss_op as tcl
-        assert tcl.build_info()["xla"]
-        use_xla()
-        centers = tf.Variable(tf.zeros([2, 1]))
-
-        @tf.function(jit_compile=True)
-        def step(x):
-            return tcl.center_loss(x, [0, 1], centers, rule="mean", impl="native")
-
-        assert float(step(tf.constant([[2.0], [4.0]]))) == 5
-        assert centers.numpy().tolist() == [[1], [2]]
-        """,
-        tmp_path,
-    )
+def test_the_package_may_be_imported_before_or_after_xla_is_used(xla_library, tmp_path, first):
+    run_program("import_before_or_after_xla", first, cwd=tmp_path)
 
 
 class StepsAfterTheOptimizer(tcl.training.UpdateCentersAfterStep, keras.Model):

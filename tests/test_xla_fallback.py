@@ -1,48 +1,17 @@
-"""Without the library for XLA: everything else works, and XLA compiles pure TensorFlow instead."""
+"""Without the library for XLA everything else works, and XLA compiles plain TensorFlow ops."""
 
 import json
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
-from child import run_python
-from test_fallback import EXPECTED, FEATURES, LABELS, copy_package
-
-PROGRAM = f"""
-import json, warnings
-
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    import tensorflow as tf
-    import tf_center_loss_op as tcl
-
-    centers = tf.Variable(tf.zeros([2, 2]))
-
-    def step(features, impl="auto"):
-        return tcl.center_loss(features, {LABELS}, centers, impl=impl)
-
-    features = tf.constant({FEATURES})
-    loss = float(tf.function(step, jit_compile=True)(features))
-    table = centers.numpy().tolist()
-    try:
-        tf.function(step, jit_compile=True)(features, "native")
-        error = None
-    except RuntimeError as e:
-        error = str(e)
-    if tcl.build_info()["native"]:
-        step(features, "native")
-        tf.function(step)(features, "native")
-print(json.dumps(dict(
-    loss=loss, centers=table, error=error, info=tcl.build_info(),
-    supports_jit=tcl.CenterLoss(2).supports_jit,
-    warnings=[str(w.message) for w in caught if "center" in str(w.message).lower()],
-)))
-"""
+import tf_center_loss_op as tcl
+from child import run_program
+from test_fallback import ARGUMENTS, EXPECTED, copy_as_if_built, copy_package
 
 
 def run(directory):
-    result = json.loads(run_python(PROGRAM, directory, paths=[directory]))
+    result = json.loads(run_program("call_under_xla", *ARGUMENTS, cwd=directory, paths=[directory]))
     assert result["loss"] == pytest.approx(EXPECTED.loss)
     assert np.allclose(result["centers"], EXPECTED.centers)
     return result
@@ -51,8 +20,6 @@ def run(directory):
 @pytest.mark.native
 @pytest.mark.parametrize("broken", [False, True], ids=["missing", "broken"])
 def test_without_the_library_for_xla(native_library, tmp_path, broken):
-    import tf_center_loss_op as tcl
-
     copy = copy_package(tmp_path)
     library = copy / "libtf_center_loss_op.so"
     library.symlink_to(tcl.build_info()["library"])
@@ -74,23 +41,21 @@ def test_without_any_library(tmp_path):
 
 @pytest.mark.native
 def test_with_the_library_for_xla(native_library):
-    import tf_center_loss_op as tcl
-
     info = tcl.build_info()
     assert info["xla"] == (["CPU", "GPU"] if info["cuda"] else ["CPU"])
 
 
-@pytest.mark.native
-@pytest.mark.parametrize("cuda", [["90"], None])
-@pytest.mark.parametrize("device", ["CPU", "GPU", "TPU"])
-def test_supports_jit_where_every_device_has_kernels(native_library, monkeypatch, cuda, device):
-    import tf_center_loss_op as tcl
-    from tf_center_loss_op._core import native as _native
+@pytest.fixture(scope="module", params=["90", None], ids=["cuda", "no cuda"])
+def as_if_built(request, tmp_path_factory):
+    """Whether the package was built for CUDA, and `supports_jit` with each kind of device."""
+    directory = tmp_path_factory.mktemp("package")
+    copy_as_if_built(directory, cuda=request.param and [request.param])
+    out = run_program("supports_jit", "CPU", "GPU", "TPU", cwd=directory, paths=[directory])
+    return request.param is not None, json.loads(out)
 
-    record = _native._record() | {"cuda": cuda}
-    monkeypatch.setattr(_native, "_record", lambda: record)
-    cpu = tf.config.get_visible_devices()
-    devices = [*cpu, tf.config.PhysicalDevice(f"/physical_device:{device}:0", device)]
-    monkeypatch.setattr(tf.config, "get_visible_devices", lambda: devices)
-    expected = device == "CPU" or (device == "GPU" and cuda is not None)
-    assert tcl.CenterLoss(2).supports_jit is expected
+
+@pytest.mark.native
+@pytest.mark.parametrize("kind", ["CPU", "GPU", "TPU"])
+def test_supports_jit_where_every_device_has_kernels(native_library, as_if_built, kind):
+    cuda, supports_jit = as_if_built
+    assert supports_jit[kind] is (kind == "CPU" or (kind == "GPU" and cuda))

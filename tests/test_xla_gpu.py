@@ -1,25 +1,20 @@
-"""XLA's program for a GPU is the CPU's but for the call's target and workspace, and runs on the
-emulator.
+"""XLA's program for a GPU equals the CPU's, except for the target and the workspace of the call.
 
-What XLA's compiler for GPUs makes of the program only a GPU can show: tests/gpu/test_gpu_xla.py.
+It runs with the emulator here. tests/gpu/test_gpu_xla.py compiles it for a GPU.
 """
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import tensorflow as tf
 
 import problems
 import tf_center_loss_op as tcl
-from child import run_python
+from child import TESTS, run_program, run_pytest
 from naming import described
 from pairwise import all_pairs
 
-TESTS = Path(__file__).resolve().parent
 BATCHES = [1, 64]
 CLASSES, DIM = 7, 3
 
@@ -54,7 +49,7 @@ def second_order(loss, update, features, centers):
         total = sum(
             tf.reduce_sum(tf.cast(tf.convert_to_tensor(g), centers.dtype) ** 3) for g in gradients
         )
-    # Nothing moves, but the table is to be among the results.
+    # No center moves; the step makes the table one of the results.
     update()
     return [tf.convert_to_tensor(g) for g in outer.gradient(total, [features, centers])]
 
@@ -80,7 +75,7 @@ FACTORS = {
 
 
 def hlo(function, *arguments):
-    """The program, the same however many functions TensorFlow has traced before."""
+    """The program, without the counters of traced functions in its names."""
     compiled = tf.function(function, jit_compile=True)
     text = compiled.experimental_get_compiler_ir(*arguments)(stage="hlo_no_metadata")
     text = text.replace(re.match(r"HloModule (\w+)", text)[1], "program")
@@ -133,27 +128,13 @@ def with_calls_of_the_cpu(program):
 
 @pytest.mark.native
 def test_a_gpu_gets_the_program_of_the_cpu(native_library, tmp_path):
-    for_gpu = json.loads(
-        run_python(
-            """
-            import json
-            import stand_in_xla
-
-            stand_in_xla.take_the_place_of_a_gpu()
-            import test_xla_gpu
-
-            print(json.dumps(test_xla_gpu.all_programs()))
-            """,
-            tmp_path,
-            paths=[TESTS / "gpu"],
-        )
-    )
+    for_gpu = json.loads(run_program("lower_for_a_gpu", cwd=tmp_path, paths=[TESTS / "gpu"]))
     for_cpu = all_programs()
     assert for_gpu.keys() == for_cpu.keys()
     for name, program in for_gpu.items():
         assert '"tf_center_loss_op.cuda"' in program, name
         assert with_calls_of_the_cpu(program) == for_cpu[name], name
-        # The table's result goes out in the buffer in which it comes in.
+        # The table's result has the buffer of the argument.
         table = re.search(r"input_output_alias=\{ \{\d*\}: \((\d+), \{\}, may-alias\) \}", program)
         assert re.search(rf"\[{CLASSES},{DIM}\]\S* parameter\({table[1]}\)", program), name
         moving = re.findall(r"custom-call\(.*moves = true", program)
@@ -162,10 +143,5 @@ def test_a_gpu_gets_the_program_of_the_cpu(native_library, tmp_path):
 
 @pytest.mark.native
 def test_the_tests_of_a_gpu_hold_with_the_emulator(native_library):
-    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist")
-    file = TESTS / "gpu" / "test_gpu_xla.py"
-    done = subprocess.run(
-        [*command, file, "--stand-in"], cwd=TESTS.parent, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"\n\d+ passed in", done.stdout), done.stdout
+    out = run_pytest(TESTS / "gpu" / "test_gpu_xla.py", "--stand-in", timeout=1800)
+    assert re.search(r"\n\d+ passed in", out), out

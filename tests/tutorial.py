@@ -9,7 +9,7 @@ BATCH, INPUTS, DIM, CLASSES = 64, 32, 200, 10
 
 
 def center_loss(features, label, alpha=0.0):
-    """What compat.v1.center_loss replaces: (loss, centers, centers_update_op)."""
+    """The function that compat.v1.center_loss replaces: (loss, centers, centers_update_op)."""
     label = tf.argmax(label, 1)
     with tf1.variable_scope("plain", reuse=tf1.AUTO_REUSE):
         centers = tf1.get_variable(
@@ -30,7 +30,7 @@ def center_loss(features, label, alpha=0.0):
 
 
 def batches(steps):
-    """Inputs [64, 32] and one-hot labels [64, 10] of each step; inputs know their label."""
+    """Inputs [64, 32] and one-hot labels [64, 10] of each step; the inputs depend on the labels."""
     rng = np.random.default_rng(0)
     prototypes = rng.normal(size=(CLASSES, INPUTS))
     for _ in range(steps):

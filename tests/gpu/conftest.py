@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-# The tests' common modules.
+# The helpers of tests/.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import device as gpu

@@ -27,7 +27,7 @@ def steps(device):
 
 
 def read_too_far(device):
-    # One row that says it is 32 MB: farther than whatever else lies behind it.
+    # One row with a declared size of 32 MB, which is beyond all other allocations.
     batch, dim = 2048, 4096
     row = torch.ones([1, dim], device="cuda")
     said = row.__cuda_array_interface__ | {"shape": (batch, dim)}

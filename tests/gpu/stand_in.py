@@ -9,13 +9,13 @@ from emulated import Emulator
 
 
 def array(tensor):
-    """The tensor's own memory as a NumPy array."""
+    """A NumPy array that shares the tensor's memory."""
     numbers = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
     return numbers.numpy().view(numpy_type(tensor))
 
 
 def cuda_tuning():
-    """As `_kernels.cuda_tuning`; empty where the emulated kernels let nothing be chosen."""
+    """As `_kernels.cuda_tuning`; empty if the emulated kernels have no launch constants."""
     emulator = Emulator()
     return emulator.tuning() if hasattr(emulator, "tuning") else {}
 
@@ -28,7 +28,7 @@ class CudaStep:
         unknown = (tuning or {}).keys() - cuda_tuning().keys()
         if unknown:
             raise ValueError(f"tuning: unknown names {sorted(unknown)}")
-        # The emulated kernels need not know of either.
+        # The emulated kernels need neither.
         options = {"tuning": tuning} if tuning else {}
         if phases and hasattr(self._emulator, "phases"):
             options["phases"] = True
@@ -37,7 +37,7 @@ class CudaStep:
         self.workspace = self._emulator.memory_of(self._workspace)
 
     def phases(self):
-        """(name, first µs, last µs) of the last launch; none where the kernels take no times."""
+        """(name, first µs, last µs) of the last launch; none if the kernels have no phase clock."""
         return self._emulator.phases(self._workspace) if self._phases else []
 
     def __call__(

@@ -27,14 +27,14 @@ def load_the_emulated_call():
     )
     file = emulated.ROOT / "csrc" / "tensorflow" / "xla_gpu_call.cc"
     library = emulated.build(entry=(file, flags), flags=("-fvisibility=hidden",))
-    # The package's XLA library finds this one's XlaWorkspaceBytes first, so that a package without
-    # CUDA will do.
+    # The package's XLA library finds this library's XlaWorkspaceBytes first, so a package without
+    # CUDA is enough.
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
 def compile_for_the_cpu_as_for_a_gpu():
     """Gives the CPU the lowerings of XLA_GPU_JIT: TensorFlow lowers no variable for a device that
-    is not there."""
+    does not exist."""
 
     class String(ctypes.Structure):  # of libstdc++
         _fields_ = [

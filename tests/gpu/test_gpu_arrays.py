@@ -1,4 +1,4 @@
-"""What the kernel module takes and refuses."""
+"""The kernel module accepts arrays of every library, and refuses wrong ones."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""Launches: one a step, no waiting for the device, CUDA graphs, the same bits again and again."""
+"""A step is one launch, does not wait for the device, runs in CUDA graphs and repeats its bits."""
 
 import collections
 import json
@@ -61,7 +61,7 @@ def test_a_captured_graph_replays_the_step(kernels, device, batch):
         graph.replay()
         torch.cuda.synchronize()
         assert arrays.bits() == directly.bits()
-    # Step after step on centers that move: three replays in a row are three steps in a row.
+    # The centers move: three replays are three consecutive steps.
     for _ in range(3):
         graph.replay()
         directly.launch()
@@ -125,7 +125,7 @@ def test_a_step_is_one_launch(kernels, device, batch, atomic, tmp_path):
 
 
 def _count(events):
-    """How many of each kind on the device; calls of the runtime while the steps were given."""
+    """Counts of operations on the device, and of runtime calls while the steps were launched."""
     given = next(e for e in events if e.get("name") == "steps" and e["cat"] == "user_annotation")
     counts = collections.Counter()
     for event in events:

@@ -1,4 +1,4 @@
-"""compute-sanitizer on a few small steps."""
+"""compute-sanitizer finds nothing in small steps, but finds a planted error."""
 
 import os
 import shutil
@@ -13,14 +13,14 @@ FOUND = 86  # the exit status that says so
 
 
 def sanitize(tool, *arguments):
-    """The finished process; skips where the tool is not to be had."""
+    """The finished process; skips if the tool is not installed."""
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(sanitizer).exists():
         pytest.skip("no compute-sanitizer")
     done = subprocess.run(
         [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND)]
         + [sys.executable, str(PROGRAM), *arguments],
-        # Without caching each array ends where its memory ends.
+        # Without caching, an array's allocation ends with the array.
         env=os.environ
         | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(PROGRAM.parent.parent)},
         stdout=subprocess.PIPE,
@@ -28,7 +28,7 @@ def sanitize(tool, *arguments):
         text=True,
         timeout=90,
     )
-    # The tool's own words; an operation of the program that is "not supported" is a failure.
+    # The tool's message. An operation of the program that is "not supported" is a failure.
     if "Device not supported" in done.stdout and "steps done" not in done.stdout:
         pytest.skip(f"compute-sanitizer cannot work here: {done.stdout[-300:]}")
     return done

@@ -5,8 +5,8 @@ import pytest
 import emulated
 import test_cuda_emulated
 
-# The module refuses with messages of its own, see test_gpu_arrays.py, and all of its workspace is
-# zero. A table in a file is 8 GB to carry there and back.
+# The module has error messages of its own, see test_gpu_arrays.py, and its whole workspace is zero.
+# A table in a file would be 8 GB to copy to the GPU and back.
 LEFT_OUT = {
     "test_what_a_workspace_is_too_small_for_is_refused",
     "test_a_launch_constant_out_of_range_is_refused",

@@ -22,7 +22,7 @@ def impl():
 
 @pytest.fixture(autouse=True)
 def place():
-    """Everything that a test makes is put on the GPU."""
+    """Places everything that a test creates on the GPU."""
     if not tf.config.list_logical_devices("GPU"):
         pytest.skip("TensorFlow finds no GPU")
     with tf.device("/GPU:0"):

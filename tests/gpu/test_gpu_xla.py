@@ -24,13 +24,13 @@ import test_xla
 import tf_center_loss_op as tcl
 from pairwise import all_pairs
 
-# What a GPU does otherwise, what runs on the CPU in a process of its own, and matrix products, for
-# which a machine that only tests kernels may have no library.
+# Left out: tests with other results on a GPU, programs that run on the CPU, and matrix products,
+# whose library may be missing on a machine that only tests kernels.
 NOT_HERE = {
     "test_a_bad_label_raises_and_nothing_is_written",
     "test_a_bad_alpha_raises_and_nothing_is_written",
     "test_in_place",
-    "test_whichever_comes_first",
+    "test_the_package_may_be_imported_before_or_after_xla_is_used",
     "test_the_layer_in_a_compiled_model",
     "test_the_call_gives_the_bits_of_the_op",
     "test_the_step_waits_for_reads",
@@ -63,7 +63,7 @@ def stand_in(request):
 
 @pytest.fixture(autouse=True)
 def place(stand_in):
-    """Everything that a test makes is put on the GPU."""
+    """Places everything that a test creates on the GPU."""
     if not (stand_in or tf.config.list_logical_devices("GPU")):
         pytest.skip("TensorFlow finds no GPU")
     with tf.device("/CPU:0" if stand_in else "/GPU:0"):
@@ -109,7 +109,7 @@ def test_the_step_waits_for_reads(program, holder):
 
 
 def address(variable):
-    """Of its buffer on the device."""
+    """The address of the variable's buffer on the device."""
     tf.raw_ops.DisableCopyOnRead(resource=variable.handle)
     capsule = tf.experimental.dlpack.to_dlpack(variable.read_value())
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
@@ -151,7 +151,7 @@ def test_in_the_variables_own_buffer():
 
 
 def test_batches_that_grow_and_shrink():
-    # Each size is a program of its own, with a workspace of its own.
+    # Each batch size has its own program and its own workspace.
     centers, expected = tf.Variable(tf.zeros([50, 8])), tf.Variable(tf.zeros([50, 8]))
     rng = np.random.default_rng(0)
 
@@ -195,7 +195,7 @@ def test_fit_as_keras_compiles_it(stand_in):
     word, label = rng.integers(0, 40, 500), rng.integers(0, 3, 500)
     target = rng.normal(size=500).astype(np.float32)
     results = []
-    # Where there is a GPU, Keras takes XLA of itself.
+    # With a GPU, Keras uses XLA by default.
     for jit_compile in (True if stand_in else "auto", False):
         model, layer = model_without_products(jit_compile)
         assert model.jit_compile is (jit_compile is not False)
