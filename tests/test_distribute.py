@@ -42,6 +42,10 @@ def test_side_effects_keep_their_order_and_a_deadlock_is_an_error(tmp_path):
     run("replicas_side_effects", cwd=tmp_path)
 
 
+def test_the_tutorials_function(tmp_path):
+    run("replicas_tutorial", cwd=tmp_path)
+
+
 def test_bad_input(tmp_path):
     run("replicas_bad_input", cwd=tmp_path)
 
