@@ -33,7 +33,7 @@ def gradient_of(impl, problem, centers, upstream=None, reduction="mean"):
 @pytest.mark.parametrize("ignore", [None, "outside", "class"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_the_gradient_is_the_sum_of_residuals(impl, reduction, dtype, ignore):
+def test_the_gradient_equals_the_oracle(impl, reduction, dtype, ignore):
     problem = problems.make(SHAPE, dtype, weights=True, ignore=ignore)
     centers = tf.Variable(problem.centers)
     upstream = problem.upstream if reduction == "none" else problem.centers.dtype.type(1.7)

@@ -94,7 +94,7 @@ def test_gradient_made_behind_the_update_uses_the_centers_before_it(session):
     assert session.run(gradient).tolist() == [[2.0], [6.0]]
 
 
-def test_the_variable_is_named_centers(session):
+def test_the_variable_is_that_of_the_tutorial(session):
     features, label = tf1.placeholder(tf.float32, [None, 8]), tf1.placeholder(tf.float32, [None, 5])
     _, centers, _ = ours(features, label)
     (variable,) = tf1.global_variables()

@@ -86,7 +86,7 @@ def test_at_most_max_samples_are_drawn():
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 9])
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_one_or_two_samples_are_drawn(count, dim, tmp_path):
+def test_a_plot_of_at_most_two_samples_is_drawn(count, dim, tmp_path):
     features, labels, centers = problem(dim)
     figure = tcl.plots.embeddings(features[:count], labels[:count], centers)
     figure.savefig(tmp_path / "picture.png")
