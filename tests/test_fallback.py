@@ -128,7 +128,9 @@ def choices(tmp_path_factory):
         (None, "GPU", False),
     ],
 )
-def test_a_device_without_kernels_gets_the_graph_and_a_warning(native_library, choices, how, cuda, kind, built_for_it):
+def test_a_device_without_kernels_gets_the_graph_and_a_warning(
+    native_library, choices, how, cuda, kind, built_for_it
+):
     result = choices(cuda, how)[kind]
     if built_for_it:
         assert result["auto"] == result["native"] == ["TclCenterLossStep"]

@@ -27,7 +27,9 @@ def centers():
 @pytest.mark.parametrize("ignore", [None, 0])
 @pytest.mark.parametrize("weights", [None, [1.0, 0.5, 0.0, 2.0, 3.0, 1.0]], ids=["w1", "w"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_the_feature_gradient_is_the_numerical_one(impl, features, centers, reduction, weights, ignore, options):
+def test_the_feature_gradient_is_the_numerical_one(
+    impl, features, centers, reduction, weights, ignore, options
+):
     def loss(x):
         return tcl.center_loss(
             x,

@@ -283,7 +283,9 @@ def test_a_damaged_backup_is_not_loaded(how, tmp_path):
 
 
 @pytest.mark.parametrize("removed_before", [0, EPOCHS - 1], ids=["an older one", "the last"])
-def test_a_process_killed_while_it_removes_backups_leaves_a_usable_state(removed_before, tmp_path, monkeypatch):
+def test_a_process_killed_while_it_removes_backups_leaves_a_usable_state(
+    removed_before, tmp_path, monkeypatch
+):
     # Only some files were removed: the rest must not count as a backup, nor prevent a new one.
     removed = []
 
