@@ -48,7 +48,7 @@ def measure(replicas):
     import tensorflow as tf
 
     import tf_center_loss_op as tcl
-    from tf_center_loss_op import distribute
+    from tf_center_loss_op.distribute.exchange import Exchange
 
     cpu = tf.config.list_physical_devices("CPU")[0]
     devices = [tf.config.LogicalDeviceConfiguration()] * replicas
@@ -66,9 +66,8 @@ def measure(replicas):
 
         return call
 
-    exchange = distribute._Exchange
-    exchange._gather = counted(exchange._gather, sent_by_gather)
-    exchange.add = counted(exchange.add, sent_by_sum)
+    Exchange._gather = counted(Exchange._gather, sent_by_gather)
+    Exchange.add = counted(Exchange.add, sent_by_sum)
 
     def spread(array):
         parts = np.split(array, replicas)

@@ -1,4 +1,4 @@
-"""Three real tasks, each trained with softmax alone and with softmax + center loss.
+"""Three tasks on real data, each trained with softmax alone and with softmax + center loss.
 
-`python -m examples` runs all of them, `python -m examples.glyphs` one.
+`python -m examples` runs all tasks, `python -m examples.glyphs` runs one.
 """

@@ -1,4 +1,4 @@
-"""Runs the tasks named on the command line, or all of them."""
+"""Runs the tasks that the command line names, or all tasks."""
 
 from examples import common, digits, documents, glyphs
 

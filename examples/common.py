@@ -1,11 +1,11 @@
-"""What the tasks share: the training of the two runs, the measurements, the table, the plots.
+"""Trains, measures and compares the two runs of a task; all tasks share this module.
 
 A task is a module with `load(seed, quick) -> Task` and `draw(task, runs) -> {file: figure}`.
 
-The two runs of a task differ in one layer. Both start from the same weights and see the same
-batches in the same order; what is compared afterwards comes from data that neither was trained
-on. The weight lambda and the step alpha of the center loss were chosen on the validation data
-(`--tune` repeats that); the test data played no part in it.
+The two runs of a task differ in one layer, the center loss. Both start from the same weights and
+train on the same batches in the same order. The comparison uses data that neither run was trained
+on. The weight lambda and the step size alpha of the center loss were chosen on the validation data
+(`--tune` repeats the choice); the test data was not used for it.
 """
 
 import argparse
@@ -17,7 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Before TensorFlow is imported: its notes on missing GPUs would tear the progress bars apart.
+# Set before the import of TensorFlow, whose messages about missing GPUs would break the progress
+# bars.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
@@ -48,10 +49,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Task:
-    """Data, network and schedule: all that the two runs have in common, and lambda and alpha."""
+    """Data, network and schedule, which both runs share, and lambda and alpha."""
 
     title: str
-    notes: list[str]  # what the data are and how they were split, printed above the table
+    notes: list[str]  # describe the data and their split; printed above the table
     num_classes: int
     train: Split
     validation: Split
@@ -62,16 +63,16 @@ class Task:
     epochs: int
     batch_size: int
     learning_rate: float
-    fars: tuple[float, ...]  # the false accept rates to report, the last one decides in --tune
+    fars: tuple[float, ...]  # the false accept rates to report; --tune compares at the last one
     unseen: Split | None = None  # test samples of labels that training never saw
     augment: Callable | None = None  # (inputs, seed) -> inputs, stateless
-    cosine: bool = True  # features are compared at length 1, or as they are
-    extra: dict = field(default_factory=dict)  # what only the task's own `draw` needs
+    cosine: bool = True  # whether features are scaled to length 1 before they are compared
+    extra: dict = field(default_factory=dict)  # data for the task's own `draw`
 
 
 @dataclass
 class Run:
-    """One trained network and what was measured on it."""
+    """One trained network and its measurements."""
 
     title: str
     color: str
@@ -81,7 +82,7 @@ class Run:
     loss: float
     seconds: float
     step_ms: float
-    features: dict[str, np.ndarray] = field(default_factory=dict)  # of a split, by its name
+    features: dict[str, np.ndarray] = field(default_factory=dict)  # by the name of the split
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
@@ -89,7 +90,7 @@ class Run:
 
 
 class Progress(keras.callbacks.Callback):
-    """One bar a run, silent where the output is no terminal; keeps the time of each step."""
+    """Shows one bar per run if the output is a terminal, and records the time of each step."""
 
     def __init__(self, title, steps):
         super().__init__()
@@ -105,13 +106,13 @@ class Progress(keras.callbacks.Callback):
         self.bar.close()
 
     def step_ms(self):
-        """Median wall time of a step, without the first tenth (tracing, cold caches)."""
+        """Returns the median wall time of a step without the first tenth (tracing, cold caches)."""
         steps = np.diff(self.times)
         return float(np.median(steps[len(steps) // 10 :]) * 1e3)
 
 
 def batches(task: Task, seed: int) -> tuple[tf.data.Dataset, int]:
-    """All batches of a training, ((inputs, labels), labels), and how many make an epoch."""
+    """Returns all batches of a training, ((inputs, labels), labels), and their number per epoch."""
     inputs, labels = tf.constant(task.train.inputs), tf.constant(task.train.labels, tf.int32)
     steps = max(1, len(labels) // task.batch_size)
     rng = np.random.default_rng(seed)
@@ -120,7 +121,8 @@ def batches(task: Task, seed: int) -> tuple[tf.data.Dataset, int]:
 
     def batch(rows, step):
         x, y = tf.gather(inputs, rows), tf.gather(labels, rows)
-        # Stateless, from the step's number: a batch is the same whichever thread makes it.
+        # The augmentation is stateless and depends on the number of the step, so that a batch does
+        # not depend on the thread that makes it.
         return (task.augment(x, (seed, step)) if task.augment else x, y), y
 
     dataset = tf.data.Dataset.from_tensor_slices((rows, np.arange(len(rows), dtype=np.int32)))
@@ -128,11 +130,11 @@ def batches(task: Task, seed: int) -> tuple[tf.data.Dataset, int]:
 
 
 def train(task: Task, weight: float, alpha: float, seed: int) -> Run:
-    """Trains with softmax alone (`weight` 0) or with softmax + weight · center loss."""
+    """Trains with softmax alone (if `weight` is 0) or with softmax + weight · center loss."""
     title = f"softmax + {weight:g} · center loss" if weight else "softmax alone"
     keras.utils.set_random_seed(seed)
     network = task.network()
-    # Made before the center loss: the same random numbers with and without it.
+    # Created before the center loss, so that both runs draw the same random numbers for it.
     head = keras.layers.Dense(task.num_classes)
     head.build(network.output_shape)
 
@@ -175,10 +177,11 @@ def train(task: Task, weight: float, alpha: float, seed: int) -> Run:
 
 
 def measure(task: Task, run: Run, name: str) -> dict[str, float]:
-    """Everything the table shows for the split of this name.
+    """Returns all measurements that the table shows for the split of this name.
 
-    Keeps the features `[N, D]` as they are compared: by Euclidean distance, scaled to length 1
-    first where the task compares by cosine (which orders the pairs as the cosine does).
+    Stores the features `[N, D]` in the form in which they are compared. The comparison uses
+    Euclidean distance. If the task compares by cosine, features are scaled to length 1 first; the
+    distance then orders the pairs as the cosine does.
     """
     split = getattr(task, name)
     logits = {}
@@ -187,7 +190,7 @@ def measure(task: Task, run: Run, name: str) -> dict[str, float]:
         run.features[part] = normalize(raw) if task.cosine else raw
         logits[part] = run.head(raw).numpy()
     result = {}
-    if name != "unseen":  # those are labels that neither the head nor the training data has
+    if name != "unseen":  # neither the head nor the training data has these labels
         found = task.train.labels[nearest(task, run, name, 1)[:, 0]]
         result["accuracy"] = float((logits[name].argmax(1) == split.labels).mean())
         result["nearest"] = float((found == split.labels).mean())
@@ -195,22 +198,22 @@ def measure(task: Task, run: Run, name: str) -> dict[str, float]:
 
 
 def nearest(task: Task, run: Run, name: str, count: int) -> np.ndarray:
-    """Rows of the `count` training samples nearest to each sample of a split, nearest first."""
+    """Returns the rows of the `count` nearest training samples of each sample, nearest first."""
     index = NearestNeighbors(n_neighbors=count, algorithm="brute").fit(run.features["train"])
     return index.kneighbors(run.features[name], return_distance=False)
 
 
 def pairs(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distance of every two samples, and whether they have one label."""
+    """Returns the distance of each pair of samples, and whether the pair has the same label."""
     i, j = np.triu_indices(len(labels), 1)  # the order of pdist
     return pdist(features), labels[i] == labels[j]
 
 
 def verification(features: np.ndarray, labels: np.ndarray, fars) -> dict[str, float]:
-    """True accept rates over all pairs, and the distances within and between the labels."""
+    """Returns true accept rates over all pairs, and the distances within and between labels."""
     distance, same = pairs(features, labels)
     far, tar, _ = roc_curve(same, -distance)
-    # A rate of fewer than thirty false accepts would be noise.
+    # A rate that corresponds to fewer than thirty false accepts is noise.
     fars = [f for f in fars if f * np.count_nonzero(~same) >= 30]
     result = {f"tar@{f:g}": float(np.interp(f, far, tar)) for f in fars}
     present, row = np.unique(labels, return_inverse=True)
@@ -224,7 +227,7 @@ def verification(features: np.ndarray, labels: np.ndarray, fars) -> dict[str, fl
 
 # -------------------------------------------------------------------------------- the report
 
-ROWS = {  # name of the measurement: text, factor, unit, digits, whether more is better
+ROWS = {  # name of the measurement: text, factor, unit, digits, whether a larger value is better
     "accuracy": ("accuracy of the softmax head", 100, "%", 1, True),
     "nearest": ("accuracy by the nearest training sample", 100, "%", 1, True),
     "tar": ("true accept rate at false accept rate {}", 100, "%", 1, True),
@@ -238,7 +241,7 @@ ROWS = {  # name of the measurement: text, factor, unit, digits, whether more is
 
 
 def table(task: Task, runs: list[Run]) -> str:
-    """The measurements side by side; `+` and `-` behind the change say better and worse."""
+    """Returns the measurements side by side; `+` and `-` after the change mean better and worse."""
     width, lines = 50, []
     lines.append(" " * width + f"{'softmax':>12}{'+ center loss':>16}{'change':>12}")
     for section in runs[0].metrics:
@@ -256,11 +259,11 @@ def table(task: Task, runs: list[Run]) -> str:
     return "\n".join(lines)
 
 
-# --------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------ plots
 
 
 def draw_verification(task: Task, runs: list[Run], title: str) -> Figure:
-    """True accept rate against false accept rate, and the distances behind it."""
+    """Draws the true accept rate against the false accept rate, and the distances of the pairs."""
     titles = {"test": "labels that were trained", "unseen": "labels never seen in training"}
     figure = Figure(figsize=(10.5, 8), layout="constrained")
     figure.suptitle(title, fontsize=13)
@@ -281,14 +284,15 @@ def draw_verification(task: Task, runs: list[Run], title: str) -> Figure:
                     ls=style,
                     lw=1.8,
                 )
-        few = 30 / (~same).sum()  # fewer false accepts than thirty are noise
+        few = 30 / (~same).sum()  # a rate of fewer than thirty false accepts is noise
         curve.set(xscale="log", xlim=(few, 1), ylim=(0, 1.01), title=titles[name])
         curve.set(xlabel="false accept rate", ylabel="true accept rate")
         curve.grid(alpha=0.3)
         curve.legend(loc="lower right", frameon=False)
         histogram.set(xlabel="distance of two features of length 1", ylabel="density of the pairs")
         histogram.set(
-            title=f"{same.sum():,} pairs of one label (full), {(~same).sum():,} of two (dotted)"
+            title=f"{same.sum():,} pairs with the same label (solid), {(~same).sum():,} with "
+            "different labels (dotted)"
         )
         histogram.grid(alpha=0.3)
     return figure
@@ -298,7 +302,7 @@ def draw_verification(task: Task, runs: list[Run], title: str) -> Figure:
 
 
 def run_task(name: str, module, options) -> dict:
-    """Loads, trains twice, prints, draws; returns what goes into results.json."""
+    """Loads a task, trains twice, prints and draws; returns the entry for results.json."""
     start = time.perf_counter()
     task = module.load(options.seed, options.quick)
     loaded = time.perf_counter() - start
@@ -332,7 +336,7 @@ def run_task(name: str, module, options) -> dict:
     for file, figure in module.draw(task, runs).items():
         figure.savefig(options.output / file, dpi=150, facecolor="white")
         pictures.append(file)
-    print(f"   pictures: {', '.join(str(options.output / file) for file in pictures)}")
+    print(f"   plots: {', '.join(str(options.output / file) for file in pictures)}")
     config = {k: getattr(task, k) for k in ("weight", "alpha", "epochs", "batch_size")}
     return {
         "config": config
@@ -347,7 +351,7 @@ def run_task(name: str, module, options) -> dict:
 
 
 def tune(task: Task, seed: int) -> dict:
-    """Prints the validation results over a grid of lambda and alpha."""
+    """Trains over a grid of lambda and alpha, and prints the validation results."""
     scores = []
     for weight, alpha in GRID:
         run = train(task, weight, alpha, seed)
@@ -366,7 +370,7 @@ def tune(task: Task, seed: int) -> dict:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes, and the machine."""
+    """Returns the versions of the libraries and of Python, and the number of CPUs."""
     libraries = {"tensorflow": tf, "keras": keras, "numpy": np, "scikit-learn": sklearn}
     libraries["matplotlib"] = matplotlib
     found = {name: library.__version__ for name, library in libraries.items()}
@@ -374,23 +378,28 @@ def versions() -> dict[str, str]:
 
 
 def main(tasks: dict) -> None:
-    """The command line of `python -m examples` and of each task alone."""
+    """Runs the command line of `python -m examples` and of each task alone."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("tasks", nargs="*", metavar="task", help=f"of {', '.join(tasks)}; or all")
-    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="for pictures")
+    parser.add_argument(
+        "tasks", nargs="*", metavar="task", help=f"one of {', '.join(tasks)} (default: all)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo_output"), help="folder for plots and results"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="a few seconds a task, to try it out")
-    parser.add_argument("--tune", action="store_true", help="choose lambda and alpha, no pictures")
+    parser.add_argument("--quick", action="store_true", help="take a few seconds per task")
+    parser.add_argument("--tune", action="store_true", help="choose lambda and alpha, no plots")
     options = parser.parse_args()
     if unknown := set(options.tasks) - set(tasks):
-        parser.error(f"no task {', '.join(sorted(unknown))}; there are {', '.join(tasks)}")
+        names = ", ".join(sorted(unknown))
+        parser.error(f"task: expected any of {', '.join(tasks)}, got {names}")
     options.output.mkdir(parents=True, exist_ok=True)
     tf.config.experimental.enable_op_determinism()
-    tf.get_logger().setLevel("ERROR")  # each split has a last batch of its own size: no news
+    tf.get_logger().setLevel("ERROR")  # retracing for the last batch of each split is expected
 
     start = time.perf_counter()
     file = options.output / "results.json"
-    # A task run alone takes its place among the results of the others.
+    # A task that runs alone replaces its own entry and keeps those of the other tasks.
     results = json.loads(file.read_text()) if file.exists() else {}
     for name in options.tasks or tasks:
         outcome = run_task(name, tasks[name], options)

@@ -1,7 +1,7 @@
-"""Few labels: handwritten digits with two features, so that they can be looked at.
+"""Few labels: handwritten digits with two features, which can be plotted directly.
 
-The picture of the paper (Wen et al., ECCV 2016, figures 2 and 3): softmax alone spreads each class
-along a ray, softmax + center loss draws it together around its center.
+The plot reproduces figures 2 and 3 of the paper (Wen et al., ECCV 2016): softmax alone spreads each
+class along a ray; softmax + center loss concentrates each class around its center.
 """
 
 import keras
@@ -16,7 +16,7 @@ from examples.common import Run, Split, Task
 
 
 def network() -> keras.Model:
-    """Two convolutions, 2 features; PReLU as in the paper."""
+    """Returns a network with two convolutions and 2 features, with PReLU as in the paper."""
     return keras.Sequential(
         [
             keras.Input([8, 8, 1]),
@@ -34,7 +34,7 @@ def network() -> keras.Model:
 
 
 def load(seed: int, quick: bool) -> Task:
-    """scikit-learn's digits: 60 % to train, 20 % to validate, 20 % to test."""
+    """Loads scikit-learn's digits: 60 % for training, 20 % for validation, 20 % for testing."""
     images, labels = load_digits(return_X_y=True)
     images = images.reshape(-1, 8, 8, 1).astype(np.float32)
     options = {"random_state": seed}
@@ -44,9 +44,9 @@ def load(seed: int, quick: bool) -> Task:
     return Task(
         title="handwritten digits with 2 features",
         notes=[
-            f"scikit-learn's digits: {len(train.labels)} to train, {len(validation.labels)} to "
-            f"validate, {len(test.labels)} to test",
-            "verification: every two pictures of the test data, same digit or not",
+            f"scikit-learn's digits: {len(train.labels)} training images, "
+            f"{len(validation.labels)} validation images, {len(test.labels)} test images",
+            "verification: each pair of test images, same digit or not",
         ],
         num_classes=10,
         train=train,
@@ -64,7 +64,7 @@ def load(seed: int, quick: bool) -> Task:
 
 
 def draw(task: Task, runs: list[Run]) -> dict[str, Figure]:
-    """The features of training and test data, with the centers."""
+    """Draws the features of training and test data, with the centers."""
     figure = Figure(figsize=(11, 5.6), layout="constrained")
     colors = matplotlib.colormaps["tab10"].colors
     for axis, run in zip(figure.subplots(1, 2), runs, strict=True):

@@ -1,8 +1,8 @@
-"""Documents, the tutorial's case: which module does a documentation string come from?
+"""Documents, as in the tutorial: which module does a docstring come from?
 
-The documents are the docstrings of the standard library and of the packages that these examples
-need anyway; each becomes a vector of 200 numbers (TF-IDF, then a truncated SVD, both made from the
-training documents alone). One module in five is kept out of training altogether.
+The documents are the docstrings of the standard library and of packages that these examples need
+anyway. Each document becomes a vector of 200 numbers (TF-IDF, then a truncated SVD, both fitted on
+the training documents only). One module in five is excluded from training.
 """
 
 import ast
@@ -23,13 +23,13 @@ from examples.common import Run, Split, Task
 
 PACKAGES = ("keras", "matplotlib", "numpy", "scipy", "sklearn")
 LEFT_OUT = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3"}
-WORDS, DOCUMENTS, FEATURES = 10, 8, 200  # words a document, documents a module, both at least
+WORDS, DOCUMENTS, FEATURES = 10, 8, 200  # least words per document, least documents per module
 
 # ----------------------------------------------------------------------------------- reading
 
 
 def docstrings(tree: ast.AST) -> Iterator[str]:
-    """Those of a module, its classes, their methods, its functions."""
+    """Yields the docstrings of a module, its classes, their methods, and its functions."""
     if text := ast.get_docstring(tree):
         yield text
     for node in tree.body:
@@ -38,7 +38,7 @@ def docstrings(tree: ast.AST) -> Iterator[str]:
 
 
 def read(folder: Path, prefix: str = "", files: str = "**/*.py") -> Iterator[tuple[str, str]]:
-    """(module, docstring) for the Python files below `folder`; nothing is imported."""
+    """Yields (module, docstring) for the Python files below `folder`, without importing them."""
     for path in sorted(folder.glob(files)):
         parts = path.relative_to(folder).with_suffix("").parts
         if LEFT_OUT.isdisjoint(parts):
@@ -51,12 +51,12 @@ def read(folder: Path, prefix: str = "", files: str = "**/*.py") -> Iterator[tup
 
 
 def corpus(quick: bool) -> tuple[list[str], list[str], np.ndarray]:
-    """Modules, documents, and the index of each document's module."""
+    """Returns the modules, the documents, and the index of each document's module."""
     library = Path(sysconfig.get_path("stdlib"))
     found = list(read(library, files="*.py" if quick else "**/*.py"))
     for package in () if quick else PACKAGES:
         found += read(Path(find_spec(package).origin).parent, f"{package}.")
-    of = {}  # a text that stands in several modules belongs to the first
+    of = {}  # a text that occurs in several modules counts for the first
     for module, text in found:
         if len(text.split()) >= WORDS:
             of.setdefault(text, module)
@@ -71,7 +71,7 @@ def corpus(quick: bool) -> tuple[list[str], list[str], np.ndarray]:
 
 
 def network() -> keras.Model:
-    """One hidden layer, 200 features."""
+    """Returns a network with one hidden layer and 200 features."""
     return keras.Sequential(
         [
             keras.Input([FEATURES]),
@@ -83,7 +83,7 @@ def network() -> keras.Model:
 
 
 def load(seed: int, quick: bool) -> Task:
-    """Reads the documents, keeps a fifth of the modules out, splits the documents of the others."""
+    """Reads the documents, excludes a fifth of the modules, and splits the other documents."""
     modules, texts, module = corpus(quick)
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(modules))
@@ -107,17 +107,17 @@ def load(seed: int, quick: bool) -> Task:
     data = {}
     for name, chosen in rows.items():
         vectors = normalize(svd.transform(tfidf.transform([texts[i] for i in chosen])))
-        vectors *= FEATURES**0.5  # numbers about 1, as the network's initial weights expect
+        vectors *= FEATURES**0.5  # numbers near 1 suit the network's initial weights
         data[name] = Split(vectors.astype(np.float32), label[module[chosen]])
     size = {name: len(data[name].labels) for name in data}
     return Task(
         title="which module does a docstring come from?",
         notes=[
             "docstrings of the standard library" + ("" if quick else f", {', '.join(PACKAGES)}"),
-            f"{size['train']} to train, {size['validation']} to validate, {size['test']} to test, "
-            f"of {len(seen)} modules",
+            f"{size['train']} training, {size['validation']} validation and {size['test']} test "
+            f"documents of {len(seen)} modules",
             f"labels never seen: {len(unseen)} further modules, {size['unseen']} documents",
-            "verification: every two documents of the test data, same module or not",
+            "verification: each pair of test documents, same module or not",
         ],
         num_classes=len(seen),
         network=network,
@@ -133,7 +133,7 @@ def load(seed: int, quick: bool) -> Task:
 
 
 def draw(task: Task, runs: list[Run]) -> dict[str, Figure]:
-    """The verification curves, and the similarity of the documents of a dozen modules."""
+    """Draws the verification curves, and the similarity of the documents of twelve modules."""
     return {
         "documents_verification.png": common.draw_verification(
             task, runs, f"Docstrings, {task.num_classes} modules trained"
@@ -143,7 +143,7 @@ def draw(task: Task, runs: list[Run]) -> dict[str, Figure]:
 
 
 def draw_similarity(task: Task, runs: list[Run], count: int = 12, each: int = 12) -> Figure:
-    """Cosine of every two test documents of the modules that have most of them."""
+    """Draws the cosine of each pair of test documents, for the modules with the most documents."""
     size = np.bincount(task.test.labels, minlength=task.num_classes)
     chosen = np.sort(np.argsort(-size, kind="stable")[:count])
     rows = [np.flatnonzero(task.test.labels == k)[:each] for k in chosen]
@@ -158,10 +158,11 @@ def draw_similarity(task: Task, runs: list[Run], count: int = 12, each: int = 12
         axis.set_yticks(middles, names, fontsize=9)
         axis.set_xticks(middles, names, fontsize=9, rotation=45, ha="right")
         axis.set_title(run.title)
-    figure.colorbar(image, ax=axes, label="cosine of the features, below 0 as 0", shrink=0.8)
+    label = "cosine of the features (negative values shown as 0)"
+    figure.colorbar(image, ax=axes, label=label, shrink=0.8)
     figure.suptitle(
-        f"Test documents of the {len(chosen)} modules that have most, up to {each} each: "
-        "bright blocks on the diagonal are wanted"
+        f"Test documents of the {len(chosen)} modules with the most documents, up to {each} each; "
+        "ideal: bright blocks on the diagonal only"
     )
     return figure
 

@@ -1,9 +1,9 @@
-"""Many labels: which Unicode character does a small picture show?
+"""Many labels: which Unicode character does a small image show?
 
-Trained on the DejaVu fonts that matplotlib ships, and on other fonts of the system where there are
-any; lambda and alpha chosen on DejaVu Serif Italic; tested on STIX, a family of another design that
-training never saw. One character in five is kept out of training altogether: whether two of its
-pictures show the same character can be told only from the features.
+The networks are trained on the DejaVu fonts that matplotlib ships, and on other fonts of the system
+if it has any. Lambda and alpha were chosen on DejaVu Serif Italic. The test uses STIX, a family of
+another design that training never saw. One character in five is excluded from training: only the
+features can tell whether two of its images show the same character.
 """
 
 import unicodedata
@@ -22,31 +22,36 @@ from scipy.sparse.csgraph import connected_components
 from examples import common
 from examples.common import Run, Split, Task
 
-SIZE, EM = 32, 22  # of a picture and of the font, in pixels
+SIZE, EM = 32, 22  # sizes of an image and of the font, in pixels
 STYLES = ("", "-Bold", "-Oblique", "-BoldOblique")
 TRAIN = [f"DejaVu{family}{style}" for family in ("Sans", "SansMono") for style in STYLES]
 TRAIN += ["DejaVuSerif", "DejaVuSerif-Bold"]
 VALIDATION = ["DejaVuSerif-Italic", "DejaVuSerif-BoldItalic"]
 TEST = ["STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta"]
-HELD_OUT = ("DejaVu", "STIX", "XITS", "Last Resort")  # system fonts of these families stay out
+HELD_OUT = (
+    "DejaVu",
+    "STIX",
+    "XITS",
+    "Last Resort",
+)  # training excludes system fonts of these families
 MAX_SYSTEM_FONTS = 8
 
-# ---------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------ images
 
 
 def characters(path: str | Path) -> set[int]:
-    """The code points that the font has a glyph for."""
+    """Returns the code points for which the font has a glyph."""
     with TTFont(path, lazy=True) as font:
         return set(font.getBestCmap() or ())
 
 
 def drawable(code: int) -> bool:
-    """Whether a character leaves ink of its own: no mark, control code or space."""
+    """Returns whether a character is visible alone: it is no mark, control code or space."""
     return unicodedata.category(chr(code))[0] not in "MCZ"
 
 
 def render(path: str | Path, codes: list[int]) -> np.ndarray:
-    """Pictures `[N, SIZE, SIZE]`, all on one baseline, centered from left to right."""
+    """Returns images `[N, SIZE, SIZE]`, all on one baseline and horizontally centered."""
     font = ImageFont.truetype(str(path), EM)
     pictures = np.zeros((len(codes), SIZE, SIZE), np.uint8)
     for picture, code in zip(pictures, codes, strict=True):
@@ -59,7 +64,7 @@ def render(path: str | Path, codes: list[int]) -> np.ndarray:
 
 
 def system_fonts(codes: list[int]) -> list[Path]:
-    """Further fonts for training, one of a family, those with most of `codes` first."""
+    """Returns more fonts for training, one per family, fonts with the most of `codes` first."""
     found = {}
     for path in sorted(findSystemFonts())[:300]:
         try:
@@ -68,17 +73,17 @@ def system_fonts(codes: list[int]) -> list[Path]:
                 outlines = "glyf" in font or "CFF " in font  # no bitmaps, no emoji
                 has = len(set(font.getBestCmap() or ()).intersection(codes))
         except (TTLibError, OSError, KeyError):
-            continue  # what cannot be read is not used
+            continue  # unreadable fonts are not used
         if outlines and has >= len(codes) // 5 and not family.startswith(HELD_OUT):
             found[family] = max(found.get(family, (0, "")), (has, path))
     return [Path(path) for _, path in sorted(found.values(), reverse=True)][:MAX_SYSTEM_FONTS]
 
 
 def labels_of(pictures: np.ndarray) -> np.ndarray:
-    """A label for each character of `pictures` `[characters, fonts, SIZE, SIZE]`.
+    """Returns a label for each character of `pictures` `[characters, fonts, SIZE, SIZE]`.
 
-    Characters that look the same, pixel by pixel, in half of the fonts or more (Latin A, Greek
-    Alpha, Cyrillic A) cannot be told apart and get one label.
+    Characters whose images are equal in half of the fonts or more (Latin A, Greek Alpha, Cyrillic
+    A) cannot be distinguished and get the same label.
     """
     characters, fonts = pictures.shape[:2]
     alike = np.zeros((characters, characters), np.int32)
@@ -90,7 +95,7 @@ def labels_of(pictures: np.ndarray) -> np.ndarray:
 
 
 def split(paths, label_of: dict[int, int]) -> Split:
-    """The different pictures that these fonts have of each label."""
+    """Returns the distinct images of each label in these fonts."""
     pictures, labels = [], []
     for path in paths:
         has = characters(path)
@@ -99,14 +104,15 @@ def split(paths, label_of: dict[int, int]) -> Split:
         labels.extend(label_of[code] for code in codes)
     pictures, labels = np.concatenate(pictures), np.array(labels)
     flat = pictures.reshape(len(labels), -1)
-    # A box is the same in regular and bold: as a pair of one label it would say nothing.
+    # Some glyphs, such as a box, are equal in regular and bold. A pair of equal images tells
+    # nothing about the network, so duplicates are removed.
     _, kept = np.unique(np.column_stack([flat, labels]), axis=0, return_index=True)
-    kept = np.sort(kept[flat[kept].any(axis=1)])  # some fonts map a character to nothing
+    kept = np.sort(kept[flat[kept].any(axis=1)])  # some fonts have empty glyphs
     return Split(pictures[kept, :, :, None], labels[kept])
 
 
 def augment(images, seed):
-    """Turns, shears, scales, shifts and thickens each picture a little."""
+    """Rotates, shears, scales, shifts and thickens each image a little."""
 
     def uniform(which, low, high):
         return tf.random.stateless_uniform(
@@ -136,7 +142,7 @@ def augment(images, seed):
 
 
 def network() -> keras.Model:
-    """Three convolutions, 128 features."""
+    """Returns a network with three convolutions and 128 features."""
     layers = [keras.Input([SIZE, SIZE, 1]), keras.layers.Rescaling(1 / 255)]
     for filters, stride in ((24, 2), (64, 1), (128, 1)):
         layers += [
@@ -150,7 +156,7 @@ def network() -> keras.Model:
 
 
 def load(seed: int, quick: bool) -> Task:
-    """Renders the pictures."""
+    """Renders the images and splits them."""
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
     shipped, validation, test = (
         [folder / f"{name}.ttf" for name in names] for names in (TRAIN, VALIDATION, TEST)
@@ -165,7 +171,7 @@ def load(seed: int, quick: bool) -> Task:
     rng = np.random.default_rng(seed)
     rng.shuffle(codes)
     if quick:
-        # Letters and digits that the test fonts have too, so that few make a test.
+        # The test fonts also have these letters and digits, so that few characters suffice.
         codes = [code for code in codes if code < 0x250][:150]
     cut = len(codes) * 4 // 5
     seen = {code: label for label, code in enumerate(sorted(codes[:cut]))}
@@ -176,13 +182,13 @@ def load(seed: int, quick: bool) -> Task:
     return Task(
         title="recognise characters in a font never seen",
         notes=[
-            f"{len(data['train'].labels)} training pictures: {len(seen)} characters in "
+            f"{len(data['train'].labels)} training images: {len(seen)} characters in "
             f"{len(shipped)} DejaVu fonts and {len(system)} other fonts of the system",
-            f"validation: {len(data['validation'].labels)} pictures, DejaVu Serif Italic and Bold "
-            f"Italic; test: {len(data['test'].labels)}, the STIX family",
+            f"validation: {len(data['validation'].labels)} images, DejaVu Serif Italic and Bold "
+            f"Italic; test: {len(data['test'].labels)} images, the STIX family",
             f"labels never seen: {len(unseen)} further characters, "
-            f"{len(data['unseen'].labels)} pictures, STIX",
-            "verification: every two pictures of the test data, same character or not",
+            f"{len(data['unseen'].labels)} images, STIX",
+            "verification: each pair of test images, same character or not",
         ],
         num_classes=len(seen),
         network=network,
@@ -198,7 +204,7 @@ def load(seed: int, quick: bool) -> Task:
 
 
 def draw(task: Task, runs: list[Run]) -> dict[str, Figure]:
-    """The verification curves, and what the two networks take the test pictures for."""
+    """Draws the verification curves, and the nearest training images of test images."""
     return {
         "glyphs_verification.png": common.draw_verification(
             task, runs, f"Characters in a font never seen (STIX), {task.num_classes} labels trained"
@@ -208,7 +214,7 @@ def draw(task: Task, runs: list[Run]) -> dict[str, Figure]:
 
 
 def draw_neighbours(task: Task, runs: list[Run], rows: int = 12, count: int = 6) -> Figure:
-    """Nearest training pictures of test pictures on which the two networks disagree."""
+    """Draws the nearest training images of test images on which the two networks disagree."""
     found = [common.nearest(task, run, "test", count) for run in runs]
     right = [task.train.labels[near[:, 0]] == task.test.labels for near in found]
     disagree = np.flatnonzero(right[0] != right[1])
@@ -217,9 +223,9 @@ def draw_neighbours(task: Task, runs: list[Run], rows: int = 12, count: int = 6)
     height = 0.6 * max(len(chosen), 1)
     figure = Figure(figsize=(9.6, height + 1.2))
     figure.suptitle(
-        f"{len(chosen)} of the {len(disagree)} test pictures (STIX) on which the two disagree, "
-        f"drawn at random\nright first: softmax alone {right[0][disagree].sum()}, with center loss "
-        f"{right[1][disagree].sum()}; framed: the same character",
+        f"{len(chosen)} of the {len(disagree)} test images (STIX) on which the networks disagree, "
+        f"drawn at random\nnearest image correct: softmax alone {right[0][disagree].sum()}, with "
+        f"center loss {right[1][disagree].sum()}; framed: the same character",
         fontsize=11,
     )
     axes = figure.subplots(

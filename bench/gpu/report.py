@@ -151,7 +151,7 @@ def _lines(panel, uniform, conditions):
         [m["batch"] for m in uniform],
         [1e6 * m["bytes"] / speed for m in uniform],
         "k--",
-        label="copy of the same bytes",
+        label="the same bytes at copy speed",
     )
     panel.set(xscale="log", yscale="log", xlabel="batch (512 features, a million labels)")
     panel.set(

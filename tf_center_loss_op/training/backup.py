@@ -59,7 +59,7 @@ class AtomicBackup(keras.callbacks.BackupAndRestore):
         processes, the backup is of a model with other variables, or all backups are damaged.
         Nothing has been loaded then.
 
-    Determinism: as above.
+    Determinism: a resumed `fit` gives the bits of an uninterrupted one, under the conditions above.
 
     >>> import tf_center_loss_op as tcl
     >>> callback = tcl.training.AtomicBackup("backup", save_freq=1000)
