@@ -130,36 +130,36 @@ def test_the_arguments_the_cases_start_from_work(impl):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_center_loss(impl, case):
+def test_center_loss_refuses_the_argument(impl, case):
     message(tcl.center_loss, case, impl)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_same_text_on_every_path(implementations, case):
+def test_the_error_has_the_same_text_on_every_path(implementations, case):
     texts = {message(tcl.center_loss, case, impl) for impl in ["auto", *implementations]}
     assert len(texts) == 1, texts
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_while_tracing(case):
+def test_the_argument_is_refused_while_tracing(case):
     message(tcl.center_loss, case, "auto", traced=True)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if not LOSS_ONLY & CASES[c][0].keys()])
-def test_update_centers(impl, case):
+def test_update_centers_refuses_the_argument(impl, case):
     message(tcl.update_centers, case, impl)
 
 
 @pytest.mark.parametrize("function", [tcl.center_loss, tcl.update_centers])
 @pytest.mark.parametrize("wrong", ["cuda", "", None, 3])
-def test_unknown_impl(function, wrong):
+def test_an_unknown_impl_is_refused(function, wrong):
     words = with_words("impl", repr(wrong), "auto", "native", "graph")
     with pytest.raises((ValueError, TypeError), match=words):
         function(**good(), impl=wrong)
 
 
 @pytest.mark.parametrize("text", ["features", "labels", "centers"])
-def test_missing_arguments(text):
+def test_a_missing_argument_is_named(text):
     kwargs = good()
     del kwargs[text]
     with pytest.raises(TypeError, match=text):
@@ -170,7 +170,7 @@ def test_missing_arguments(text):
 @pytest.mark.parametrize("traced", [False, True], ids=["eager", "function"])
 @pytest.mark.parametrize("kind", [tf.constant, tf.Variable])
 @pytest.mark.parametrize("function", [tcl.center_loss, tcl.update_centers])
-def test_alpha_that_is_known_at_run_time_only(impl, function, kind, traced, value):
+def test_a_bad_alpha_is_refused_at_run_time(impl, function, kind, traced, value):
     kwargs = good() | dict(alpha=kind(value))
 
     def call(alpha):
@@ -184,7 +184,7 @@ def test_alpha_that_is_known_at_run_time_only(impl, function, kind, traced, valu
 
 
 @pytest.mark.parametrize("width", [2, 3, 4])
-def test_width_that_is_known_at_run_time_only(impl, width):
+def test_a_wrong_width_is_refused_at_run_time(impl, width):
     centers = tf.Variable(tf.zeros([10, 3]))
 
     @tf.function(input_signature=[tf.TensorSpec([None, None]), tf.TensorSpec([None], tf.int32)])
@@ -207,7 +207,7 @@ def test_width_that_is_known_at_run_time_only(impl, width):
 @pytest.mark.parametrize(
     "labels, weights", [([0, 1, 2], None), ([0], None), ([], None), ([0, 1], [1.0, 2.0, 3.0])]
 )
-def test_lengths_that_are_known_at_run_time_only(impl, labels, weights):
+def test_wrong_lengths_are_refused_at_run_time(impl, labels, weights):
     centers = tf.Variable(tf.zeros([10, 3]))
 
     @tf.function(
@@ -230,7 +230,7 @@ def test_lengths_that_are_known_at_run_time_only(impl, labels, weights):
     assert not centers.numpy().any()
 
 
-def test_uninitialised_variable(impl):
+def test_an_uninitialised_variable_is_refused(impl):
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         centers = tf.compat.v1.get_variable("centers", [10, 3], use_resource=True)
         loss = tcl.center_loss(tf.ones([4, 3]), [0, 1, 2, 1], centers, impl=impl)
@@ -238,7 +238,7 @@ def test_uninitialised_variable(impl):
             session.run(loss)
 
 
-def test_reference_variable(impl):
+def test_a_reference_variable_is_refused(impl):
     with tf.Graph().as_default():
         centers = tf.compat.v1.get_variable("centers", [10, 3], use_resource=False)
         with pytest.raises((ValueError, TypeError), match="(?s)centers.*resource"):

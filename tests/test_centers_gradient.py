@@ -33,7 +33,7 @@ def gradient_of(impl, problem, centers, upstream=None, reduction="mean"):
 @pytest.mark.parametrize("ignore", [None, "outside", "class"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_values(impl, reduction, dtype, ignore):
+def test_the_gradient_equals_the_oracle(impl, reduction, dtype, ignore):
     problem = problems.make(SHAPE, dtype, weights=True, ignore=ignore)
     centers = tf.Variable(problem.centers)
     upstream = problem.upstream if reduction == "none" else problem.centers.dtype.type(1.7)
@@ -58,7 +58,7 @@ def test_values(impl, reduction, dtype, ignore):
     assert np.array_equal(centers.numpy(), problem.centers)
 
 
-def test_size_does_not_depend_on_the_number_of_classes(impl):
+def test_the_size_of_the_gradient_does_not_depend_on_the_classes(impl):
     problem = problems.make(SHAPE._replace(classes=20_000))
     gradient = gradient_of(impl, problem, tf.Variable(problem.centers))
     assert gradient.values.shape[0] <= 40
@@ -73,7 +73,7 @@ def test_a_variable_that_is_not_trainable_can_be_watched(impl):
 
 @pytest.mark.parametrize("traced", [False, True], ids=["eager", "function"])
 @pytest.mark.parametrize("ignore", [None, "outside", "class"])
-def test_plain_descent(impl, ignore, traced):
+def test_plain_descent_is_rule_sum(impl, ignore, traced):
     problem = problems.make(SHAPE, ignore=ignore)
     centers = tf.Variable(problem.centers)
 
@@ -98,7 +98,7 @@ def test_plain_descent(impl, ignore, traced):
 # tf.gather), so the result for duplicates is not defined.
 @pytest.mark.parametrize("kind", [keras.optimizers.SGD, keras.optimizers.Adam])
 @pytest.mark.parametrize("ignore", [None, "outside", "class"])
-def test_keras_optimizers(impl, kind, ignore):
+def test_keras_optimizers_apply_it_as_they_apply_gathers(impl, kind, ignore):
     problem = problems.make(problems.Shape((7,), 6, 9, "distinct", "no duplicates"), ignore=ignore)
     centers = keras.Variable(problem.centers, dtype="float32")
     gradient = gradient_of(impl, problem, centers, reduction="sum")

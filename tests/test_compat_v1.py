@@ -49,7 +49,7 @@ def test_the_default_alpha_moves_nothing():
     assert history[-1]["loss"] > 0
 
 
-def test_by_hand(session):
+def test_results_by_hand(session):
     features = tf.constant([[2.0, 4.0], [4.0, 8.0], [0.0, 6.0]])
     label = tf.constant([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
     loss, centers, update = ours(features, label, alpha=0.5)
@@ -94,7 +94,7 @@ def test_gradient_made_behind_the_update_uses_the_centers_before_it(session):
     assert session.run(gradient).tolist() == [[2.0], [6.0]]
 
 
-def test_the_variable(session):
+def test_the_variable_is_that_of_the_tutorial(session):
     features, label = tf1.placeholder(tf.float32, [None, 8]), tf1.placeholder(tf.float32, [None, 5])
     _, centers, _ = ours(features, label)
     (variable,) = tf1.global_variables()
@@ -120,14 +120,14 @@ def test_the_variable_is_reused(session):
     assert session.run(loss) == session.run(again) == 6 * 0.875**2 / 2
 
 
-def test_uninitialised(session):
+def test_uninitialised_centers_are_an_error(session):
     loss, _, update = ours(tf.ones([1, 2]), tf.constant([[1.0, 0.0]]), alpha=0.5)
     for fetch in (loss, update):
         with pytest.raises(tf.errors.FailedPreconditionError, match="doc_centers"):
             session.run(fetch)
 
 
-def test_saver(session, tmp_path):
+def test_a_saver_restores_the_centers(session, tmp_path):
     _, centers, update = ours(tf.ones([1, 2]), tf.constant([[1.0, 0.0]]), alpha=0.5)
     saver = tf1.train.Saver()
     initialise(session)
@@ -149,7 +149,7 @@ def test_saver(session, tmp_path):
     ],
     ids=str,
 )
-def test_errors(session, features, label, words):
+def test_wrong_arguments_are_refused(session, features, label, words):
     with pytest.raises((ValueError, TypeError), match=with_words(*words.split())):
         ours(tf1.placeholder(tf.float32, features), tf1.placeholder(tf.float32, label), 0.5)
 
@@ -172,7 +172,7 @@ def compiled_by(how, step):
 
 @pytest.mark.parametrize("how", ["compile", "function"])
 @pytest.mark.parametrize("impl", [pytest.param("native", marks=pytest.mark.native), "graph"])
-def test_under_xla(session, monkeypatch, how, impl):
+def test_results_under_xla(session, monkeypatch, how, impl):
     monkeypatch.setenv("TF_CENTER_LOSS_IMPL", impl)
     features = tf.constant([[2.0, 4.0], [4.0, 8.0], [0.0, 6.0]])
     label = tf.constant([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])

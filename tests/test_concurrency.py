@@ -123,7 +123,7 @@ def test_steps_of_different_variables_run_at_once(native_library):
     [(), (1,)],
     ids=["as it is", "one thread for ops"],
 )
-def test_a_large_step_has_helpers(native_library, tmp_path, threads):
+def test_a_large_step_runs_on_several_threads(native_library, tmp_path, threads):
     out = run_program("time_of_two_threads", *threads, cwd=tmp_path)
     least, most = map(int, out.split())
     assert least > most / 5, f"processor time of two threads: {least} and {most} hundredths"

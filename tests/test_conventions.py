@@ -119,7 +119,7 @@ def test_every_convention_has_its_formula_here():
 
 
 @pytest.mark.parametrize("name", FORMULAS)
-def test_convention(impl, name):
+def test_a_convention_gives_the_formulas_results(impl, name):
     rng = np.random.default_rng(0)
     x, c = rng.normal(size=(B, D)), rng.normal(size=(C, D))
     y = rng.integers(0, C - 1, B)  # one class is not in the batch
@@ -178,7 +178,7 @@ def test_the_guide_has_every_convention():
         )
 
 
-def test_descriptions():
+def test_a_convention_has_a_source():
     for convention in tcl.CONVENTIONS.values():
         assert convention.source and convention.step_name
 

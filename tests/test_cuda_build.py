@@ -21,14 +21,14 @@ ptxas info    : Used 40 registers, used 0 barriers
 """
 
 
-def test_what_ptxas_says_is_understood():
+def test_the_output_of_ptxas_is_parsed():
     assert ptxas.parse(TEXT) == [
         ptxas.Kernel("Backward<float>", "sm_90", 40, 0, 0, 0, 0),
         ptxas.Kernel("HashStep<Half, 4, true>", "sm_75", 72, 8, 4, 12, 48),
     ]
 
 
-def test_registers_spills_and_shared_memory(capsys):
+def test_no_kernel_spills_or_takes_too_many_registers(capsys):
     if ptxas.nvcc() is None:
         pytest.skip("no nvcc: the CUDA kernels are compiled where it is installed")
     kernels, warnings = ptxas.compile_all()

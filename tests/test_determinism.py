@@ -35,7 +35,7 @@ def step_bits(kernels, problem, **options):
 @pytest.mark.native
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", problems.SHAPES, ids=str)
-def test_threads_and_instruction_sets(kernels, shape, dtype):
+def test_threads_and_instruction_sets_do_not_change_bits(kernels, shape, dtype):
     shape = shape._replace(leading=(int(np.prod(shape.leading)),))
     problem = problems.make(shape, dtype, weights=True, ignore="outside")
     for reduction in ("mean", "none"):
@@ -50,7 +50,7 @@ def test_threads_and_instruction_sets(kernels, shape, dtype):
 
 @pytest.mark.native
 @pytest.mark.parametrize("rule", RULES)
-def test_threads_and_instruction_sets_for_every_rule(kernels, rule):
+def test_threads_and_instruction_sets_do_not_change_bits_of_any_rule(kernels, rule):
     for shape in (s for s in problems.SHAPES if s.labels in ("equal", "mixed")):
         problem = problems.make(shape)
         expected = step_bits(kernels, problem, rule=rule, threads=1, isa="baseline")
@@ -90,7 +90,7 @@ def test_the_op_gives_the_bits_of_the_kernel(kernels, shape, dtype):
 
 
 @pytest.mark.parametrize("shape", problems.SHAPES, ids=str)
-def test_repeats(impl, shape):
+def test_a_step_repeats_its_bits(impl, shape):
     problem = problems.make(shape, weights=True)
     seen = set()
     for _ in range(4):
@@ -104,7 +104,7 @@ def test_repeats(impl, shape):
     assert len(seen) == 1
 
 
-def test_threads_of_tensorflow(implementations, tmp_path):
+def test_tensorflows_threads_do_not_change_bits(implementations, tmp_path):
     digests = {
         run_program("digests_with_threads", threads, determinism, *implementations, cwd=tmp_path)
         for threads, determinism in ((1, "free"), (2, "strict"), (5, "free"))

@@ -26,7 +26,7 @@ def test_the_guide_holds_what_the_command_prints():
     assert done.stdout.strip() in (ROOT / "docs" / "distribution.md").read_text()
 
 
-def test_by_hand(bench_distribute):
+def test_the_estimate_agrees_with_a_count_by_hand(bench_distribute):
     # Two GPUs in one machine, 10 labels x 4, 3 samples each, 2-byte features; links 1 GB/s.
     options = Namespace(
         classes=10,

@@ -7,7 +7,7 @@ import numpy as np
 from replicas import Cluster
 
 
-def test_two_workers(tmp_path):
+def test_two_workers_equal_one_replica(tmp_path):
     with Cluster("workers_two", tmp_path, worker=2) as cluster:
         cluster.finish()
     tables = [np.load(tmp_path / f"centers-{k}.npy") for k in range(2)]
@@ -15,12 +15,12 @@ def test_two_workers(tmp_path):
     assert np.array_equal(*tables)
 
 
-def test_three_workers(tmp_path):
+def test_three_workers_equal_one_replica(tmp_path):
     with Cluster("workers_three", tmp_path, worker=3) as cluster:
         cluster.finish()
 
 
-def test_a_killed_worker(tmp_path):
+def test_a_killed_worker_ends_the_other_and_both_resume(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir(), broken.mkdir()
     with Cluster("workers_training", whole, worker=2) as cluster:

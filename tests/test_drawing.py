@@ -78,7 +78,7 @@ def test_many_classes_have_no_legend():
     assert len(legend(tcl.plots.embeddings(features, labels % 20, centers))) == 21
 
 
-def test_a_sample():
+def test_at_most_max_samples_are_drawn():
     features, labels, centers = problem(2)
     points, _ = drawn(tcl.plots.embeddings(features, labels, centers, max_samples=10))
     assert sum(map(len, points)) == 10
@@ -86,25 +86,25 @@ def test_a_sample():
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 9])
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_hardly_any_samples(count, dim, tmp_path):
+def test_a_plot_of_at_most_two_samples_is_drawn(count, dim, tmp_path):
     features, labels, centers = problem(dim)
     figure = tcl.plots.embeddings(features[:count], labels[:count], centers)
     figure.savefig(tmp_path / "picture.png")
 
 
-def test_no_variance(tmp_path):
+def test_samples_without_variance_are_drawn(tmp_path):
     figure = tcl.plots.embeddings(np.ones([4, 5]), [0, 1, 0, 1], np.zeros([2, 5]))
     figure.savefig(tmp_path / "picture.png")
     assert "0 % of the variance" in figure.axes[0].get_xlabel()
 
 
-def test_wrong_arguments():
+def test_wrong_arguments_are_refused():
     # The checks are those of export_projector.
     with pytest.raises(ValueError, match=r"labels: expected shape \(60,\)"):
         tcl.plots.embeddings(problem(2)[0], [1])
 
 
-def test_without_matplotlib(tmp_path):
+def test_the_error_without_matplotlib_says_what_to_install(tmp_path):
     # Everything else works without matplotlib, and the error says what to install.
     out = run_program("plot_without_matplotlib", cwd=tmp_path)
     assert out == "plots.embeddings needs matplotlib: pip install matplotlib\n"

@@ -49,7 +49,7 @@ def run(directory, **options):
 
 
 @pytest.mark.parametrize("broken", [False, True], ids=["missing", "broken"])
-def test_without_the_library(tmp_path, broken):
+def test_without_the_library_one_warning_says_why(tmp_path, broken):
     copy = copy_package(tmp_path, broken)
     result = run(tmp_path)
     assert Path(result["file"]).parent == copy
@@ -64,7 +64,7 @@ def test_without_the_library(tmp_path, broken):
 
 @pytest.mark.native
 @pytest.mark.parametrize("means", ["graph", "native", "auto"])
-def test_asked_for_by_the_environment(native_library, tmp_path, means):
+def test_the_environment_chooses_the_implementation(native_library, tmp_path, means):
     result = run(tmp_path, TF_CENTER_LOSS_IMPL=means)
     assert result["warnings"] == [] and result["error"] is None
     assert result["info"]["native"] is True
@@ -72,14 +72,14 @@ def test_asked_for_by_the_environment(native_library, tmp_path, means):
     assert bool(result["own_ops"]) == (means != "graph")
 
 
-def test_asked_for_by_the_environment_without_the_library(tmp_path):
+def test_graph_in_the_environment_needs_no_library(tmp_path):
     copy_package(tmp_path)
     result = run(tmp_path, TF_CENTER_LOSS_IMPL="graph")
     assert result["warnings"] == []
     assert result["error"]
 
 
-def test_native_asked_for_by_the_environment_without_the_library(tmp_path):
+def test_native_in_the_environment_needs_the_library(tmp_path):
     copy_package(tmp_path)
     done = run_program(
         "call_every_path",
@@ -93,7 +93,7 @@ def test_native_asked_for_by_the_environment_without_the_library(tmp_path):
     assert "pip install" in done.stderr
 
 
-def test_nonsense_in_the_environment(tmp_path):
+def test_an_unknown_value_in_the_environment_is_refused(tmp_path):
     done = run_program(
         "call_every_path", *ARGUMENTS, cwd=tmp_path, check=False, TF_CENTER_LOSS_IMPL="fastest"
     )
@@ -128,7 +128,9 @@ def choices(tmp_path_factory):
         (None, "GPU", False),
     ],
 )
-def test_centers_on_a_device(native_library, choices, how, cuda, kind, built_for_it):
+def test_a_device_without_kernels_gets_the_graph_and_a_warning(
+    native_library, choices, how, cuda, kind, built_for_it
+):
     result = choices(cuda, how)[kind]
     if built_for_it:
         assert result["auto"] == result["native"] == ["TclCenterLossStep"]

@@ -50,7 +50,7 @@ def test_program_order_of_calls_and_reads(impl, batches):
             np.testing.assert_allclose(actual, truth, rtol=1e-5, atol=1e-6)
 
 
-def test_an_update_whose_result_nobody_uses_still_happens(impl, batches):
+def test_an_update_with_an_unused_result_still_happens(impl, batches):
     centers = tf.Variable(tf.zeros([C, D]))
 
     @tf.function
@@ -62,7 +62,7 @@ def test_an_update_whose_result_nobody_uses_still_happens(impl, batches):
     np.testing.assert_allclose(centers.numpy(), expected_steps(batches)[1][1], rtol=1e-5, atol=1e-6)
 
 
-def test_while_loop(impl, batches):
+def test_steps_in_a_while_loop(impl, batches):
     centers = tf.Variable(tf.zeros([C, D]))
     features, labels = tf.constant(batches[0]), tf.constant(batches[1])
 
@@ -102,7 +102,7 @@ def test_gradient_through_a_while_loop(impl, batches, update):
     np.testing.assert_allclose(program(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_branches(impl, batches):
+def test_steps_in_branches(impl, batches):
     centers = tf.Variable(tf.zeros([C, D]))
 
     @tf.function
@@ -159,7 +159,7 @@ def test_one_trace_for_every_batch_size(impl, reduction, one_hot):
         ([None, None, D], "sum", []),
     ],
 )
-def test_static_shapes(impl, shape, reduction, expected):
+def test_results_have_static_shapes(impl, shape, reduction, expected):
     centers = tf.Variable(tf.zeros([C, D]))
     step = tf.function(
         lambda features, labels: tcl.center_loss(
@@ -231,7 +231,7 @@ def test_variable_as_an_argument_of_the_function(impl):
         assert centers.numpy()[0] == 0.25
 
 
-def test_inside_map_fn(impl, batches):
+def test_steps_inside_map_fn(impl, batches):
     # tf.map_fn traces its body again, as a loop of its own.
     centers = tf.Variable(tf.zeros([C, D]))
     losses = tf.function(

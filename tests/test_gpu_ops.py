@@ -72,7 +72,7 @@ def outcome_of(problem, centers, upstream=None, **options):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("labels", ["int32", "int64"])
 @pytest.mark.parametrize("dtype", list(problems.DTYPES))
-def test_step_and_gradient(dtype, labels, reduction):
+def test_step_and_gradient_equal_the_oracle(dtype, labels, reduction):
     shape = next(s for s in problems.SHAPES if s.leading == (29,))
     for update in (True, False):
         for upstream in (None, -1.7):
@@ -152,7 +152,7 @@ def test_a_bad_alpha_shows_in_the_loss():
         assert not centers.numpy().any()
 
 
-def test_atomics():
+def test_atomics_give_the_step_but_for_rounding():
     rng = np.random.default_rng(1)
     features = rng.normal(size=[200, 8]).astype(np.float32)
     labels = rng.integers(0, 10, 200)
@@ -172,7 +172,7 @@ def test_atomics():
     np.testing.assert_allclose(centers.numpy(), expected.numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_errors_of_shapes_that_tracing_cannot_know():
+def test_wrong_lengths_are_refused_at_run_time():
     centers = tf.Variable(tf.zeros([3, 2]))
 
     @tf.function(input_signature=[tf.TensorSpec([None, 2]), tf.TensorSpec([None], tf.int32)])
@@ -185,7 +185,7 @@ def test_errors_of_shapes_that_tracing_cannot_know():
     assert not centers.numpy().any()
 
 
-def test_more_samples_than_a_launch_takes():
+def test_more_samples_than_a_launch_takes_are_refused():
     centers = tf.Variable(tf.zeros([2, 1]))
 
     @tf.function(input_signature=[tf.TensorSpec([None, 1]), tf.TensorSpec([None], tf.int32)])

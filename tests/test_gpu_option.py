@@ -31,7 +31,7 @@ def test_on_the_cpu_the_option_changes_nothing(native_library):
     assert centers.numpy().tolist() == [[0, 0], pytest.approx([0.2, 0.2]), [0, 0]]
 
 
-def test_only_a_bool(native_library):
+def test_only_a_bool_is_accepted(native_library):
     with pytest.raises(TypeError, match="enabled: expected True or False, got 1"):
         tcl.training.set_gpu_atomics(1)
 
@@ -44,7 +44,7 @@ def test_the_environment_decides_until_a_call(native_library, tmp_path, value, e
     assert out.split() == [str(expected), "False"]
 
 
-def test_refused_under_op_determinism(native_library, tmp_path):
+def test_atomics_are_refused_under_op_determinism(native_library, tmp_path):
     run_program("gpu_atomics_under_determinism", cwd=tmp_path)
 
 

@@ -27,7 +27,9 @@ def centers():
 @pytest.mark.parametrize("ignore", [None, 0])
 @pytest.mark.parametrize("weights", [None, [1.0, 0.5, 0.0, 2.0, 3.0, 1.0]], ids=["w1", "w"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_numerical_feature_gradient(impl, features, centers, reduction, weights, ignore, options):
+def test_the_feature_gradient_is_the_numerical_one(
+    impl, features, centers, reduction, weights, ignore, options
+):
     def loss(x):
         return tcl.center_loss(
             x,
@@ -68,7 +70,7 @@ def test_numerical_gradient_in_float32(impl):
 
 @pytest.mark.parametrize("update", [True, False])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_upstream_gradient(impl, features, centers, reduction, update):
+def test_the_upstream_gradient_is_applied(impl, features, centers, reduction, update):
     # A nonlinear function of the loss: the upstream gradient is neither 1 nor constant.
     before = tf.constant(centers)
     with tf.GradientTape(persistent=True) as tape:
@@ -113,7 +115,7 @@ def test_persistent_tape_gives_the_same_twice(impl, features, centers, update):
 
 
 @pytest.mark.parametrize("place", ["tape in function", "tape around function", "tf.gradients"])
-def test_tapes_and_functions(impl, features, centers, place):
+def test_tapes_and_functions_nest_in_any_order(impl, features, centers, place):
     before = tf.constant(centers)
     labels = tf.constant(LABELS)
 

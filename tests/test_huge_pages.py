@@ -29,13 +29,13 @@ def test_a_large_table_moves_to_huge_pages_in_place(tmp_path):
 
 
 @pytest.mark.skipif(not OFFERED, reason=f"{SETTING} says never, or Linux before 6.1")
-def test_a_table_that_was_read_before_its_first_step(tmp_path):
+def test_a_table_that_was_read_before_moves_too(tmp_path):
     seen = json.loads(run_program("large_table_on_huge_pages", "read-first", cwd=tmp_path))
     assert seen["right"] and not seen["moved"]
     assert seen["share"] > 0.9
 
 
-def test_it_can_be_switched_off(tmp_path):
+def test_the_environment_switches_it_off(tmp_path):
     seen = json.loads(
         run_program("large_table_on_huge_pages", cwd=tmp_path, TF_CENTER_LOSS_HUGE_PAGES="0")
     )

@@ -37,14 +37,14 @@ def test_the_helper_sees_a_new_buffer(centers):
     del held
 
 
-def test_same_buffer(impl, centers):
+def test_steps_keep_the_buffer(impl, centers):
     before, values = address(centers), centers.numpy()
     steps(impl, centers)
     assert address(centers) == before
     assert not np.array_equal(centers.numpy(), values)
 
 
-def test_same_buffer_between_gathers_and_checkpoints(impl, centers, tmp_path):
+def test_gathers_and_checkpoints_keep_the_buffer(impl, centers, tmp_path):
     before = address(centers)
     for _ in range(3):
         tf.gather(centers, [1, 2, 3])
@@ -83,7 +83,7 @@ def test_a_step_after_assign_uses_the_new_values(impl, centers):
     assert np.array_equal(centers.numpy(), expected)
 
 
-def test_no_gigabyte_is_copied(impl, tmp_path):
+def test_a_table_of_a_gigabyte_is_not_copied(impl, tmp_path):
     # A table of 1 GiB. The peak of the resident memory is read before and after the steps; it can
     # only show a copy if making the table needed no second one, which is checked as well.
     out = run_program("steps_on_a_gigabyte", impl, cwd=tmp_path)

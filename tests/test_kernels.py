@@ -17,7 +17,7 @@ pytestmark = pytest.mark.native
 @pytest.mark.parametrize("rule", ["paper", "batch_mean"])
 @pytest.mark.parametrize("dtype", list(problems.DTYPES))
 @pytest.mark.parametrize("shape", problems.SHAPES, ids=str)
-def test_against_the_oracle(kernels, shape, dtype, rule):
+def test_a_step_equals_the_oracle(kernels, shape, dtype, rule):
     shape = shape._replace(leading=(int(np.prod(shape.leading)),))
     problem = problems.make(shape, dtype, weights=True, ignore="class")
     reduction = "mean" if rule == "paper" else "sum"
@@ -115,7 +115,7 @@ def test_reduction_none_and_reading_only(kernels):
     ],
     ids=str,
 )
-def test_errors_write_nothing(kernels, wrong, words):
+def test_errors_name_the_argument_and_write_nothing(kernels, wrong, words):
     centers = np.zeros([3, 2], np.float32)
     options = dict(features=np.ones([2, 2], np.float32), labels=np.array([0, 1])) | wrong
     features, labels = options.pop("features"), options.pop("labels")
@@ -143,7 +143,7 @@ def test_centers_that_cannot_be_moved_in_place_are_refused(kernels):
     assert not table.any()
 
 
-def test_views_of_features_and_labels(kernels):
+def test_views_are_read_correctly_or_refused(kernels):
     # Every other row of an array, and a column-major array, are read correctly.
     features = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
     labels = np.array([0, 9, 1, 9, 0, 9])

@@ -34,7 +34,7 @@ def refused(call, centers, position, value):
     "dtype, value",
     [("int32", v) for v in BAD] + [("int64", v) for v in BAD + BAD_LONG],
 )
-def test_out_of_range(impl, centers, dtype, value, traced, update):
+def test_a_label_out_of_range_is_refused(impl, centers, dtype, value, traced, update):
     labels = tf.constant([0, 1, 2, value], dtype)
 
     def call(labels):
@@ -47,7 +47,7 @@ def test_out_of_range(impl, centers, dtype, value, traced, update):
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["eager", "function"])
-def test_update_centers(impl, centers, traced):
+def test_update_centers_refuses_it(impl, centers, traced):
     def call(labels):
         tcl.update_centers(tf.ones([4, 3]), labels, centers, impl=impl)
 
@@ -61,7 +61,7 @@ def test_position_is_counted_over_the_flattened_labels(impl, centers):
 
 
 @pytest.mark.parametrize("position", [0, 4321, 4999])
-def test_in_a_large_batch(impl, centers, position):
+def test_a_large_batch_names_the_position(impl, centers, position):
     labels = np.arange(5000) % 10
     labels[position] = 10
     refused(

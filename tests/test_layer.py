@@ -32,7 +32,7 @@ def check_step(layer, features, labels, weight, **options):
 
 
 @pytest.mark.parametrize("form", ["keywords", "positions", "list"])
-def test_training_call(impl, features, form):
+def test_a_training_call_moves_the_centers(impl, features, form):
     layer = tcl.CenterLoss(C, loss_weight=0.25, impl=impl)
     if form == "keywords":
         out = layer(features, labels=LABELS, sample_weight=None, training=True)
@@ -44,7 +44,7 @@ def test_training_call(impl, features, form):
     check_step(layer, features, LABELS, 0.25)
 
 
-def test_inference_call(impl, features):
+def test_an_inference_call_moves_nothing(impl, features):
     layer = tcl.CenterLoss(C, loss_weight=0.25, impl=impl)
     for training in (False, None):
         out = layer(features, LABELS, training=training)
@@ -121,7 +121,7 @@ def test_gradient_reaches_the_features(impl, features):
     np.testing.assert_allclose(tape.gradient(total, x), 2 + 0.5 * features, rtol=1e-6)
 
 
-def test_configuration(impl):
+def test_the_configuration_restores_the_layer(impl):
     layer = tcl.CenterLoss(
         C,
         loss_weight=0.25,
@@ -162,13 +162,13 @@ def test_registered_name():
     ],
     ids=str,
 )
-def test_wrong_options(features, wrong):
+def test_wrong_options_are_refused(features, wrong):
     words = with_words(*wrong, *wrong.values())
     with pytest.raises((ValueError, TypeError), match=words):
         tcl.CenterLoss(**dict(num_classes=C) | wrong)(features, LABELS)
 
 
-def test_wrong_labels(impl, features):
+def test_wrong_labels_are_refused(impl, features):
     layer = tcl.CenterLoss(C, impl=impl)
     layer(features, LABELS)
     with pytest.raises((ValueError, tf.errors.OpError), match=r"labels\[2\] = 4 is outside"):
@@ -179,7 +179,7 @@ def test_wrong_labels(impl, features):
 
 
 @pytest.mark.parametrize("training", [None, False, True])
-def test_call_without_labels(features, training):
+def test_a_call_without_labels_is_refused(features, training):
     # A layer that silently does nothing would be worse than an error.
     with pytest.raises((ValueError, TypeError), match="labels"):
         tcl.CenterLoss(C)(features, training=training)

@@ -83,6 +83,6 @@ class Other(keras.losses.Loss):
     ],
     ids=described,
 )
-def test_wrong_losses(loss, error, message):
+def test_wrong_losses_are_refused(loss, error, message):
     with pytest.raises(error, match=message):
         tcl.distribute.GlobalBatchLoss(loss)

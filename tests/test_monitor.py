@@ -151,7 +151,7 @@ def test_an_integer_freq_counts_batches(data, tmp_path):
     assert sorted(events(tmp_path)[0]["cl/moved"]) == [3, 6]
 
 
-def test_samples_of_samples_and_classes(data):
+def test_the_numbers_are_of_the_sampled_classes(data):
     model = functional()
     monitor = tcl.training.CentersMonitor(None, batches(data), max_samples=40, max_classes=3)
     history = train(model, data, monitor)
@@ -173,7 +173,7 @@ def test_samples_of_samples_and_classes(data):
     assert sum(map(is_of, choices)) == 1
 
 
-def test_what_is_left_out(data):
+def test_ignored_and_not_finite_samples_are_left_out(data):
     # Ignored labels and NaN: all means are over the rest.
     inputs, labels = data[0].copy(), data[1].copy()
     inputs[:7], labels[7:20] = np.nan, -1
@@ -316,7 +316,7 @@ def test_no_warning_without_a_reason(data):
         train(functional(), data, monitor, batch_size=N)
 
 
-def test_a_large_table_of_which_other_classes_were_trained():
+def test_the_warning_says_how_many_classes_were_sampled():
     # No sampled class moved, but others may have: the warning says so.
     inputs, labels = keras.Input([2]), keras.Input([], dtype="int32")
     model = keras.Model([inputs, labels], tcl.CenterLoss(100_000)(inputs, labels))
@@ -353,12 +353,12 @@ def test_the_table_is_not_copied(tmp_path):
     ],
     ids=described,
 )
-def test_wrong_arguments(arguments, error, words):
+def test_wrong_arguments_are_refused(arguments, error, words):
     with pytest.raises(error, match=about(*words)):
         tcl.training.CentersMonitor(None, **arguments)
 
 
-def test_wrong_when_the_training_begins(data):
+def test_a_wrong_model_or_dataset_is_refused_when_the_training_begins(data):
     inputs, labels = data
     cases = [
         (functional, dict(layer="nobody"), r"layer: .* one named 'nobody', got \['cl'\]"),

@@ -57,7 +57,7 @@ SOURCES = {
 @pytest.mark.parametrize("mode", ["eager", "function", "xla"])
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("k", [1, 4])
-def test_every_source(source, mode, k):
+def test_every_source_of_centers_gives_the_same(source, mode, k):
     features, centers = problem()
     table = SOURCES[source](centers)
 
@@ -71,7 +71,7 @@ def test_every_source(source, mode, k):
 
 
 @pytest.mark.parametrize("block", [7, 299, 300, 10**9])
-def test_any_block(block):
+def test_any_block_gives_the_same(block):
     # The last block has fewer rows than k.
     features, centers = problem()
     assert_exact(tcl.nearest.predict(features, centers, k=3, block=block), features, centers, 3)
@@ -281,7 +281,7 @@ def test_no_gradient_and_nothing_on_the_tape():
     ],
     ids=described,
 )
-def test_wrong_arguments(wrong, error, words):
+def test_wrong_arguments_are_refused(wrong, error, words):
     features, centers = problem()
     arguments = dict(features=features, centers=centers) | wrong
     with pytest.raises(error, match=about(*words)):
@@ -289,7 +289,7 @@ def test_wrong_arguments(wrong, error, words):
 
 
 @pytest.mark.parametrize("source", ["variable", "numpy"])
-def test_wrong_labels(source):
+def test_wrong_labels_are_refused(source):
     features, centers = problem()
     table, labels = SOURCES[source](centers), np.zeros(B, np.int32)
     with pytest.raises(TypeError, match="labels: expected dtype int32 or int64, got float32"):

@@ -71,7 +71,7 @@ def test_labels_that_are_names(tmp_path, source):
     assert read(tmp_path)[1] == [("a", "sample"), ("b\\tc", "sample"), ("ä", "sample")]
 
 
-def test_a_sample(tmp_path, data):
+def test_at_most_max_samples_are_written(tmp_path, data):
     features, labels, centers = data
     tcl.plots.export_projector(tmp_path, *data, max_samples=7)
     points, rows = read(tmp_path)
@@ -105,7 +105,7 @@ def test_not_finite(tmp_path, data):
     assert len(rows) == N - 2 and np.isfinite(points).all()
 
 
-def test_several_in_one_folder(tmp_path, data):
+def test_several_exports_share_a_folder(tmp_path, data):
     config = tmp_path / "projector_config.pbtxt"
     config.write_text('embeddings {\n  tensor_name: "mine"\n}\n')
     for name in ("train", "test", "train"):
@@ -131,7 +131,7 @@ def test_several_in_one_folder(tmp_path, data):
     ],
     ids=str,
 )
-def test_wrong_arguments(tmp_path, data, wrong, error, words):
+def test_wrong_arguments_are_refused(tmp_path, data, wrong, error, words):
     arguments = dict(zip(["features", "labels", "centers"], data, strict=True)) | wrong
     with pytest.raises(error, match=about(*words)):
         tcl.plots.export_projector(tmp_path, **arguments)

@@ -52,7 +52,7 @@ def run(program, folder, kill_after=None):
 
 
 @pytest.mark.parametrize("program", ["train_with_backup", "train_with_checkpoint"])
-def test_killed_at_random_moments(program, tmp_path):
+def test_a_training_killed_at_random_moments_resumes_its_bits(program, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir(), broken.mkdir()
     moments = [random.SystemRandom().uniform(0, 0.5) for _ in range(2)]
@@ -65,7 +65,7 @@ def test_killed_at_random_moments(program, tmp_path):
         assert np.array_equal(expected, resumed)
 
 
-def test_killed_on_two_replicas(tmp_path):
+def test_a_training_killed_on_two_replicas_resumes_its_bits(tmp_path):
     killed = run_program("backup_on_replicas", cwd=tmp_path, check=False, timeout=BOUND)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run_program("backup_on_replicas", cwd=tmp_path, timeout=BOUND)
@@ -208,7 +208,7 @@ def test_a_backup_that_is_not_complete_is_never_loaded(moment, tmp_path, monkeyp
     assert_same(model, uninterrupted()[0])
 
 
-def test_mixed_precision_and_sixteen_bit_variables(tmp_path):
+def test_sixteen_bit_variables_resume_their_bits(tmp_path):
     policy = "bfloat16"
     whole, _ = uninterrupted(policy=policy)
     assert any(v.dtype == "bfloat16" for v in whole.variables)
@@ -234,7 +234,7 @@ def test_it_replaces_kerass_backup(tmp_path):
 @pytest.mark.parametrize(
     "wrong", [dict(backup_dir=""), dict(save_freq=0), dict(save_freq=True), dict(save_freq="day")]
 )
-def test_wrong_arguments(wrong):
+def test_wrong_arguments_are_refused(wrong):
     with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
         tcl.training.AtomicBackup(**dict(backup_dir="backup") | wrong)
 
@@ -283,7 +283,9 @@ def test_a_damaged_backup_is_not_loaded(how, tmp_path):
 
 
 @pytest.mark.parametrize("removed_before", [0, EPOCHS - 1], ids=["an older one", "the last"])
-def test_killed_while_it_removes_the_backups(removed_before, tmp_path, monkeypatch):
+def test_a_process_killed_while_it_removes_backups_leaves_a_usable_state(
+    removed_before, tmp_path, monkeypatch
+):
     # Only some files were removed: the rest must not count as a backup, nor prevent a new one.
     removed = []
 

@@ -43,7 +43,7 @@ def weights(model):
     return [variable.numpy() for variable in model.weights]
 
 
-def test_checkpoint_of_the_variable(impl, tmp_path):
+def test_a_checkpoint_restores_the_variable(impl, tmp_path):
     centers = tf.Variable(tf.random.normal([C, D]))
     features, labels = tf.random.normal([20, D]), np.arange(20) % C
     tcl.update_centers(features, labels, centers, impl=impl)
@@ -140,7 +140,7 @@ WARM_UP = keras.optimizers.schedules.PolynomialDecay(0.1, 10, 0.5)
 
 @pytest.mark.parametrize("weight", [0.1, WARM_UP], ids=["number", "schedule"])
 @pytest.mark.parametrize("kind", ["model.keras", "folder", "model.weights.h5", "shards"])
-def test_round_trip_by_blocks(small_blocks, data, tmp_path, kind, weight):
+def test_a_round_trip_by_blocks_keeps_the_bits(small_blocks, data, tmp_path, kind, weight):
     model, other = make_model(weight=weight), make_model(weight=weight)
     train(model, data)
     path = str(tmp_path / kind)
@@ -172,7 +172,7 @@ def arrays_of(path):
     return found
 
 
-def test_the_file_is_that_of_keras(small_blocks, data, tmp_path, monkeypatch):
+def test_the_file_equals_that_of_keras(small_blocks, data, tmp_path, monkeypatch):
     model, ours, theirs = make_model(weight=WARM_UP), *(tmp_path / f"{k}.weights.h5" for k in "ab")
     train(model, data)
     model.save_weights(ours)

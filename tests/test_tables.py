@@ -28,7 +28,7 @@ def centers():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_create(dtype):
+def test_a_created_table_is_zeros_and_moves(dtype):
     centers = tcl.tables.create(C, D, dtype=dtype)
     assert centers.shape == (C, D) and centers.dtype.name == dtype and not centers.trainable
     assert not centers.numpy().any()
@@ -43,7 +43,7 @@ def test_two_tables_do_not_share_memory():
 
 
 @pytest.mark.parametrize("wrong", [dict(num_classes=0), dict(dim=2.0), dict(dtype="float16")])
-def test_create_with_wrong_sizes(wrong):
+def test_wrong_sizes_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         tcl.tables.create(**dict(num_classes=C, dim=D) | wrong)
 
@@ -72,7 +72,7 @@ def test_a_table_that_no_memory_holds_is_an_early_error(initializer, make):
     ],
     ids=["zeros", "numbers", "container"],
 )
-def test_what_counts_as_room(monkeypatch, initializer, limit, rows):
+def test_a_table_fits_into_the_memory_that_counts(monkeypatch, initializer, limit, rows):
     files = {
         "meminfo": "MemTotal: 8 kB\nMemAvailable: 3 kB\nSwapTotal: 1 kB\nSwapFree: 1 kB",
         "memory.max": limit,
@@ -87,7 +87,7 @@ def test_what_counts_as_room(monkeypatch, initializer, limit, rows):
 
 
 @pytest.mark.parametrize("wrap", [lambda v: v, lambda v: keras.Variable(v)])
-def test_clear(centers, wrap):
+def test_a_cleared_table_is_zeros(centers, wrap):
     centers = wrap(centers)
     tcl.tables.clear(centers)
     assert centers.shape == (C, D) and not keras.ops.convert_to_numpy(centers).any()
@@ -196,7 +196,7 @@ def test_a_bad_file_changes_nothing(centers, name, words, tmp_path):
     assert np.array_equal(centers.numpy(), before)
 
 
-def test_a_file_that_is_not_there(centers, tmp_path):
+def test_a_missing_file_is_named(centers, tmp_path):
     with pytest.raises(FileNotFoundError, match="none.npy"):
         tcl.tables.load(centers, tmp_path / "none.npy")
 
@@ -261,7 +261,7 @@ def test_saving_into_no_folder_names_the_file(centers, tmp_path):
         ((np.ones([2, 5]), [0, C]), r"labels\[1\] = 37 is outside \[0, 37\)"),
     ],
 )
-def test_class_means_of_bad_batches(centers, batch, words):
+def test_bad_batches_change_nothing(centers, batch, words):
     before = centers.numpy()
     good = (np.ones([2, 5]), np.array([0, 1]))
     with pytest.raises(ValueError, match=words):

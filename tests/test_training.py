@@ -86,13 +86,13 @@ def test_a_schedule_is_saved_with_its_step(impl, batch, tmp_path):
 
 @pytest.mark.parametrize("name", ["loss_weight", "alpha"])
 @pytest.mark.parametrize("value", [-1.0, float("nan"), "0.5", True, tf.Variable([1.0])])
-def test_wrong_factors(name, value):
+def test_wrong_factors_are_refused(name, value):
     with pytest.raises((TypeError, ValueError), match=f"^{name}: expected"):
         tcl.CenterLoss(C, **{name: value})
 
 
 @pytest.mark.parametrize("name", ["loss_weight", "alpha"])
-def test_factors_that_are_set_later(name, batch):
+def test_factors_may_be_set_later(name, batch):
     layer = tcl.CenterLoss(C)
     layer(*batch, training=True)
     for value in (0.5, tf.Variable(0.5), keras.Variable(0.5, trainable=False)):
@@ -127,7 +127,7 @@ def test_the_distance_stands_beside_the_loss(impl, batch, capsys):
     np.testing.assert_allclose(result["centers_distance"], expected, rtol=1e-5)
 
 
-def test_without_the_metric(impl, batch):
+def test_the_metric_can_be_left_out(impl, batch):
     model = classifier(tcl.CenterLoss(C, impl=impl, distance_metric=False))
     assert set(model.fit([*batch], batch[1], verbose=0).history) == {"loss"}
 
@@ -153,7 +153,7 @@ def test_deferred_update_moves_once_by_all_batches(impl, batch):
         layer.apply_deferred_update()
 
 
-def test_apply_deferred_update_without_deferred_update(batch):
+def test_apply_deferred_update_needs_deferred_update(batch):
     layer = tcl.CenterLoss(C)
     layer(*batch, training=True)
     with pytest.raises(RuntimeError, match="deferred_update=True"):
@@ -180,7 +180,7 @@ def test_an_update_that_never_comes_is_an_error(batch):
 
 
 @pytest.mark.parametrize("steps_per_execution", [1, 3])
-def test_after_the_optimizer_step(impl, batch, steps_per_execution):
+def test_a_deferred_update_after_the_optimizer_gives_the_same(impl, batch, steps_per_execution):
     # The step uses the residual of the forward pass, so the time of the step does not matter.
     results = []
     for deferred, bases in ((False, ()), (True, (tcl.training.UpdateCentersAfterStep,))):
@@ -324,7 +324,7 @@ class OwnTrainStep:
         return {metric.name: metric.result() for metric in self.metrics}
 
 
-def test_a_train_step_of_ones_own(impl, batch):
+def test_a_custom_train_step_trains(impl, batch):
     results = []
     for bases in ((), (OwnTrainStep,)):
         keras.utils.set_random_seed(1)
@@ -430,7 +430,7 @@ def test_bfloat16_learns(impl, batch):
     assert losses[-1] < losses[0]
 
 
-def test_float64_throughout(impl, batch):
+def test_floatx_float64_trains(impl, batch):
     keras.config.set_floatx("float64")
     try:
         layer = tcl.CenterLoss(C, loss_weight=0.1, impl=impl)

@@ -72,7 +72,7 @@ def parameters(name):
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_signatures(name):
+def test_a_signature_is_as_documented(name):
     positional, keywords = SIGNATURES[name]
     both = inspect.Parameter.POSITIONAL_OR_KEYWORD
     assert {p.name: p.default for p in parameters(name) if p.kind is both} == positional
@@ -84,19 +84,19 @@ def test_signatures(name):
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_annotations(name):
+def test_every_parameter_is_annotated(name):
     assert [p.name for p in parameters(name) if p.annotation is REQUIRED] == []
     if not inspect.isclass(find(name)):
         assert inspect.signature(find(name)).return_annotation is not REQUIRED
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_docstrings(name):
+def test_a_docstring_begins_with_a_sentence(name):
     first, *_ = inspect.getdoc(find(name)).splitlines()
     assert first.endswith(".")
 
 
-def test_public_names():
+def test_public_names_are_in_all():
     names = {"center_loss", "update_centers", "CenterLoss", "CONVENTIONS", "compat", "build_info"}
     assert names <= set(tcl.__all__)
     assert all(hasattr(tcl, name) for name in tcl.__all__)
@@ -105,17 +105,17 @@ def test_public_names():
     assert public - modules <= set(tcl.__all__)
 
 
-def test_build_info():
+def test_build_info_has_its_keys():
     info = tcl.build_info()
     assert set(info) == {"native", "reason", "tf_built", "tf_running", "cuda", "xla", "library"}
     assert isinstance(info["native"], bool)
 
 
-def test_typed_marker():
+def test_the_package_is_marked_as_typed():
     assert resources.files(tcl).joinpath("py.typed").is_file()
 
 
-def test_import_is_quiet(tmp_path):
+def test_an_import_prints_nothing(tmp_path):
     done = run_program("import_the_package", cwd=tmp_path, check=False)
     assert (done.returncode, done.stdout) == (0, "")
     assert "Warning" not in done.stderr

@@ -19,7 +19,7 @@ def run(directory):
 
 @pytest.mark.native
 @pytest.mark.parametrize("broken", [False, True], ids=["missing", "broken"])
-def test_without_the_library_for_xla(native_library, tmp_path, broken):
+def test_without_the_library_xla_compiles_plain_ops(native_library, tmp_path, broken):
     copy = copy_package(tmp_path)
     library = copy / "libtf_center_loss_op.so"
     library.symlink_to(tcl.build_info()["library"])
@@ -32,7 +32,7 @@ def test_without_the_library_for_xla(native_library, tmp_path, broken):
     assert "libtf_center_loss_op_xla.so" in result["error"] and "pip install" in result["error"]
 
 
-def test_without_any_library(tmp_path):
+def test_without_any_library_there_is_one_warning(tmp_path):
     copy_package(tmp_path)
     result = run(tmp_path)
     assert result["info"]["native"] is False and result["info"]["xla"] == []
@@ -40,7 +40,7 @@ def test_without_any_library(tmp_path):
 
 
 @pytest.mark.native
-def test_with_the_library_for_xla(native_library):
+def test_the_library_for_xla_names_its_devices(native_library):
     info = tcl.build_info()
     assert info["xla"] == (["CPU", "GPU"] if info["cuda"] else ["CPU"])
 

@@ -18,7 +18,7 @@ start = memory("VmHWM")
 centers = tcl.tables.create(C, D, initializer=tcl.tables.RandomNormal(seed=0))
 tcl.update_centers(tf.ones([2, D]), [0, C - 1], centers, impl=impl)
 seen = dict(made=memory("VmHWM") - start)
-for what in "save", "load":  # without what is mapped of the file
+for what in "save", "load":  # without the pages of the mapped file
     forget_peak()
     before = memory("RssAnon")
     getattr(tcl.tables, what)(centers, "centers.npy")

@@ -22,6 +22,6 @@ def fit(classes, labels):
 
 
 labels = np.arange(256)
-fit(5000, labels)  # what TensorFlow allocates once
+fit(5000, labels)  # for what TensorFlow allocates once
 before, after = fit(2**20, labels * 4001)
 print(after - before)

@@ -24,7 +24,7 @@ labels = rng.integers(0, C, B)
 features = file[labels] + rng.random((B, D), np.float32) / 100
 # A step sets copy-on-read mode, in which a dense read copies.
 tcl.update_centers(features[:1], labels[:1], variable, alpha=1e-9)
-tcl.nearest.predict(features, file[:1000])  # what TensorFlow allocates once
+tcl.nearest.predict(features, file[:1000])  # for what TensorFlow allocates once
 process = psutil.Process()
 
 

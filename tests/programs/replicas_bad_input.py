@@ -33,7 +33,7 @@ for table in (mirrored_table, sharded_table):
         expected = truth.centers[first : first + len(rows)]
         np.testing.assert_allclose(rows, expected, rtol=1e-6)
 
-# A negative step size in a variable.
+# The variable of alpha holds a negative number.
 alpha = tf.Variable(-1.0)
 centers = mirrored_table(strategy)[0](start)
 with pytest.raises(tf.errors.InvalidArgumentError, match="alpha: expected a finite"):
@@ -44,7 +44,7 @@ with pytest.raises(ValueError, match=r"made in strategy.scope\(\)"):
 with strategy.scope():
     with pytest.raises(ValueError, match="expected a call in a replica"):
         tcl.center_loss(features[0], ids[0], centers)
-    # To look is allowed.
+    # A call without an update is allowed.
     tcl.center_loss(features[0], ids[0], centers, update_centers=False)
     with pytest.raises(ValueError, match="num_classes: expected at least one for each"):
         tcl.distribute.ShardedCenters(1, D)

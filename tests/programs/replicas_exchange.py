@@ -11,8 +11,8 @@ from tf_center_loss_op.distribute.global_batch import GlobalBatch
 
 strategy = mirrored(2)
 
-# Which form is smaller: by hand, D = 6, int32 labels; two replicas of four samples.
-# samples: 4 * (6 * 4 + 4) = 112 bytes each; a label: 6 * 4 + 16 = 40 bytes.
+# The smaller form by hand, for D = 6, int32 labels and two replicas of four samples. Samples take
+# 4 * (6 * 4 + 4) = 112 bytes on each replica (64 in float16), sums 6 * 4 + 16 = 40 bytes a label.
 with strategy.scope():
     centers = tf.Variable(tf.zeros([C, D]), trainable=False)
 
@@ -37,7 +37,7 @@ for dtype, labels, expected in [
     result = form(features, spread(strategy, [np.int32(part) for part in labels]))
     assert [bool(k) for k in strategy.experimental_local_results(result)] == [expected] * 2
 
-# 16-bit features in both forms: as one replica, copies alike.
+# 16-bit features in both forms give the results of one replica, with equal copies.
 for dtype, labels in [("float16", "few"), ("bfloat16", "distinct")]:
     features, ids = batches(2, 0, labels)
     features = [tf.cast(part, dtype).numpy() for part in features]

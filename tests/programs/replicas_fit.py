@@ -22,7 +22,7 @@ check_fit(
 )
 layer = check_fit(strategy, [{"steps": 2, "alpha": slower, "reduction": "sum"}])
 
-# All copies are loaded.
+# Loading a file or weights writes all copies.
 centers, table = layer.centers, copies(strategy, layer.centers.value)
 tcl.tables.save(centers, "centers.npy")
 centers.assign(tf.zeros_like(centers))

@@ -23,7 +23,7 @@ def whole(centers):
 random = tcl.tables.RandomNormal(1.0, seed=3)
 with strategy.scope():
     four = tcl.distribute.ShardedCenters(C, D, initializer=random)
-# The same numbers on any number of replicas, and as in a table that is not split.
+# A table has the same initial numbers with any number of shards, and without.
 expected = tcl.tables.create(C, D, initializer=random).numpy()
 assert np.array_equal(whole(four), expected)
 assert [first for first, _ in four.shards] == [0, 5, 11, 17]
@@ -37,7 +37,7 @@ one = tcl.distribute.ShardedCenters(C, D)
 tf.train.Checkpoint(centers=one).read("checkpoint").assert_consumed()
 assert np.array_equal(whole(one), expected)
 
-# And back; a second save replaces the first, and leaves none of its files.
+# A second save, from one replica to four, replaces the first and leaves none of its files.
 one.shards[0][1].assign(2 * expected)
 one.save("saved")
 tf.train.Checkpoint(centers=one).write("checkpoint")
@@ -49,7 +49,7 @@ with strategy.scope():
 tf.train.Checkpoint(centers=again).read("checkpoint").assert_consumed()
 assert np.array_equal(whole(again), 2 * expected)
 
-# A save that was cut off does not count.
+# A truncated save is refused.
 for path in os.listdir("saved"):
     if path.endswith(".npy"):
         os.truncate(os.path.join("saved", path), 100)
@@ -60,7 +60,7 @@ with pytest.raises(ValueError, match=r"folder: expected a table float32 \(3, 2\)
 with pytest.raises(FileNotFoundError, match="nothing"):
     again.load("nothing")
 
-# A whole model in Keras's files.
+# Keras saves and loads a whole model.
 model, _, layer = trained(strategy.scope(), sharded=True)
 model.save("model.keras")
 loaded = keras.saving.load_model(

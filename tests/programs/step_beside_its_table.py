@@ -37,7 +37,7 @@ def step(x, y):
         return loss, tape.gradient(loss, dense.kernel.value)
 
 
-# The model asks for the first device; the op runs beside its table.
+# The caller asks for the first device; the op runs on the device of the table.
 embedded = dense(x)
 assert embedded.device.endswith("CPU:0")
 with tf.device("CPU:0"):

@@ -51,7 +51,7 @@ def run(classes):
             tf.gather(variable[0], labels)
 
 
-run(1000)  # what TensorFlow allocates once
+run(1000)  # for what TensorFlow allocates once
 variable[0] = centers
 before = memory("VmHWM")
 run(C)

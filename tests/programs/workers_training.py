@@ -38,7 +38,7 @@ def train(features, labels):
     strategy.run(step, args=(features, labels))
 
 
-# All workers write, as some strategies require; all read what the first has written.
+# All workers write, as some strategies require; all restore the first one's checkpoint.
 state = tf.train.Checkpoint(kernel=kernel, centers=centers, done=done)
 latest = tf.train.latest_checkpoint("checkpoints-0")
 if latest:

@@ -28,7 +28,7 @@ check_functions(strategy, "auto", *sharded_table(strategy), cases=CASES[:2])
 check_functions(strategy, "auto", *mirrored_table(strategy), cases=CASES[:2], eager=True)
 check_fit(strategy, [{"loss": None, "ignore_class": 3}, {"sharded": True}])
 
-# Every worker writes its shard; one process reads all of them. Then the other way round.
+# Every worker writes its shard and one process reads all of them; then the reverse.
 with strategy.scope():
     two = tcl.distribute.ShardedCenters(C, D, initializer=tcl.tables.RandomNormal(1.0, seed=3))
 two.save("saved")
@@ -43,7 +43,7 @@ two.load(f"alone-{worker()}")
 first, part = two.shards[0]
 assert first == (0, 11)[worker()]
 assert np.array_equal(part.numpy(), expected[first : first + part.shape[0]])
-# Keras would write a file with a part of the table.
+# Keras would write a file with one shard only.
 with pytest.raises(ValueError, match=r"expected layer.centers.save\(folder\) on every worker"):
     two.save_own_variables({})
 backup = tcl.training.AtomicBackup("backup")
