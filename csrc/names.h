@@ -1,4 +1,5 @@
-// The names of rules and reductions, as every language spells them.
+// Parses the names of rules and reductions. The op attributes, XLA and the Python modules all
+// accept these names; each function returns false for any other name.
 
 #ifndef TF_CENTER_LOSS_OP_CSRC_NAMES_H_
 #define TF_CENTER_LOSS_OP_CSRC_NAMES_H_

@@ -9,7 +9,7 @@
 #include <utility>
 
 #include "absl/synchronization/mutex.h"
-#include "csrc/pool_threads.h"
+#include "csrc/thread_pool.h"
 #include "csrc/tensorflow/cpu_step.h"
 #include "csrc/tensorflow/huge_pages.h"
 #include "csrc/tensorflow/step_ops.h"
@@ -42,7 +42,7 @@ ParallelFor ThreadsOf(OpKernelContext* context) {
       (*context->runner())(std::move(task));
     }
   };
-  return OnThreads(schedule, PoolOf(context)->NumThreads());
+  return MakeParallelFor(schedule, PoolOf(context)->NumThreads());
 }
 
 // Large arrays on large pages.

@@ -7,7 +7,7 @@
 #include <string>
 #include <utility>
 
-#include "csrc/pool_threads.h"
+#include "csrc/thread_pool.h"
 #include "csrc/tensorflow/cpu_step.h"
 #include "csrc/tensorflow/xla_call.h"
 
@@ -22,7 +22,7 @@ ffi::Error RunOnCpu(ffi::RemainingArgs args, ffi::RemainingRets rets, StepKind k
   return WithStep(args, rets, kind, [&](auto& step, const auto* alpha, const auto* loss_weight) {
     step.options.alpha = *alpha;
     step.options.loss_weight = *loss_weight;
-    const absl::Status status = StepOnCpu(step, OnThreads(schedule, pool.num_threads()));
+    const absl::Status status = StepOnCpu(step, MakeParallelFor(schedule, pool.num_threads()));
     return status.ok() ? ffi::Error::Success()
                        : ffi::Error::InvalidArgument(std::string(status.message()));
   });
