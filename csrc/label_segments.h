@@ -1,10 +1,10 @@
 // Sorts the positions of a batch by label. A segment holds the samples of one label.
 //
 // This is a counting sort: a hash table numbers the distinct labels and counts their samples, then
-// each position is written to its place. Time and memory are O(B) and do not depend on the number of classes.
-// Segments are in the order in which their labels first occur, and the samples of a segment in
-// batch order, so that sums by segment have the same order on every run. This file reads labels
-// only; it knows neither features nor centers.
+// each position is written to its place. Time and memory are O(B) and do not depend on the number
+// of classes. Segments are in the order in which their labels first occur, and the samples of a
+// segment in batch order, so that sums by segment have the same order on every run. This file reads
+// labels only; it knows neither features nor centers.
 
 #ifndef TF_CENTER_LOSS_OP_CSRC_LABEL_SEGMENTS_H_
 #define TF_CENTER_LOSS_OP_CSRC_LABEL_SEGMENTS_H_
