@@ -1,12 +1,12 @@
 // The CPU kernel of the center loss step.
 //
 // The labels are sorted into segments (label_segments.h), and each segment is cut into chunks of at
-// most kChunkSamples samples. Threads share the chunks by the number of samples. A chunk reads its
-// features and its center once, writes the residuals and sums them in batch order. If a segment is
-// a single chunk, its center moves at once, while features and center are in the first-level cache.
-// Each chunk of a heavy segment, which has several, stores a partial sum instead. When all chunks
-// are done, the partial sums are added in order, in parallel over segments and column blocks, so
-// that a batch of one label uses all threads too.
+// most kChunkSamples samples. Threads share the chunks by the number of samples. For each chunk a
+// thread reads the features and the center once, writes the residuals and sums them in batch order.
+// If the segment is a single chunk, its center moves at once, while features and center are in the
+// first-level cache. A heavy segment has several chunks, each of which stores a partial sum. When
+// all chunks are done, the partial sums are added in order, in parallel over segments and column
+// blocks, so that a batch of one label uses all threads too.
 //
 // If all labels are distinct, the step moves B D (features + center read + center written +
 // residual) numbers.

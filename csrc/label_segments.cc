@@ -1,5 +1,9 @@
-// The counting sort of label_segments.h: one pass counts the samples of each label, one pass writes
-// their positions.
+// The counting sort of label_segments.h: one pass numbers the labels and counts their samples, one
+// pass writes the positions.
+//
+// The hash table is our own: it has slots of 4 bytes and is never rehashed. With
+// absl::flat_hash_map the sort took 2.3 to 4 times as long, with std::unordered_map 2 to 13 times,
+// and std::stable_sort took 2 to 44 times as long (measured at B = 64 to 65536).
 
 #include "csrc/label_segments.h"
 

@@ -131,7 +131,7 @@ void RequireArray(const CudaArray& array, const char* name, const std::string& d
 }
 
 // A scalar argument: a number, or an array of shape [] on the device.
-using Factor = std::variant<double, py::object>;
+using ScalarArgument = std::variant<double, py::object>;
 
 // Device memory as bytes, for any library that reads __cuda_array_interface__.
 struct CudaBytes {
@@ -225,9 +225,9 @@ class CudaStep {
 
   void Run(const py::object& features, const py::object& labels, const py::object& centers,
            const py::object& loss, const py::object& residual, const py::object& squared_distance,
-           const Factor& alpha, const std::string& rule, const std::string& reduction,
+           const ScalarArgument& alpha, const std::string& rule, const std::string& reduction,
            const py::object& sample_weight, std::optional<int64_t> ignore_class,
-           bool update_centers, const Factor& loss_weight, bool features_are_residuals,
+           bool update_centers, const ScalarArgument& loss_weight, bool features_are_residuals,
            uintptr_t stream) {
     const std::string type = Borrow(features, "features").dtype;
     const auto run = [&](auto feature) {
@@ -255,10 +255,11 @@ class CudaStep {
   template <typename Feature, typename Label>
   void RunTyped(const py::object& features, const CudaArray& y, const py::object& centers,
                 const py::object& loss, const py::object& residual,
-                const py::object& squared_distance, const Factor& alpha, const std::string& rule,
-                const std::string& reduction, const py::object& sample_weight,
-                std::optional<int64_t> ignore_class, bool update_centers, const Factor& loss_weight,
-                bool features_are_residuals, uintptr_t stream) {
+                const py::object& squared_distance, const ScalarArgument& alpha,
+                const std::string& rule, const std::string& reduction,
+                const py::object& sample_weight, std::optional<int64_t> ignore_class,
+                bool update_centers, const ScalarArgument& loss_weight, bool features_are_residuals,
+                uintptr_t stream) {
     using Center = CenterType<Feature>;
     const CudaArray x = Borrow(features, "features"), c = Borrow(centers, "centers");
     Require(x.shape.size() == 2, "features: expected shape [B, D], got " + x.ShapeText());

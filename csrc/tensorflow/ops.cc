@@ -1,4 +1,4 @@
-// Registers the ops: their signatures, documentation and shape functions. The shape functions
+// Registers the ops: their signatures and shape functions. The shape functions
 // report shape errors at trace time; the kernels (step_ops.h) check again what is unknown then.
 // Features are [B, D] here, because the Python package flattens [..., D].
 
