@@ -26,7 +26,8 @@ int Step(const Emulated& e) {
   step.options.has_ignore_class = e.has_ignore_class;
   step.options.ignore_class = e.ignore_class;
   step.options.update_centers = e.update_centers;
-  const Center alpha = static_cast<Center>(e.alpha), loss_weight = static_cast<Center>(e.loss_weight);
+  const Center alpha = static_cast<Center>(e.alpha),
+               loss_weight = static_cast<Center>(e.loss_weight);
   tcl::CudaOptions<Center> options;
   if (e.numbers_in_memory) {
     options.alpha = &alpha;
