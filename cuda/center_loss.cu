@@ -347,7 +347,6 @@ cudaError_t CurrentDevice(Device* device) {
 
 int64_t Largest(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t Smallest(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Shape {
   bool scans;     // ScanStep; otherwise HashStep

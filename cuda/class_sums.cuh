@@ -97,7 +97,7 @@ class ClassSums {
     }
   }
 
-  // Climbs the reduction tree until another warp has still to arrive. Returns whether this warp
+  // Climbs the reduction tree while this warp is the last to arrive at a node. Returns whether it
   // reached the root; `sum` and `finite` are then those of the whole class.
   __device__ bool ReachRoot(const Chunk& leaf, int slice, int64_t at, Vector& sum,
                             int* finite) const {
@@ -107,8 +107,8 @@ class ClassSums {
 #pragma unroll 1
     for (int width = 1; width < chunks; width *= kChunk, ++level) {  // chunks of a child
       const int child = chunk / width * width;
-      if (at < p_.dim)
-        StoreVector<Width, Cache::kNormal>(p_.PartialSum(first_row + child) + at, sum);
+      Center* const partial_sum = p_.PartialSum(first_row + child);
+      if (at < p_.dim) StoreVector<Width, Cache::kNormal>(partial_sum + at, sum);
       const int parent = chunk / width / kChunk * kChunk * width;
       const int row = first_row + parent;
       const int children = min((chunks - parent + width - 1) / width, kChunk);

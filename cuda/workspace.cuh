@@ -32,6 +32,8 @@ static_assert(kMostCudaSamples / kTiles < 1 << 16, "the samples of a tile are co
 constexpr int kSlotsPerSample = 8, kMaxSlotsPerSample = 16;
 constexpr int64_t kManySlots = 1 << 17;
 
+inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 inline int64_t HashSlots(int64_t batch) {
   int64_t slots = 1;
   while (slots < kSlotsPerSample * batch ||
@@ -154,13 +156,13 @@ WorkspaceBytes PlaceArrays(const CudaWorkspace& workspace, Parameters<Feature>* 
   int64_t levels = 1;  // of the reduction tree
   for (int64_t covered = kChunk * kChunk; covered < batch; covered *= kChunk) ++levels;
   p->partial_sum_rows = batch / (workspace.atomic ? 2 : kSamplesPerPartialSum) + 1;
-  const int64_t max_slices = (workspace.dim + kWarp - 1) / kWarp;  // of unaligned rows
+  const int64_t max_slices = CeilDiv(workspace.dim, kWarp);  // Width 1
 
   WorkspaceBytes bytes;
   const auto place = [&](auto*& array, int64_t count) {
     using Array = std::remove_reference_t<decltype(array)>;
     array = reinterpret_cast<Array>(reinterpret_cast<uintptr_t>(workspace.memory) + bytes.all);
-    bytes.all += (count * static_cast<int64_t>(sizeof(*array)) + 255) / 256 * 256;
+    bytes.all += CeilDiv(count * static_cast<int64_t>(sizeof(*array)), 256) * 256;
   };
   place(p->header, 1);
   place(p->table[0], slots);
