@@ -1,35 +1,36 @@
-// The kernels and their launchers (center_loss_cuda.h is their contract). One launch does a whole
+// The kernels and their launchers (center_loss_cuda.h is the interface). One launch does a whole
 // step: it reads features, labels and centers, and writes residuals, loss and moved centers.
 //
 // One warp processes each sample (warp_step.cuh). A center may move only when all samples of its
-// class have read it. The warp of a sample that is alone in its class moves the center at once; for
-// a pair, one warp processes both samples and does the same. A large class (three samples or more)
-// is moved by its sum of residuals, computed after its samples were processed (class_sums.cuh).
+// class have read it. If a sample is alone in its class, its warp moves the center at once. A pair
+// is processed by one warp, which does the same. The center of a large class (three samples or
+// more) moves later, by a sum of residuals that needs all its samples processed (class_sums.cuh).
 //
-// ScanStep, for small batches, has no grid barrier, because that would take longer than its work:
+// ScanStep, for small batches, spares them the latency of a hash table and of grid barriers:
 //   1. Each block copies all labels to shared memory (scanned_labels.cuh).
 //   2. Each warp scans them for the class of its sample and processes the sample.
-//   3. The samples of a chunk of a large class arrive at a counter. The block of the last one sums
-//      the residuals of the chunk; a block barrier distributes the columns over its warps.
+//   3. Each sample of a large class arrives at the counter of its chunk. The block of the last one
+//      sums the residuals of the chunk; a block barrier first hands the chunk to all its warps.
 //   4. The last block adds up the losses (loss_sum.cuh).
 //
-// HashStep, for large batches, is a cooperative launch, because its grid barriers need all blocks:
+// HashStep, for large batches, is a cooperative launch, because grid barriers need all blocks:
 //   1. All blocks insert their labels into a hash table (hashed_labels.cuh).
-//      Grid barrier labels_counted: the size of every class is final. Between arrival and wait, a
-//      warp prefetches its first sample, and the block clears the tables of the next launch.
-//   2. The blocks rank the samples of multi-chunk classes.
-//   3. Each warp processes its samples and lists the chunks of the large classes that they own.
-//      Grid barrier centers_read, only if there are large classes: their centers may move, and the
-//      ranks and the list of chunks are complete. Meanwhile the losses are added up (loss_sum.cuh).
-//   4. The warps share the chunks and columns of the large classes and sum their residuals.
+//      Grid barrier labels_counted: afterwards the size of every class is final. Between arrival
+//      and wait, each warp prefetches a sample and the block clears the tables of the next launch.
+//   2. The blocks rank the samples of multi-chunk classes, if there are any.
+//   3. Each warp processes samples, and lists the chunks of those large classes whose owners are
+//      among them.
+//      Grid barrier centers_read, if there are large classes: afterwards their centers may move,
+//      and ranks and chunks are known. Between arrival and wait, the losses are added up.
+//   4. The warps sum the residuals of the large classes, a column slice of a chunk at a time.
 //   5. The last block stores the loss and makes the other set of tables the current one.
 // With `atomic` there are no steps 2 and 4: the samples of a class add their residuals to one
-// partial sum in the order of arrival, and the last one moves the center. Otherwise the labels
-// alone fix the order of all additions, so the results are deterministic.
+// partial sum in the order of arrival, and the last one moves the center. Otherwise the inputs
+// alone fix the order of all additions, so that the results are deterministic.
 //
-// Bytes moved if all labels are distinct: B D numbers each of features, centers read, centers
-// written, and residuals.
+// If all labels are distinct, a launch moves 4 B D numbers: features, residuals, and centers twice.
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cuda/center_loss_cuda.h"
@@ -345,9 +346,6 @@ cudaError_t CurrentDevice(Device* device) {
   return cudaSuccess;
 }
 
-int64_t Largest(int64_t a, int64_t b) { return a > b ? a : b; }
-int64_t Smallest(int64_t a, int64_t b) { return a < b ? a : b; }
-
 struct Shape {
   bool scans;     // ScanStep; otherwise HashStep
   bool overlaps;  // programmatic dependent launch
@@ -363,7 +361,8 @@ cudaError_t ShapeOf(const CudaTuning& tuning, int64_t batch, bool atomic, Shape*
   shape->threads = shape->scans ? tuning.scan_threads : tuning.hash_threads;
   // HashStep needs all blocks resident. ScanStep does not; more blocks balance the load.
   const int64_t most = device.multiprocessors * int64_t{shape->scans ? 8 : tuning.hash_blocks};
-  shape->blocks = Largest(Smallest(CeilDiv(batch, shape->threads / kWarp), most), 1);
+  shape->blocks =
+      std::max<int64_t>(std::min<int64_t>(CeilDiv(batch, shape->threads / kWarp), most), 1);
   return cudaSuccess;
 }
 
@@ -408,14 +407,13 @@ cudaError_t LaunchStep(const Parameters<Feature>& p, void* stream) {
   return Launch(HashStep<Feature, Width, false>, shape, shared, p, stream);
 }
 
-bool IsPowerOfTwo(int number) { return number > 0 && (number & (number - 1)) == 0; }
-
 bool IsValid(const CudaTuning& tuning) {
+  const auto is_power_of_two = [](int number) { return (number & (number - 1)) == 0; };
   for (const CudaTuningField& field : kCudaTuning) {
     const int value = tuning.*field.value;
     if (value < field.least || value > field.largest) return false;
   }
-  return IsPowerOfTwo(tuning.scan_threads) && IsPowerOfTwo(tuning.hash_threads);
+  return is_power_of_two(tuning.scan_threads) && is_power_of_two(tuning.hash_threads);
 }
 
 bool Aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -487,8 +485,8 @@ int BackwardOnCuda(const CenterType<Feature>* upstream, bool per_sample,
   Device device;
   if (const cudaError_t error = CurrentDevice(&device); error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
-  config.gridDim =
-      dim3(static_cast<unsigned>(Smallest(CeilDiv(batch, 8), int64_t{8} * device.multiprocessors)));
+  config.gridDim = dim3(static_cast<unsigned>(
+      std::min<int64_t>(CeilDiv(batch, 8), int64_t{8} * device.multiprocessors)));
   config.blockDim = dim3(256);
   config.stream = static_cast<cudaStream_t>(stream);
   return cudaLaunchKernelEx(&config, Backward<Feature>, upstream, per_sample, residual, gradient,

@@ -56,9 +56,6 @@ enum class Cache {
   kSpeculative,  // another warp may write the data now; the caller then discards the value
 };
 
-template <typename T>
-using Word = std::conditional_t<sizeof(T) == 2, unsigned short, T>;
-
 template <Cache cache, typename T>
 __device__ __forceinline__ T LoadWord(const T* address) {
   if constexpr (cache == Cache::kStreamed) return __ldcs(address);
@@ -76,13 +73,16 @@ __device__ __forceinline__ void StoreWord(T* address, T value) {
   }
 }
 
-// The type that moves Width numbers in one access: 16 bytes, or 8 bytes for 16-bit numbers.
+// The type that moves Width numbers in one access: 16 bytes, or 8 bytes for 16-bit numbers. Width 1
+// moves a single number.
 template <int Width, typename T>
-using Vector = std::conditional_t<Width * sizeof(T) == 16, uint4, uint2>;
+using Vector =
+    std::conditional_t<Width != 1, std::conditional_t<Width * sizeof(T) == 16, uint4, uint2>,
+                       std::conditional_t<sizeof(T) == 2, unsigned short, T>>;
 
 template <int Width, Cache cache, typename T>
 __device__ __forceinline__ void LoadVector(const T* address, CenterType<T>* out) {
-  using Bytes = std::conditional_t<Width == 1, Word<T>, Vector<Width, T>>;
+  using Bytes = Vector<Width, T>;
   static_assert(sizeof(Bytes) == Width * sizeof(T), "a vector is one access");
   const Bytes bytes = LoadWord<cache>(reinterpret_cast<const Bytes*>(address));
   T numbers[Width];
@@ -93,36 +93,25 @@ __device__ __forceinline__ void LoadVector(const T* address, CenterType<T>* out)
 
 template <int Width, Cache cache, typename T>
 __device__ __forceinline__ void StoreVector(T* address, const T* in) {
-  using Bytes = std::conditional_t<Width == 1, Word<T>, Vector<Width, T>>;
+  using Bytes = Vector<Width, T>;
   static_assert(sizeof(Bytes) == Width * sizeof(T), "a vector is one access");
   Bytes bytes;
   memcpy(&bytes, in, sizeof(bytes));
   StoreWord<cache>(reinterpret_cast<Bytes*>(address), bytes);
 }
 
-template <int Count, typename T>
-__device__ __forceinline__ void AddOneByOne(T* address, const T* in) {
-#pragma unroll
-  for (int e = 0; e < Count; ++e) atomicAdd(address + e, in[e]);
-}
-
-__device__ __forceinline__ void AddFour(float* address, const float* in) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  atomicAdd(reinterpret_cast<float4*>(address), float4{in[0], in[1], in[2], in[3]});
-#else
-  AddOneByOne<4>(address, in);
-#endif
-}
-
 // Adds each of Width numbers atomically, in one instruction where the device has one.
 template <int Width, typename T>
 __device__ __forceinline__ void AddVector(T* address, const T* in) {
-  if constexpr (Width == 4 && std::is_same_v<T, float>) {
-    AddFour(address, in);
-  } else {
-    AddOneByOne<Width>(address, in);
-  }
+#pragma unroll
+  for (int e = 0; e < Width; ++e) atomicAdd(address + e, in[e]);
 }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+template <>
+__device__ __forceinline__ void AddVector<4>(float* address, const float* in) {
+  atomicAdd(reinterpret_cast<float4*>(address), float4{in[0], in[1], in[2], in[3]});
+}
+#endif
 
 // The first column of this lane's vector `vector` in the pass that starts at `column`.
 template <int Width>
@@ -158,8 +147,7 @@ __device__ __forceinline__ void StoreRow(T* row, int64_t column, int64_t dim,
 }
 
 // The sum over the lanes, in every lane. The butterfly fixes the order of the additions, so sums of
-// floating-point numbers have reproducible bits. CUB and cooperative groups do not specify the
-// order of theirs.
+// floating-point numbers have reproducible bits. (CUB and cooperative groups specify no order.)
 template <typename T>
 __device__ __forceinline__ T WarpSum(T value) {
 #pragma unroll
@@ -167,6 +155,13 @@ __device__ __forceinline__ T WarpSum(T value) {
     value += __shfl_xor_sync(kAllLanes, value, other);
   }
   return value;
+}
+__device__ __forceinline__ int WarpSum(int value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return __reduce_add_sync(kAllLanes, value);  // the order does not matter for int
+#else
+  return WarpSum<int>(value);
+#endif
 }
 
 // The sums over the lanes of Count values each (a power of two): lane l gets the sum of
