@@ -45,26 +45,7 @@
 namespace tcl {
 namespace {
 
-// Small blocks spread the small batches of ScanStep over more multiprocessors.
-constexpr int kMaxScanThreads = 128, kMaxHashThreads = 256;
-
-}  // namespace
-
-constexpr CudaTuningField kCudaTuning[] = {
-    {"scan_batch", &CudaTuning::scan_batch, 0, 4096},
-    {"scan_threads", &CudaTuning::scan_threads, 64, kMaxScanThreads},
-    {"hash_threads", &CudaTuning::hash_threads, 64, kMaxHashThreads},
-    {"hash_blocks", &CudaTuning::hash_blocks, 1, 8},
-    {"wait_ns", &CudaTuning::wait_ns, 0, 1000},
-    {"overlap", &CudaTuning::overlap, 0, 1},
-};
-
-const char* const kCudaPhaseNames[] = {"begun",       "labels here", "labels counted",
-                                       "ranks known", "own samples", "all samples",
-                                       "class sums",  "loss"};
-
-namespace {
-
+// The order of kCudaPhaseNames.
 enum Phase { kBegun, kLabelsHere, kCounted, kRanked, kOwnDone, kAllDone, kSumsDone, kLossDone };
 
 // Arrives at the counter of a sample's chunk, once for the warp. Returns whether the warp is the
@@ -181,8 +162,8 @@ __global__ void __launch_bounds__(kMaxHashThreads, 2)
   HashedLabels<Feature> labels(p, parity);
   Counters& counters = p.header->counters[parity];
   const int blocks = static_cast<int>(gridDim.x);
-  // In a round each lane has one sample. The samples of a warp are warps + 1 apart, so that
-  // adjacent samples, and labels that repeat with a period, go to different warps.
+  // In a round each lane has one sample. The samples of a warp are warps + 1 apart, so adjacent
+  // samples, and labels that repeat with a period, go to different warps.
   const int warps = blocks * static_cast<int>(blockDim.x) / kWarp;
   const int warp = WarpOfBlock() * blocks + static_cast<int>(blockIdx.x);
   const int round = kWarp * warps;
@@ -216,9 +197,8 @@ __global__ void __launch_bounds__(kMaxHashThreads, 2)
     // Load again: keeping the rows during the ranking would cost registers.
     if (warp < p.batch) step.Load(warp, __shfl_sync(kAllLanes, own_label, 0), 0, &rows);
   }
-  // Multiprocessors get unequal memory bandwidth. So in a large batch only three quarters of the
-  // samples are assigned to warps in advance (at most one for each lane). Warps take the others by
-  // tickets.
+  // Multiprocessors get unequal memory bandwidth. So of a large batch, only three quarters (at most
+  // one sample for each lane) are assigned in advance. The warps take the others by tickets.
   const int share = p.batch / warps;
   const int assigned = share < 6 ? kWarp : min(share * 3 / 4, kWarp);  // of a warp
   const int begin = min(assigned * warps, p.batch);                    // of the other samples
@@ -418,15 +398,11 @@ bool IsValid(const CudaTuning& tuning) {
 
 bool Aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-template <typename Feature>
-WorkspaceBytes BytesFor(const CudaWorkspace& workspace) {
-  Parameters<Feature> p;
-  return PlaceArrays(workspace, &p);
-}
-
 WorkspaceBytes BytesOf(const CudaWorkspace& workspace) {
-  return workspace.center_size == sizeof(double) ? BytesFor<double>(workspace)
-                                                 : BytesFor<float>(workspace);
+  Parameters<double> wide;
+  Parameters<float> narrow;
+  return workspace.center_size == sizeof(double) ? PlaceArrays(workspace, &wide)
+                                                 : PlaceArrays(workspace, &narrow);
 }
 
 }  // namespace

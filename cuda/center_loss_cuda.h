@@ -15,8 +15,7 @@ namespace tcl {
 constexpr int64_t kMostCudaSamples = int64_t{1} << 22;
 
 // Launch constants. `python -m bench.gpu --tune` compares other values with these defaults. The
-// first three also determine the order in which the losses are added up, and so the last bits of
-// the loss.
+// first three also determine the order in which the losses are added up.
 struct CudaTuning {
   int scan_batch = 1024;   // largest batch of the scan kernel; larger ones use the hash kernel
   int scan_threads = 128;  // block size of the scan kernel: 64 or 128
@@ -33,8 +32,17 @@ struct CudaTuningField {
   int least;
   int largest;
 };
-constexpr int kCudaTuningFields = 6;
-extern const CudaTuningField kCudaTuning[kCudaTuningFields];
+// Small blocks spread the small batches of the scan kernel over more multiprocessors.
+constexpr int kMaxScanThreads = 128, kMaxHashThreads = 256;
+inline constexpr CudaTuningField kCudaTuning[] = {
+    {"scan_batch", &CudaTuning::scan_batch, 0, 4096},
+    {"scan_threads", &CudaTuning::scan_threads, 64, kMaxScanThreads},
+    {"hash_threads", &CudaTuning::hash_threads, 64, kMaxHashThreads},
+    {"hash_blocks", &CudaTuning::hash_blocks, 1, 8},
+    {"wait_ns", &CudaTuning::wait_ns, 0, 1000},
+    {"overlap", &CudaTuning::overlap, 0, 1},
+};
+constexpr int kCudaTuningFields = sizeof(kCudaTuning) / sizeof(kCudaTuning[0]);
 
 // Device memory for hash tables, counters, partial sums and mailboxes. All of it must be zero
 // before its first launch; every launch leaves it ready for the next one. Launches that share a
@@ -56,8 +64,10 @@ int64_t CudaWorkspaceBytes(const CudaWorkspace& workspace);
 int64_t CudaWorkspaceClearBytes(const CudaWorkspace& workspace);
 
 // The points of a launch at which the blocks record the time, see CudaOptions::clock.
-constexpr int kCudaPhases = 8;
-extern const char* const kCudaPhaseNames[kCudaPhases];
+inline constexpr const char* kCudaPhaseNames[] = {"begun",       "labels here", "labels counted",
+                                                  "ranks known", "own samples", "all samples",
+                                                  "class sums",  "loss"};
+constexpr int kCudaPhases = sizeof(kCudaPhaseNames) / sizeof(kCudaPhaseNames[0]);
 
 // The options of a launch beyond StepOptions.
 template <typename Center>
@@ -73,8 +83,7 @@ struct CudaOptions {
   uint64_t* clock = nullptr;
 };
 
-// The number of blocks that a launch of this batch has on the current device, or a negative
-// cudaError_t.
+// The number of blocks of a launch of this batch on the current device, or minus the cudaError_t.
 int64_t CudaBlocks(const CudaWorkspace& workspace, int64_t batch);
 
 // Enqueues the step on `stream` as one kernel launch and returns immediately. All pointers of

@@ -30,10 +30,9 @@ class HashedLabels {
         table_(p.table[parity]),
         duplicates_(p.duplicates[parity]) {}
 
-  // Inserts a sample for each lane; a lane without one has i >= B. Returns the owner of its class,
-  // or -1 if `is_member` is false: the step moves no center of this label. With `atomic`, every
-  // class of several samples gets a partial sum. Equal labels of a warp take one insertion and one
-  // addition.
+  // Inserts one sample for each lane (i >= B: none). Returns the owner of its class, or -1 if
+  // `is_member` is false: no center of this label moves. With `atomic`, every class of several
+  // samples gets a partial sum. The lanes with equal labels share one insertion and one atomicAdd.
   __device__ int Insert(int i, int64_t label, bool is_member, bool atomic) {
     const unsigned same = __match_any_sync(kAllLanes, is_member ? label : -1 - Lane());
     const int leader = __ffs(static_cast<int>(same)) - 1;
@@ -66,7 +65,7 @@ class HashedLabels {
     if (Lane() == 0 && counted > 0) atomicAdd(&counters_->counted.value, counted);
   }
 
-  // Valid after the labels-counted barrier.
+  // The following functions are valid after the grid barrier labels_counted.
   __device__ int Counted() const {
     return p_.options.has_ignore_class ? __ldcg(&counters_->counted.value) : p_.batch;
   }
@@ -97,7 +96,7 @@ class HashedLabels {
     }
   }
 
-  // Ranks this block's part of the samples of multi-chunk classes.
+  // Ranks this block's share of the samples of multi-chunk classes.
   __device__ void RankMultiChunk() {
     const int threads = static_cast<int>(gridDim.x * blockDim.x);
     const int thread = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
@@ -110,7 +109,7 @@ class HashedLabels {
   // Takes a ticket for the next kSamplesPerTicket samples. One lane calls it.
   __device__ int TakeTicket() { return atomicAdd(&counters_->tickets.value, 1); }
 
-  // Valid after the centers-read barrier.
+  // The following functions are valid after the grid barrier centers_read.
   __device__ int Chunks() const { return __ldcg(&counters_->chunks.value); }
 
   // The chunk with this index in the list, and its samples in batch order.
@@ -133,8 +132,8 @@ class HashedLabels {
     return chunk;
   }
 
-  // Clears this block's part of the set of the next launch. The first warp does not take part: it
-  // polls the grid barrier meanwhile.
+  // Clears this block's share of the set of the next launch. The first warp does not take part,
+  // because it polls the grid barrier.
   __device__ static void ClearNext(const Parameters<Feature>& p, int parity) {
     const int own_threads = static_cast<int>(blockDim.x) - kWarp;
     const int thread =

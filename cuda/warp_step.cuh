@@ -57,9 +57,8 @@ class WarpStep {
     return p_.loss != nullptr && p_.options.reduction != Reduction::kNone;
   }
 
-  // Loads the rows of sample i, perhaps before the warp knows its class. If the sample turns out to
-  // be the second one of a pair, the warp of the first may be moving the center: the value is
-  // unused.
+  // Loads the rows of sample i, perhaps before its class is known. If the sample is then the second
+  // one of a pair, the pair's warp may be moving the center, and the loaded value is not used.
   __device__ void Load(int i, int64_t label, int64_t column, Rows* rows) const {
     LoadRow<Width, Cache::kStreamed>(p_.Features(i), column, p_.dim, rows->row);
     const bool subtracts = !p_.features_are_residuals && p_.InTable(label);
@@ -93,8 +92,7 @@ class WarpStep {
     if (stores) StoreLoss(own, SampleWeight(own) * (squares / 2), squares);
     if (use == Use::kNone) return 0;
 
-    // Finite squares imply finite features. Squares can overflow, so others need a check of the
-    // row.
+    // Finite squares imply finite features. The converse fails on overflow: then check the row.
     const unsigned unsure = __ballot_sync(kAllLanes, stores && !IsFinite(squares));
     const bool is_finite = (unsure & 1) == 0 || RowIsFinite(i);
     if (use == Use::kDefer) return is_finite;

@@ -106,8 +106,8 @@ struct Parameters {
   int* members;            // [B, kChunk] owner: positions of the first 31 duplicates to be counted
   int* owner_of;           // [B] owner of the sample's class; -1: the sample moves no center
   int* multi_chunk_index;  // [B] owner: index of the multi-chunk class
-  // [multi-chunk classes, kTiles] the class's samples of a tile: number in the upper half, offset
-  // in the tile's part of tile_order in the lower half.
+  // [multi-chunk classes, kTiles] the range of the class in the tile: number of samples in the
+  // upper half, offset from the tile's first entry of tile_order in the lower half.
   unsigned* tile_ranges;
   int* tile_order;         // [B] positions, tile by tile; in a tile by class, then by position
   int* first_chunk;        // [B] owner: index in owner_of_chunk of the first chunk of a large class
