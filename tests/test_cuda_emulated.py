@@ -191,11 +191,7 @@ def test_one_launch_needs_only_the_first_bytes_zero(sizes, atomic):
 
 
 def must_be_zero(memory, batch, dim, atomic):
-<<<<<<< HEAD
-    """The bytes that must be zero between launches, by Layout of workspace.cuh."""
-=======
     """What has to be zero between launches; the places are those of PlaceArrays in workspace.cuh."""
->>>>>>> 4d1581b720a2c84559be25379b690566b608c145
     chunk, tiles, slots = 32, 128, hash_slots(batch)
     levels = 1
     while chunk ** (levels + 1) < batch:
