@@ -540,7 +540,7 @@ def layer_model(impl, jit, **options):
 
 def everything():
     decay = keras.optimizers.schedules.ExponentialDecay
-    schedules = {"weight": decay(0.1, 2, 0.9), "alpha": decay(0.5, 2, 0.5)}
+    schedules = {"loss_weight": decay(0.1, 2, 0.9), "alpha": decay(0.5, 2, 0.5)}
     return schedules | {"deferred_update": True, "ignore_class": 2, "reduction": "sum"}
 
 

@@ -150,12 +150,29 @@ def _to_centers(
             labels, rows = tf.where(counted, labels, 0), tf.where(counted[:, tf.newaxis], rows, 0)
         else:
             labels, rows = tf.boolean_mask(labels, counted), tf.boolean_mask(rows, counted)
-    return tf.IndexedSlices(rows, labels, tf.raw_ops.VariableShape(input=handle))
+    # A tensor of this graph: TensorFlow does not capture the indices of a gradient in every case.
+    labels = tf.identity(labels)
+    return tf.IndexedSlices(rows, labels, private_apis.variable_shape(handle))
 
 
 def _counted(op: tf.Operation, labels: tf.Tensor) -> tf.Tensor:
     """[B], whether a sample is not ignored; compared as int64, as the kernels do."""
     return tf.not_equal(tf.cast(labels, tf.int64), op.get_attr("ignore_class"))
+
+
+def _factor(op: Any, labels: tf.Tensor, factors: list[tf.Tensor]) -> tf.Tensor:
+    """[B], f_i in d loss / d x_i = f_i * (x_i - c_{y_i})."""
+    dtype = op.get_attr("Tcenters")
+    factor = tf.fill(tf.shape(labels), tf.constant(op.get_attr("constant_loss_weight"), dtype))
+    for given in factors:
+        factor *= given
+    count = tf.ones_like(factor)
+    if op.get_attr("has_ignore_class"):
+        counted = _counted(op, labels)
+        count, factor = tf.cast(counted, dtype), tf.where(counted, factor, 0)
+    if op.get_attr("reduction") in ("mean", b"mean"):
+        factor = tf.math.divide_no_nan(factor, tf.reduce_sum(count))
+    return factor
 
 
 @tf.RegisterGradient("TclCenterLossStep")
@@ -198,18 +215,104 @@ def _backward_gradient(op: tf.Operation, g: tf.Tensor) -> list[Any]:
     per_sample = tf.reduce_sum(g * tf.cast(residual, dtype), axis=1)
     d_upstream = [per_sample if u.shape.rank == 1 else tf.reduce_sum(per_sample) for u in upstream]
 
-    factor = tf.fill(tf.shape(labels), tf.constant(op.get_attr("constant_loss_weight"), dtype))
-    for given in loss_weight + sample_weight + upstream:
-        factor *= given
-    count = tf.ones_like(factor)
-    if op.get_attr("has_ignore_class"):
-        counted = _counted(op, labels)
-        count, factor = tf.cast(counted, dtype), tf.where(counted, factor, 0)
-    if op.get_attr("reduction") == b"mean":
-        factor = tf.math.divide_no_nan(factor, tf.reduce_sum(count))
+    factor = _factor(op, labels, loss_weight + sample_weight + upstream)
     rows = g * factor[:, tf.newaxis]
 
     d_centers = [_to_centers(op, handle, labels, rows) for handle in centers]
     d_features = tf.cast(rows, features.dtype)
     no_gradient = [None] * len(loss_weight + sample_weight)
     return [None, *d_upstream, d_features, None, *no_gradient, *d_centers]
+
+
+# ------------------------------------------------------------------------------ forward mode
+
+
+class _Attributes:
+    """The attributes of an op, as `tf.Operation.get_attr` returns them."""
+
+    def __init__(self, pairs: tuple):
+        self._values = dict(zip(pairs[::2], pairs[1::2], strict=True))
+
+    def get_attr(self, name: str) -> Any:
+        """The value of an attribute."""
+        return self._values[name]
+
+
+def _in_table(labels: tf.Tensor, num_classes: tf.Tensor) -> tf.Tensor:
+    """The labels, 0 for one outside the table: an ignored sample, whose factor is zero."""
+    is_row = (labels >= 0) & (tf.cast(labels, tf.int64) < tf.cast(num_classes, tf.int64))
+    return tf.where(is_row, labels, 0)
+
+
+def _residual_tangent(
+    features: tf.Tensor, labels: tf.Tensor, centers: list[tf.Tensor | None], dtype: tf.DType
+) -> tf.Tensor:
+    """The tangent of x_i - c_{y_i}, from the tangents of features and centers, None for zero."""
+    tangent = tf.cast(features, dtype)
+    for table in centers:
+        if table is not None:
+            tangent -= tf.gather(table, _in_table(labels, tf.shape(table)[0]))
+    return tangent
+
+
+def _loss_outputs(op: _Attributes, products: tf.Tensor, outputs: list) -> list[tf.Tensor]:
+    """The tangents of loss, residual_bits and squared_distance.
+
+    The last two are zero: integers have none, and the public functions return the squared distance
+    without a gradient. With None in their place, a forward mode around this one would fail.
+    """
+    axis = 1 if op.get_attr("reduction") in ("none", b"none") else None
+    loss = tf.reduce_sum(products, axis=axis)
+    return [loss, *(tf.zeros_like(other) for other in outputs[1:])]
+
+
+def _step_forward(attributes: tuple, inputs: list, outputs: list, tangents: list) -> list:
+    """The centers have moved, so the gradient f_i * (x_i - c_{y_i}) comes from the outputs."""
+    op = _Attributes(attributes)
+    _, features, labels, *rest = inputs
+    loss_weight, sample_weight, _ = _split_weights(op, rest[len(op.get_attr("Talpha")) :])
+    dtype = outputs[0].dtype
+    wide = tf.cast(features, dtype)
+    gradient = _backward(op, [], outputs[1], wide, labels, loss_weight, sample_weight, [])
+    return _loss_outputs(op, gradient * tf.cast(tangents[1], dtype), outputs)
+
+
+def _center_loss_forward(attributes: tuple, inputs: list, outputs: list, tangents: list) -> list:
+    """In TensorFlow's own ops, which any mode of differentiation goes through again."""
+    op = _Attributes(attributes)
+    handle, features, labels, *rest = inputs
+    loss_weight, sample_weight, _ = _split_weights(op, rest)
+    dtype = outputs[0].dtype
+    read = _in_table(labels, private_apis.variable_shape(handle)[0])
+    rows = tf.raw_ops.ResourceGather(resource=handle, indices=read, dtype=dtype)
+    factor = _factor(op, labels, [*loss_weight, *sample_weight])[:, tf.newaxis]
+    tangent = _residual_tangent(tangents[1], labels, [tangents[0]], dtype)
+    residual = tf.cast(features, dtype) - rows
+    products = tf.where(tf.equal(factor, 0), 0, factor * residual * tangent)
+    return _loss_outputs(op, products, outputs)
+
+
+def _backward_forward(attributes: tuple, inputs: list, outputs: list, tangents: list) -> list:
+    """The tangent of upstream_i * f_i * (x_i - c_{y_i})."""
+    op = _Attributes(attributes)
+    upstreams = len(op.get_attr("Tupstream"))
+    upstream, (features, labels, *rest) = inputs[1 : 1 + upstreams], inputs[1 + upstreams :]
+    loss_weight, sample_weight, centers = _split_weights(op, rest)
+    dtype = tf.as_dtype(op.get_attr("Tcenters"))
+    table_tangents = tangents[len(tangents) - len(centers) :]
+    tangent = _residual_tangent(tangents[1 + upstreams], labels, table_tangents, dtype)
+    factor = _factor(op, labels, [*loss_weight, *sample_weight, *upstream])
+    result = factor[:, tf.newaxis] * tangent
+    for upstream_tangent in tangents[1 : 1 + upstreams]:
+        gradient = _backward(
+            op, [], inputs[0], features, labels, loss_weight, sample_weight, centers
+        )
+        if upstream_tangent.shape.rank == 1:
+            upstream_tangent = upstream_tangent[:, tf.newaxis]
+        result += tf.cast(gradient, dtype) * upstream_tangent
+    return [tf.cast(result, features.dtype)]
+
+
+private_apis.register_forward_mode("TclCenterLossStep", _step_forward)
+private_apis.register_forward_mode("TclCenterLoss", _center_loss_forward)
+private_apis.register_forward_mode("TclCenterLossBackward", _backward_forward)

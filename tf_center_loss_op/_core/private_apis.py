@@ -75,6 +75,12 @@ variable_accessed: Callable[[tf.Variable], None] = _imported(
     "variable_accessed",
     "to put a variable on the gradient tape that an op reads through its handle, as tf.gather does",
 )
+variable_shape: Callable[[tf.Tensor], tf.Tensor] = _imported(
+    "tensorflow.python.ops.resource_variable_ops",
+    "variable_shape",
+    "to get the shape of a variable from its handle as a constant, because forward mode cannot "
+    "differentiate the op VariableShape",
+)
 _graph_or_parents_in_xla_context = _imported(
     "tensorflow.python.ops.control_flow_util",
     "GraphOrParentsInXlaContext",
@@ -115,8 +121,23 @@ _LOOPS_AND_BRANCHES = tuple(
 )
 
 
+_forward_mode_rules: dict[str, Callable] = _imported(
+    "tensorflow.python.eager.forwardprop",
+    "_SPECIAL_CASES",
+    "to differentiate the fused op in forward mode: TensorFlow's own way, the transpose of the "
+    "gradient function, has no place for an op that takes the handle of a variable",
+)
+
+
 # The attribute that tf.function gives to an op that `run_independently` was called for.
 _INDEPENDENT = "_independent_side_effects"
+
+
+def register_forward_mode(
+    op_name: str, rule: Callable[[tuple, list, list, list], list[tf.Tensor | None]]
+) -> None:
+    """Sets rule(attributes, inputs, outputs, tangents of inputs) -> tangents of outputs."""
+    _forward_mode_rules[op_name] = rule
 
 
 def will_compile_with_xla(graph: tf.Graph) -> bool:
