@@ -1,6 +1,11 @@
-"""Steps of two replicas between other ops with side effects; for test_distribute.py."""
+"""Steps of two replicas beside ops with side effects; for test_distribute.py.
+
+TensorFlow runs such ops in the order in which they were traced: those of the second replica after
+those of the first.
+"""
 
 import numpy as np
+import pytest
 import tensorflow as tf
 
 import tf_center_loss_op as tcl
@@ -10,27 +15,34 @@ from replicas import mirrored, spread
 strategy = mirrored(2)
 
 
-def step_between_side_effects(centers):
-    """A step with ops before and after it that TensorFlow runs in program order."""
+def step_beside_side_effects(centers, before, after):
+    """A step whose features an op with side effects computes, or whose loss one uses, or both."""
 
     @tf.function(autograph=False)
     def run(features, labels):
         def step(features, labels):
-            check = tf.debugging.Assert(tf.reduce_all(labels >= 0), [labels])
-            with tf.control_dependencies([check]):
-                features = tf.identity(features)
-                loss = tcl.center_loss(features, tf.identity(labels), centers)
-            tf.debugging.Assert(loss >= 0, [loss])
-            tf.print("loss", loss, output_stream="file:///dev/null")
+            if before:
+                check = tf.debugging.Assert(tf.reduce_all(labels >= 0), [labels])
+                with tf.control_dependencies([check]):
+                    features, labels = tf.identity(features), tf.identity(labels)
+            loss = tcl.center_loss(features, labels, centers)
+            if after:
+                tf.debugging.Assert(loss >= 0, [loss])
+                tf.print("loss", loss, output_stream="file:///dev/null")
             return loss
 
         return strategy.run(step, args=(features, labels))
 
-    return run
+    features, ids = batches(2, 0)
+    return run(spread(strategy, features), spread(strategy, ids))
 
 
 for table in (mirrored_table, sharded_table):
     make, _ = table(strategy)
-    run = step_between_side_effects(make(np.zeros([C, D], "f")))
-    features, ids = batches(2, 0)
-    run(spread(strategy, features), spread(strategy, ids))
+    centers = make(np.zeros([C, D], "f"))
+    step_beside_side_effects(centers, before=True, after=False)
+    step_beside_side_effects(centers, before=False, after=True)
+    # Both would wait for each other.
+    words = "strategy: expected features and labels that no op with side effects computes"
+    with pytest.raises(ValueError, match=words):
+        step_beside_side_effects(centers, before=True, after=True)
