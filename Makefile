@@ -1,30 +1,35 @@
-# `make` lists the targets. Each makes or reuses the virtual environment VENV, installs what it
-# needs and builds; stamp files in VENV make the next time quick.
+# `make` lists the targets. Each creates or reuses the virtual environment VENV, installs what it
+# needs and builds. Stamp files in VENV record what is done.
 VENV ?= .venv
-PYTHON ?= $(firstword $(foreach p,python3.11 python3,$(shell $(p) -c 'print("$(p)")' 2>/dev/null)) python3)
+PYTHON ?= $(firstword $(foreach p,python3.11 python3,\
+  $(shell $(p) -c 'print("$(p)")' 2>/dev/null)) python3)
 ARGS ?=
 
 IN_VENV := $(VENV)/bin/python
 PIP := $(IN_VENV) -m pip --disable-pip-version-check
 BUILD_FILES := CMakeLists.txt setup.py pyproject.toml requirements.txt \
   $(wildcard build_backend/*.py csrc/*.* csrc/*/*.* cuda/*.*)
-CXX_FILES = $(wildcard csrc/*.h csrc/*.cc csrc/*/*.h csrc/*/*.cc cuda/*.h cuda/*.cu cuda/*.cuh)
+CXX_FILES = $(wildcard csrc/*.h csrc/*.cc csrc/*/*.h csrc/*/*.cc cuda/*.h cuda/*.cu cuda/*.cuh \
+  tests/emulator/*.h tests/emulator/*.cc bench/*.cc)
+# The formatters do not break long strings, macros and words, and do not know all of these files.
+WIDTH_FILES := '*.py' '*.h' '*.cc' '*.cu' '*.cuh' '*CMakeLists.txt' '*Makefile'
 LINTERS = $(shell grep -oE '(ruff|clang-format)==[0-9.]+' pyproject.toml)
 
-# Machines for GPUs come with a Python that holds PyTorch: it is used as it is, without a network.
+# A machine with a GPU often has a Python with PyTorch, which is used as it is, without a network.
 GPU_NEEDS := torch ml_dtypes pybind11 pytest psutil rich
 GPU_PYTHON ?= $(shell python3 -c 'import importlib.util, sys; \
   sys.exit(not all(map(importlib.util.find_spec, sys.argv[1:])))' $(GPU_NEEDS) 2>/dev/null \
   && echo python3 || echo $(IN_VENV))
 
-# Two pips at once in one environment spoil it; Ninja uses all cores all the same.
+# Two pips at once would corrupt the environment. Ninja uses all cores anyway.
 .NOTPARALLEL:
 .PHONY: help demo test bench gpu lint format clean
 .PRECIOUS: $(VENV)/.installed-%
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
-	@echo "Overridable: PYTHON=$(PYTHON) VENV=$(VENV) ARGS= (passed to the program that test, bench, gpu or demo runs)"
+	@echo "Overridable: PYTHON=$(PYTHON) VENV=$(VENV)"
+	@echo "ARGS= is passed to the program that test, bench, gpu or demo runs."
 
 demo: $(VENV)/.installed-demo  ## train three real tasks, pictures in demo_output/
 	$(IN_VENV) -m examples $(ARGS)
@@ -49,6 +54,8 @@ lint: $(VENV)/.linters  ## check style, change nothing
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+	@echo 'Lines over 100 columns (expected none):'
+	! git ls-files $(WIDTH_FILES) | LC_ALL=C.UTF-8 xargs grep -nE '.{101}'
 
 format: $(VENV)/.linters  ## apply the style
 	$(VENV)/bin/ruff check --fix --exit-zero
@@ -61,21 +68,22 @@ clean:  ## remove what was built, but not the virtual environment
 
 $(IN_VENV):
 	@$(PYTHON) -c '' || { echo "No Python: apt install python3, or make PYTHON=..." >&2; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual \
-	environments: apt install $$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	echo "$(PYTHON) cannot make virtual environments: apt install $$($(PYTHON) -c \
+	'import sys; print("python%d.%d-venv" % sys.version_info[:2])')" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.linters: pyproject.toml | $(IN_VENV)
 	$(PIP) install $(LINTERS)
 	@touch $@
 
-# What the build needs goes into the environment itself: pip's build isolation would fetch it anew
-# each time, at another path each time, and so compile everything again.
+# The build requirements are installed into the environment. pip's build isolation would download
+# them for each build to another path, and everything would be compiled again.
 $(VENV)/.requirements: requirements.txt Makefile | $(IN_VENV)
 	$(PIP) install -r requirements.txt 'setuptools>=77' pybind11 cmake ninja
 	@touch $@
 
-# Without a native library no stamp: the next run tries again, by then perhaps with a compiler.
+# Without a native library there is no stamp, so the next run tries again.
 $(VENV)/.installed-%: $(BUILD_FILES) $(VENV)/.requirements
 	$(PIP) install --no-build-isolation --editable '.[$*]'
 	@if grep -q '"native": true' tf_center_loss_op/_build.json; then touch $@; \

@@ -1,7 +1,8 @@
-"""Builds the native libraries with CMake. Where that cannot be done, the package installs without
-them and computes with plain TensorFlow ops; tf_center_loss_op/_build.json records which and why.
+"""Builds the native libraries with CMake and installs them into the package.
 
-TF_CENTER_LOSS_BUILD=require makes that an error, TF_CENTER_LOSS_BUILD=off skips the build.
+If the build is not possible, the package installs without them and computes with plain TensorFlow
+ops. tf_center_loss_op/_build.json records what was built, or why nothing was.
+TF_CENTER_LOSS_BUILD=require makes a failed build an error, TF_CENTER_LOSS_BUILD=off skips it.
 """
 
 import json
@@ -17,7 +18,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-# One folder per Python, kept, so that a rebuild compiles only what changed.
+# One folder per Python version. It is kept, so that a rebuild compiles only what changed.
 BUILD = ROOT / "build" / sys.implementation.cache_tag
 OPTIONAL_SOURCES = ("cuda/center_loss.cu", "csrc/tensorflow/xla_kernels.cc")
 MODE = os.environ.get("TF_CENTER_LOSS_BUILD")
@@ -28,7 +29,7 @@ class NoNativeBuild(Exception):
 
 
 def run(*command):
-    """Runs with the output passed on; a failure carries the first error line of the output."""
+    """Runs a command and prints its output. A failure raises the first error line of the output."""
     lines = []
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -38,13 +39,13 @@ def run(*command):
             lines.append(line)
     if process.returncode:
         error = re.search(r"(?:CMake Error.*\n\s*|\berror: )(.+)", "".join(lines))
-        what = error[1] if error else f"{command[0]} ended with status {process.returncode}"
+        what = error[1] if error else f"{command[0]} exited with status {process.returncode}"
         raise NoNativeBuild(f"the native build failed: {what}")
 
 
 def configure_and_build(cmake, *options):
-    # A cache would hold on to yesterday's compiler and to pip's temporary folders. The objects
-    # stay, so the build is incremental all the same.
+    # CMake's cache may name an old compiler or a temporary folder of pip, so it is deleted. The
+    # object files stay, so the build is incremental.
     (BUILD / "CMakeCache.txt").unlink(missing_ok=True)
     for detected in BUILD.glob("CMakeFiles/[0-9]*"):
         shutil.rmtree(detected)
@@ -73,7 +74,7 @@ def build():
     except NoNativeBuild as failure:
         if not any((ROOT / source).exists() for source in OPTIONAL_SOURCES):
             raise
-        print(f"{failure}; once more without CUDA and XLA", flush=True)
+        print(f"{failure}; building again without CUDA and XLA", flush=True)
         configure_and_build(cmake, *options, "-DTCL_CUDA=OFF", "-DTCL_XLA=OFF")
     built = json.loads((BUILD / "built.json").read_text())
     return {"tensorflow": tensorflow[1], "native": True, "reason": None, **built}
@@ -83,7 +84,7 @@ class CMakeBuild(build_ext):
     def run(self):
         try:
             record = build()
-            cuda = ", ".join(record["cuda"] or ()) or "none, for want of nvcc"
+            cuda = ", ".join(record["cuda"] or ()) or "none, because nvcc was not found"
             print(
                 f"tf_center_loss_op: built for TensorFlow {record['tensorflow']}; "
                 f"GPU architectures: {cuda}; XLA: {'yes' if record['xla'] else 'no'}",
@@ -105,7 +106,7 @@ class CMakeBuild(build_ext):
         (package / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-# The extension names the part with a Python ABI, which gives the wheel its tags.
+# _kernels depends on the Python ABI. Declaring it as an extension gives the wheel the right tags.
 setup(
     ext_modules=[Extension("tf_center_loss_op._kernels", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

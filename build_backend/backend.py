@@ -1,8 +1,8 @@
 """The PEP 517 backend: setuptools, with build requirements that depend on the environment.
 
-The op library loads only into the TensorFlow minor it was built for. sysconfig names the
-environment being installed into even under pip's build isolation, so the TensorFlow already there
-is the one to build against; one is downloaded for the build only where there is none.
+The op library loads only into the TensorFlow minor version it was built for, so it is built against
+the TensorFlow of the target environment. sysconfig finds that environment even under pip's build
+isolation. TensorFlow is a build requirement only if the environment has none.
 """
 
 import os
@@ -28,7 +28,8 @@ def find_tensorflow():
     for site in dict.fromkeys(sites):
         headers = Path(site, "tensorflow", "include", "tensorflow", "core", "public", "version.h")
         for name in ("tensorflow", "tensorflow-cpu"):
-            # The headers do not hold the version any more, and importing TensorFlow is slow.
+            # The version is read from the package metadata: the headers do not contain it, and
+            # importing TensorFlow is slow.
             for distribution in metadata.distributions(name=name, path=[site]):
                 if distribution.version.startswith(f"{TENSORFLOW_MINOR}.") and headers.exists():
                     return Path(site, "tensorflow"), distribution.version
@@ -39,8 +40,8 @@ def find_tool(name):
     """The path of a program that runs, or None."""
     for path in (None, sysconfig.get_path("scripts")):
         program = shutil.which(name, path=path)
-        # Tried, because under build isolation the scripts of the environment being installed into
-        # can be on PATH and fail: their packages are out of reach.
+        # The program is run once, because under build isolation the scripts of the target
+        # environment may be on PATH and fail, as they cannot import their packages.
         if program and subprocess.run([program, "--version"], capture_output=True).returncode == 0:
             return program
     return None
@@ -62,7 +63,7 @@ def get_requires_for_build_editable(config_settings=None):
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    # setuptools packs whatever an earlier build left there, modules deleted since included.
+    # setuptools would also pack modules that an earlier build left there and that are now deleted.
     for stale in ROOT.glob("build/lib*"):
         shutil.rmtree(stale)
     return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)

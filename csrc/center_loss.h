@@ -1,4 +1,5 @@
-// The framework-free contract of the center loss step: what a kernel is given, what it promises.
+// The arguments of one center loss step, for the CPU kernel and the CUDA kernel. This file contains
+// plain types only and includes no framework.
 //
 // Source of the mathematics: Wen, Zhang, Li, Qiao, "A Discriminative Feature Learning Approach for
 // Deep Face Recognition", ECCV 2016, equations 2 to 4.
@@ -7,8 +8,9 @@
 //   loss_i   = w_i * 1/2 ||d_i||^2
 //   c_j     += sum over {i : y_i = j} of s_j * d_i, s_j by the rule (center_loss_math.h)
 //
-// A sample is *counted* when its label is not ignore_class; N is their number. n_j is the number of
-// counted samples of class j whose features are all finite; the others never move a center.
+// A sample is counted if its label is not ignore_class; N is the number of counted samples. n_j is
+// the number of counted samples of class j whose features are all finite. A sample with a NaN or an
+// infinity among its features never moves a center.
 
 #ifndef TF_CENTER_LOSS_OP_CSRC_CENTER_LOSS_H_
 #define TF_CENTER_LOSS_OP_CSRC_CENTER_LOSS_H_
@@ -22,9 +24,8 @@ namespace tcl {
 enum class Rule { kPaper, kMean, kSum, kBatchMean, kPaperBatchMean, kTutorial };
 enum class Reduction { kSum, kMean, kNone };
 
-// Everything that is not an array. `loss_weight` multiplies the loss and its gradient (the lambda
-// of the paper's equation 5), so that a training step needs no second sweep over the residual for
-// it.
+// The options and scalars of a step. `loss_weight` is the lambda of the paper's equation 5: it
+// multiplies the loss and its gradient here, which saves a second pass over the residual.
 template <typename Center>
 struct StepOptions {
   Rule rule = Rule::kPaper;
@@ -36,13 +37,14 @@ struct StepOptions {
   bool update_centers = true;
 };
 
-// One step over dense row-major arrays; none that is written may overlap another. Centers are the
-// type the arithmetic is done in. The residual is of that type too, also for 16-bit features: it is
-// rounded to theirs once, in the backward pass, when the upstream gradient (a loss scale of 2^15,
-// say) has been multiplied in.
+// The arrays of a step are dense and row-major. An array that is written must not overlap another.
 //
-// Where `features_are_residuals`, `features` holds d_i itself and the centers are only written:
-// the update alone, from the residual of an earlier forward pass.
+// The arithmetic is done in the centers' type, which is also the type of the residual. For 16-bit
+// features the backward pass rounds the residual, after it has multiplied it by the upstream
+// gradient; rounding before that would lose small gradients under a loss scale.
+//
+// If `features_are_residuals`, `features` holds d_i from an earlier forward pass, and the centers
+// are updated without being read for the residual.
 template <typename Feature, typename Label>
 struct StepArguments {
   using Center = CenterType<Feature>;
@@ -54,9 +56,9 @@ struct StepArguments {
   const Label* labels = nullptr;          // [B]
   const Center* sample_weight = nullptr;  // [B], or null: all one
   Center* centers = nullptr;              // [C, D], written only if options.update_centers
-  Center* loss = nullptr;                 // one number, or [B] for Reduction::kNone; null: unwanted
-  Center* residual = nullptr;             // [B, D] d(loss)/d(features); null: unwanted
-  Center* squared_distance = nullptr;     // [B] ||d_i||^2, 0 where ignored; null: unwanted
+  Center* loss = nullptr;                 // [], or [B] for Reduction::kNone; null: not wanted
+  Center* residual = nullptr;             // [B, D] d(loss)/d(features); null: not wanted
+  Center* squared_distance = nullptr;     // [B] ||d_i||^2, 0 if ignored; null: not wanted
   bool features_are_residuals = false;
   StepOptions<Center> options;
 };

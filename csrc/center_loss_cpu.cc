@@ -1,17 +1,19 @@
-// The center loss step on the CPU.
+// The CPU kernel of the center loss step.
 //
-// Work: labels are grouped (label_groups.h), groups are cut into items of at most kItemMembers
-// samples, and items are shared out over the threads by the samples they hold. An item reads its
-// samples' features and the class's center once, writes their residuals and sums them in batch
-// order. A group that is one item moves its center at once: features and center are still in the
-// first-level cache. The sums of a larger group are kept and folded in order when all items are
-// done, in parallel over groups and columns, so that a batch of one label keeps every thread busy.
+// The labels are sorted into segments (label_segments.h), and each segment is cut into chunks of at
+// most kChunkSamples samples. Threads share the chunks by the number of samples. For each chunk a
+// thread reads the features and the center once, writes the residuals and sums them in batch order.
+// If the segment is a single chunk, its center moves at once, while features and center are in the
+// first-level cache. A heavy segment has several chunks, each of which stores a partial sum. When
+// all chunks are done, the partial sums are added in order, in parallel over segments and column
+// blocks, so that a batch of one label uses all threads too.
 //
-// Bytes moved, all labels distinct: B D (features + center read + center written + residual).
+// If all labels are distinct, the step moves B D (features + center read + center written +
+// residual) numbers.
 //
-// Other threads are called for before the labels are grouped: they wake up meanwhile.
+// The threads are started before the labels are sorted, which hides the time they take to wake up.
 //
-// Deterministic: which sums are formed, and in which order, follows from the labels alone.
+// Results are deterministic: the labels alone determine which sums are computed and in which order.
 
 #include "csrc/center_loss_cpu.h"
 
@@ -23,51 +25,55 @@
 #include <vector>
 
 #include "csrc/center_loss_math.h"
-#include "csrc/label_groups.h"
+#include "csrc/isa.h"
+#include "csrc/label_segments.h"
+#include "csrc/row_loops.h"
 #include "csrc/spin.h"
 
 namespace tcl {
 namespace {
 
-// Long enough that the sums of a split group are a 1/64th of what is read to form them, short
-// enough that a batch of a few hundred samples of one label can be shared out.
-constexpr int64_t kItemMembers = 64;
+// Large enough that writing the partial sums costs 1/64 of reading the features, small enough that
+// several threads share a batch of a few hundred samples of one label.
+constexpr int64_t kChunkSamples = 64;
 
-// Above this batch size the labels are grouped before other threads are called for: they would wait
-// for longer than it takes them to wake up.
-constexpr int64_t kMostWaitedFor = 8192;
+// Larger batches are sorted before the threads are started: the threads would wait for the sort
+// longer than they take to wake up.
+constexpr int64_t kMaxOverlappedBatch = 8192;
 
-// While an item is gone through, one is fetched that comes as many bytes of centers later: with
-// short rows the very next one would not come in time, with long ones more would not stay in the
-// first-level cache. (Measured for D = 16 to 1024.)
-constexpr int64_t kBytesAhead = 2048;
-constexpr int64_t kMostItemsAhead = 8;
+// The prefetch distance in bytes of centers, and its limit in chunks. With short rows the next
+// chunk alone would arrive too late; with long rows more would evict each other from the
+// first-level cache. Measured for D = 16 to 1024.
+constexpr int64_t kPrefetchBytes = 2048;
+constexpr int64_t kMaxPrefetchChunks = 8;
 
-// The finishing pass is cut by columns in blocks of whole cache lines.
+// Partial sums are added in column blocks, which are whole cache lines.
 constexpr int64_t kColumnBlock = 256;
 
-// Memory that begins with a cache line: a vector that straddles two takes twice as long.
+// Rows are aligned to cache lines, because a vector access that crosses two takes twice as long.
 constexpr std::align_val_t kCacheLine{64};
-struct Free {
+struct AlignedDelete {
   void operator()(void* memory) const { operator delete(memory, kCacheLine); }
 };
 template <typename T>
-using Row = std::unique_ptr<T[], Free>;
+using AlignedArray = std::unique_ptr<T[], AlignedDelete>;
 template <typename T>
-Row<T> NewRow(int64_t size) {
-  return Row<T>(static_cast<T*>(operator new(static_cast<size_t>(size) * sizeof(T), kCacheLine)));
+AlignedArray<T> NewAlignedArray(int64_t size) {
+  return AlignedArray<T>(
+      static_cast<T*>(operator new(static_cast<size_t>(size) * sizeof(T), kCacheLine)));
 }
 
-struct Item {
-  int64_t group;
-  int64_t begin;    // into groups.order()
-  int64_t end;      // one past its last sample there
-  int64_t partial;  // row of the partial sums, -1 where the group is a single item
+// Up to kChunkSamples samples of one segment: [begin, end) of the sorted positions.
+struct Chunk {
+  int64_t segment;
+  int64_t begin;
+  int64_t end;
+  int64_t partial;  // row of its partial sum, -1 if the segment is a single chunk
 };
 
-// A group of several items.
-struct SplitGroup {
-  int64_t group;
+// A segment of several chunks and its rows of partial sums.
+struct HeavySegment {
+  int64_t segment;
   int64_t first_partial;
   int64_t partials;
 };
@@ -81,47 +87,47 @@ class Step {
       : step_(step),
         loops_(GetRowLoops<Feature>(isa)),
         parallel_for_(parallel_for),
-        items_ahead_(std::clamp<int64_t>(
-            kBytesAhead / std::max<int64_t>(step.dim * static_cast<int64_t>(sizeof(Center)), 1), 1,
-            kMostItemsAhead)) {}
+        prefetch_distance_(std::clamp<int64_t>(
+            kPrefetchBytes / std::max<int64_t>(step.dim * static_cast<int64_t>(sizeof(Center)), 1),
+            1, kMaxPrefetchChunks)) {}
 
   int64_t Run() {
-    if (step_.batch > kMostWaitedFor) Prepare();
+    if (step_.batch > kMaxOverlappedBatch) Prepare();
     const int64_t row_bytes =
         step_.dim * static_cast<int64_t>(sizeof(Feature) + 3 * sizeof(Center));
     parallel_for_(step_.batch, row_bytes, [this](int64_t begin, int64_t end) {
       Prepare();
-      if (bad_ >= 0) return;
-      RunItems(begin, end);
+      if (invalid_label_ >= 0) return;
+      RunChunks(begin, end);
       ZeroIgnored(begin, end);
     });
-    Prepare();  // of an empty batch, too, which may have no range
-    if (bad_ >= 0) return bad_;
-    FinishSplitGroups();
+    Prepare();  // An empty batch may have no range.
+    if (invalid_label_ >= 0) return invalid_label_;
+    AddPartialSums();
     ReduceLoss();
     return -1;
   }
 
  private:
-  // What comes before the rows, done by the first thread that is here while the others are still
-  // waking up.
+  // Sorts the labels on the first thread that calls it. The other threads wait for the result.
+  // std::call_once would put them to sleep, and waking up takes longer than sorting a small batch.
   void Prepare() {
     if (prepared_.load(std::memory_order_acquire)) return;
-    if (taken_.exchange(true)) {
-      // The one that prepares may need this one's processor.
+    if (preparing_.exchange(true)) {
+      // The thread that sorts may be waiting for this thread's processor.
       while (!SpinUntil([this] { return prepared_.load(std::memory_order_acquire); })) {
         std::this_thread::yield();
       }
       return;
     }
     const StepOptions<Center>& options = step_.options;
-    bad_ = groups_.Build(step_.labels, step_.batch, step_.classes, options.has_ignore_class,
-                         options.ignore_class);
-    if (bad_ < 0) {
-      // With alpha = 0 no center moves, so none is touched.
-      moves_ = options.update_centers && options.alpha != 0;
-      sample_scale_ = ReductionScale(options.reduction, options.loss_weight, groups_.counted());
-      FindSplitGroups();
+    invalid_label_ = segments_.Build(step_.labels, step_.batch, step_.classes,
+                                     options.has_ignore_class, options.ignore_class);
+    if (invalid_label_ < 0) {
+      // With alpha = 0 no center moves, so the table is not written.
+      moves_centers_ = options.update_centers && options.alpha != 0;
+      sample_scale_ = ReductionScale(options.reduction, options.loss_weight, segments_.counted());
+      FindHeavySegments();
       if (step_.loss != nullptr && options.reduction != Reduction::kNone) {
         sample_loss_.reset(new Center[static_cast<size_t>(step_.batch)]);
       }
@@ -129,119 +135,126 @@ class Step {
     prepared_.store(true, std::memory_order_release);
   }
 
-  void FindSplitGroups() {
-    if (!moves_ || step_.batch <= kItemMembers) return;
+  void FindHeavySegments() {
+    if (!moves_centers_ || step_.batch <= kChunkSamples) return;
     int64_t partials = 0;
-    for (int64_t g = 0; g < groups_.size(); ++g) {
-      const int64_t members = groups_.begin(g + 1) - groups_.begin(g);
-      if (members <= kItemMembers) continue;
-      const int64_t items = (members + kItemMembers - 1) / kItemMembers;
-      split_groups_.push_back({g, partials, items});
-      partials += items;
+    for (int64_t s = 0; s < segments_.size(); ++s) {
+      const int64_t samples = segments_.begin(s + 1) - segments_.begin(s);
+      if (samples <= kChunkSamples) continue;
+      const int64_t chunks = (samples + kChunkSamples - 1) / kChunkSamples;
+      heavy_segments_.push_back({s, partials, chunks});
+      partials += chunks;
     }
     if (partials == 0) return;
-    partial_sums_ = NewRow<Center>(partials * step_.dim);
+    partial_sums_ = NewAlignedArray<Center>(partials * step_.dim);
     partial_counts_.reset(new int64_t[static_cast<size_t>(partials)]);
   }
 
-  // The k-th item of the group.
-  Item ItemOf(int64_t group, int64_t k) const {
-    const int64_t begin = groups_.begin(group), end = groups_.begin(group + 1);
-    Item item{group, begin + k * kItemMembers, std::min(begin + (k + 1) * kItemMembers, end), -1};
-    if (moves_ && end - begin > kItemMembers) {
-      const auto split =
-          std::lower_bound(split_groups_.begin(), split_groups_.end(), group,
-                           [](const SplitGroup& a, int64_t b) { return a.group < b; });
-      item.partial = split->first_partial + k;
+  // The k-th chunk of the segment.
+  Chunk ChunkOf(int64_t segment, int64_t k) const {
+    const int64_t begin = segments_.begin(segment), end = segments_.begin(segment + 1);
+    Chunk chunk{segment, begin + k * kChunkSamples, std::min(begin + (k + 1) * kChunkSamples, end),
+                -1};
+    if (moves_centers_ && end - begin > kChunkSamples) {
+      const auto heavy =
+          std::lower_bound(heavy_segments_.begin(), heavy_segments_.end(), segment,
+                           [](const HeavySegment& a, int64_t b) { return a.segment < b; });
+      chunk.partial = heavy->first_partial + k;
     }
-    return item;
+    return chunk;
   }
 
-  // The first item of the group that begins at `position` or later, else the next group's first;
-  // an empty one at the end.
-  Item ItemFrom(int64_t group, int64_t position) const {
-    const int64_t k = (position - groups_.begin(group) + kItemMembers - 1) / kItemMembers;
-    if (groups_.begin(group) + k * kItemMembers < groups_.begin(group + 1)) return ItemOf(group, k);
-    if (group + 1 < groups_.size()) return ItemOf(group + 1, 0);
-    return {groups_.size(), groups_.counted(), groups_.counted(), -1};
+  // The first chunk that begins at index `begin` of the sorted positions or later; `begin` is in
+  // the segment or at its end. Returns an empty chunk after the last segment.
+  Chunk ChunkFrom(int64_t segment, int64_t begin) const {
+    const int64_t k = (begin - segments_.begin(segment) + kChunkSamples - 1) / kChunkSamples;
+    if (segments_.begin(segment) + k * kChunkSamples < segments_.begin(segment + 1)) {
+      return ChunkOf(segment, k);
+    }
+    if (segment + 1 < segments_.size()) return ChunkOf(segment + 1, 0);
+    return {segments_.size(), segments_.counted(), segments_.counted(), -1};
   }
 
-  // Items that begin in [begin, end) of the grouped order.
-  void RunItems(int64_t begin, int64_t end) {
-    end = std::min(end, groups_.counted());
+  // Runs the chunks that begin in [begin, end) of the sorted positions.
+  void RunChunks(int64_t begin, int64_t end) {
+    end = std::min(end, segments_.counted());
     if (begin >= end) return;
-    Item item = ItemFrom(groups_.Find(begin), begin);
-    if (item.begin >= end) return;
-    alignas(64) Center small[kColumnBlock];
-    Row<Center> large;
-    if (moves_ && step_.dim > kColumnBlock) large = NewRow<Center>(step_.dim);
+    Chunk chunk = ChunkFrom(segments_.SegmentAt(begin), begin);
+    if (chunk.begin >= end) return;
+    alignas(64) Center inline_sum[kColumnBlock];
+    AlignedArray<Center> heap_sum;
+    if (moves_centers_ && step_.dim > kColumnBlock) heap_sum = NewAlignedArray<Center>(step_.dim);
     RowArguments<Feature> rows;
     rows.features = step_.features;
     rows.sample_weight = step_.sample_weight;
     rows.scale = sample_scale_;
     rows.residual = step_.residual;
-    Item later = item;
-    for (int64_t k = 0; k < items_ahead_; ++k) {
-      NameLater(&later, end, &rows);
-      loops_.fetch(rows, step_.dim);
+    Chunk ahead = chunk;
+    for (int64_t k = 0; k < prefetch_distance_; ++k) {
+      SetPrefetch(&ahead, end, &rows);
+      loops_.prefetch(rows, step_.dim);
     }
-    while (item.begin < end) {
-      rows.rows = item.end - item.begin;
-      rows.positions = groups_.order() + item.begin;
-      rows.centers = CenterOf(item);
-      rows.sum = item.partial >= 0  ? partial_sums_.get() + item.partial * step_.dim
-                 : large != nullptr ? large.get()
-                                    : small;
-      NameLater(&later, end, &rows);
-      RunItem(item, rows);
-      item = ItemFrom(item.group, item.end);
+    while (chunk.begin < end) {
+      rows.rows = chunk.end - chunk.begin;
+      rows.positions = segments_.positions() + chunk.begin;
+      rows.centers = CenterOf(chunk);
+      rows.sum = chunk.partial >= 0    ? partial_sums_.get() + chunk.partial * step_.dim
+                 : heap_sum != nullptr ? heap_sum.get()
+                                       : inline_sum;
+      SetPrefetch(&ahead, end, &rows);
+      RunChunk(chunk, rows);
+      chunk = ChunkFrom(chunk.segment, chunk.end);
     }
   }
 
-  // Names the item as the one to fetch and goes on to the next. At the end of the range, beyond
-  // which another thread may be at work, the last one stays named.
-  void NameLater(Item* item, int64_t end, RowArguments<Feature>* rows) const {
-    if (item->begin >= end) return;
-    rows->later_rows = static_cast<int>(std::min<int64_t>(item->end - item->begin, kRowsTogether));
-    rows->later_positions = groups_.order() + item->begin;
-    rows->later_centers = CenterOf(*item);
-    *item = ItemFrom(item->group, item->end);
+  // Sets the chunk to prefetch and advances to the next one. The last chunk of the range stays set,
+  // because another thread may be writing the centers of the following chunks.
+  void SetPrefetch(Chunk* chunk, int64_t end, RowArguments<Feature>* rows) const {
+    if (chunk->begin >= end) return;
+    rows->prefetch_rows =
+        static_cast<int>(std::min<int64_t>(chunk->end - chunk->begin, kRowsPerPass));
+    rows->prefetch_positions = segments_.positions() + chunk->begin;
+    rows->prefetch_centers = CenterOf(*chunk);
+    *chunk = ChunkFrom(chunk->segment, chunk->end);
   }
 
-  const Center* CenterOf(const Item& item) const {
+  const Center* CenterOf(const Chunk& chunk) const {
     if (step_.features_are_residuals) return nullptr;
-    return step_.centers + groups_.label(item.group) * step_.dim;
+    return step_.centers + segments_.label(chunk.segment) * step_.dim;
   }
 
-  void RunItem(const Item& item, const RowArguments<Feature>& rows) {
-    Center squares[kItemMembers];
-    loops_.residual(rows, moves_ ? Sum::kStart : Sum::kNone, step_.dim, squares);
-    int64_t count = rows.rows;  // of those that are finite
+  void RunChunk(const Chunk& chunk, const RowArguments<Feature>& rows) {
+    Center squares[kChunkSamples];
+    loops_.residual(rows, moves_centers_ ? SumMode::kStart : SumMode::kNone, step_.dim, squares);
+    int64_t count = rows.rows;  // samples with finite features
     for (int64_t r = 0; r < rows.rows; ++r) {
       const int64_t i = rows.positions[r];
       StoreLoss(i, SampleWeight(i) * (squares[r] / 2));
       if (step_.squared_distance != nullptr) step_.squared_distance[i] = squares[r];
-      // Finite squares prove finite features; only otherwise the row itself has to be asked.
+      // A finite sum of squares implies finite features. The squares of finite features may
+      // overflow, so the row itself is tested otherwise.
       if (!IsFinite(squares[r])) count -= !IsFiniteSample(i);
     }
-    if (!moves_) return;
-    if (count < rows.rows) SumFiniteMembers(rows);
-    if (item.partial >= 0) {
-      partial_counts_[static_cast<size_t>(item.partial)] = count;
+    if (!moves_centers_) return;
+    if (count < rows.rows) SumFiniteSamples(rows);
+    if (chunk.partial >= 0) {
+      partial_counts_[static_cast<size_t>(chunk.partial)] = count;
     } else if (count > 0) {
-      MoveCenter(item.group, count, rows.sum, 0, step_.dim);
+      MoveCenter(chunk.segment, count, rows.sum, 0, step_.dim);
     }
   }
 
-  // The sum of the item's residuals again, without the members that hold a NaN or an infinity.
-  void SumFiniteMembers(const RowArguments<Feature>& rows) {
+  // Recomputes the chunk's sum without the samples that hold a NaN or an infinity.
+  void SumFiniteSamples(const RowArguments<Feature>& rows) {
     std::fill_n(rows.sum, step_.dim, Center{0});
     RowArguments<Feature> row = rows;
     row.rows = 1;
     row.residual = nullptr;
     for (; row.positions < rows.positions + rows.rows; ++row.positions) {
       Center squares;
-      if (IsFiniteSample(*row.positions)) loops_.residual(row, Sum::kAdd, step_.dim, &squares);
+      if (IsFiniteSample(*row.positions)) {
+        loops_.residual(row, SumMode::kContinue, step_.dim, &squares);
+      }
     }
   }
 
@@ -249,36 +262,36 @@ class Step {
     return loops_.all_finite(step_.features + i * step_.dim, step_.dim);
   }
 
-  void MoveCenter(int64_t group, int64_t count, const Center* sum, int64_t column,
+  void MoveCenter(int64_t segment, int64_t count, const Center* sum, int64_t column,
                   int64_t columns) {
     const StepOptions<Center>& options = step_.options;
-    loops_.move(step_.centers + groups_.label(group) * step_.dim + column,
-                StepScale(options.rule, options.alpha, count, groups_.counted()), sum, columns);
+    loops_.move(step_.centers + segments_.label(segment) * step_.dim + column,
+                StepScale(options.rule, options.alpha, count, segments_.counted()), sum, columns);
   }
 
-  void FinishSplitGroups() {
-    if (split_groups_.empty()) return;
+  void AddPartialSums() {
+    if (heavy_segments_.empty()) return;
     const int64_t blocks = (step_.dim + kColumnBlock - 1) / kColumnBlock;
-    const int64_t bytes = kItemMembers * kColumnBlock * static_cast<int64_t>(sizeof(Center));
-    parallel_for_(static_cast<int64_t>(split_groups_.size()) * blocks, bytes,
+    const int64_t bytes = kChunkSamples * kColumnBlock * static_cast<int64_t>(sizeof(Center));
+    parallel_for_(static_cast<int64_t>(heavy_segments_.size()) * blocks, bytes,
                   [this, blocks](int64_t begin, int64_t end) {
                     for (int64_t k = begin; k < end; ++k) {
-                      FinishColumns(split_groups_[static_cast<size_t>(k / blocks)],
-                                    k % blocks * kColumnBlock);
+                      AddColumnBlock(heavy_segments_[static_cast<size_t>(k / blocks)],
+                                     k % blocks * kColumnBlock);
                     }
                   });
   }
 
-  void FinishColumns(const SplitGroup& split, int64_t column) {
+  void AddColumnBlock(const HeavySegment& heavy, int64_t column) {
     const int64_t columns = std::min(kColumnBlock, step_.dim - column);
     Center sum[kColumnBlock] = {};
     int64_t count = 0;
-    for (int64_t p = split.first_partial; p < split.first_partial + split.partials; ++p) {
-      // An item without one finite member has nothing in its sum.
+    for (int64_t p = heavy.first_partial; p < heavy.first_partial + heavy.partials; ++p) {
+      // The partial sum of a chunk without a finite sample is zero.
       loops_.add(sum, partial_sums_.get() + p * step_.dim + column, columns);
       count += partial_counts_[static_cast<size_t>(p)];
     }
-    if (count > 0) MoveCenter(split.group, count, sum, column, columns);
+    if (count > 0) MoveCenter(heavy.segment, count, sum, column, columns);
   }
 
   void StoreLoss(int64_t i, Center loss) {
@@ -290,8 +303,8 @@ class Step {
   }
 
   void ZeroIgnored(int64_t begin, int64_t end) {
-    for (int64_t k = std::max(begin, groups_.counted()); k < end; ++k) {
-      const int64_t i = groups_.order()[k];
+    for (int64_t k = std::max(begin, segments_.counted()); k < end; ++k) {
+      const int64_t i = segments_.positions()[k];
       StoreLoss(i, 0);
       if (step_.squared_distance != nullptr) step_.squared_distance[i] = 0;
       if (step_.residual != nullptr) {
@@ -300,14 +313,14 @@ class Step {
     }
   }
 
-  // In batch order and in double: the loss is rounded once.
+  // Adds the losses in batch order, in double, so that the result is rounded once.
   void ReduceLoss() {
     if (sample_loss_ == nullptr) return;
     double sum = 0;
     for (int64_t i = 0; i < step_.batch; ++i) sum += sample_loss_[static_cast<size_t>(i)];
     sum *= step_.options.loss_weight;
     if (step_.options.reduction == Reduction::kMean) {
-      sum = groups_.counted() == 0 ? 0 : sum / static_cast<double>(groups_.counted());
+      sum = segments_.counted() == 0 ? 0 : sum / static_cast<double>(segments_.counted());
     }
     *step_.loss = static_cast<Center>(sum);
   }
@@ -319,16 +332,16 @@ class Step {
   const StepArguments<Feature, Label>& step_;
   const RowLoops<Feature>& loops_;
   const ParallelFor& parallel_for_;
-  const int64_t items_ahead_;
-  std::atomic<bool> taken_{false}, prepared_{false};
-  LabelGroups groups_;
-  int64_t bad_ = -1;
-  bool moves_ = false;
+  const int64_t prefetch_distance_;
+  std::atomic<bool> preparing_{false}, prepared_{false};
+  LabelSegments segments_;
+  int64_t invalid_label_ = -1;
+  bool moves_centers_ = false;
   Center sample_scale_ = 0;
-  std::vector<SplitGroup> split_groups_;
-  Row<Center> partial_sums_;  // [partials, D]
+  std::vector<HeavySegment> heavy_segments_;
+  AlignedArray<Center> partial_sums_;  // [partials, D]
   std::unique_ptr<int64_t[]> partial_counts_;
-  std::unique_ptr<Center[]> sample_loss_;  // [B], unless the caller takes them one by one
+  std::unique_ptr<Center[]> sample_loss_;  // [B], null if no loss is reduced
 };
 
 }  // namespace
@@ -351,38 +364,6 @@ void BackwardOnCpu(const CenterType<Feature>* upstream, bool per_sample,
       loops.scale(residual + i * dim, upstream[per_sample ? i : 0], gradient + i * dim, dim);
     }
   });
-}
-
-bool Supported(Isa isa) {
-#if defined(TCL_HAVE_X86_ISAS)
-  switch (isa) {
-    case Isa::kBaseline:
-      return true;
-    case Isa::kAvx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-    case Isa::kAvx512:
-      return Supported(Isa::kAvx2) && __builtin_cpu_supports("avx512f") &&
-             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-             __builtin_cpu_supports("avx512vl");
-  }
-#endif
-  return isa == Isa::kBaseline;
-}
-
-Isa BestIsa() {
-  static const Isa best = Supported(Isa::kAvx512) ? Isa::kAvx512
-                          : Supported(Isa::kAvx2) ? Isa::kAvx2
-                                                  : Isa::kBaseline;
-  return best;
-}
-
-template <typename Feature>
-const RowLoops<Feature>& GetRowLoops(Isa isa) {
-#if defined(TCL_HAVE_X86_ISAS)
-  if (isa == Isa::kAvx512) return avx512::Loops<Feature>();
-  if (isa == Isa::kAvx2) return avx2::Loops<Feature>();
-#endif
-  return baseline::Loops<Feature>();
 }
 
 #define TCL_INSTANTIATE_STEP(Feature, Label) \

@@ -1,4 +1,5 @@
-// The equations, once, for the host and the device.
+// The scalar equations of the step, shared by the CPU kernel and the CUDA kernel so that both
+// compute the same thing.
 
 #ifndef TF_CENTER_LOSS_OP_CSRC_CENTER_LOSS_MATH_H_
 #define TF_CENTER_LOSS_OP_CSRC_CENTER_LOSS_MATH_H_
@@ -9,8 +10,8 @@
 
 namespace tcl {
 
-// s_j: how far a class with `count` finite samples moves along the sum of their residuals, in a
-// batch of `counted` counted samples. Asked only for classes with count >= 1.
+// s_j: the factor by which a center moves along the sum of its residuals. `count` is n_j, at least
+// 1, and `counted` is N.
 template <typename Center>
 TCL_INLINE Center StepScale(Rule rule, Center alpha, int64_t count, int64_t counted) {
   const Center n = static_cast<Center>(count);
@@ -32,7 +33,7 @@ TCL_INLINE Center StepScale(Rule rule, Center alpha, int64_t count, int64_t coun
   return 0;
 }
 
-// d(loss)/d(loss_i) / w_i: what the reduction does to one sample. N = 0 leaves nothing to scale.
+// The factor of w_i * d_i in the gradient d(loss)/d(x_i). With N = 0 the mean is defined as 0.
 template <typename Center>
 TCL_INLINE Center ReductionScale(Reduction reduction, Center loss_weight, int64_t counted) {
   if (reduction != Reduction::kMean) return loss_weight;

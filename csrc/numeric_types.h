@@ -1,6 +1,9 @@
-// The element types of features, on the host and on the device, without a framework: IEEE float32
-// and float64, and the two 16-bit formats as their bits. Conversions from 16 bits are exact; to 16
-// bits they round once, to nearest, ties to even.
+// The element types of features, for the CPU kernel and the CUDA kernel: IEEE float32 and float64,
+// and the two 16-bit formats as their bits. A conversion from 16 bits is exact; a conversion to 16
+// bits rounds once, to nearest, ties to even.
+//
+// Eigen::half and Eigen::bfloat16 do the same, but kernels include no framework. _Float16 of the
+// compiler calls a function of libgcc for each conversion on processors without F16C.
 
 #ifndef TF_CENTER_LOSS_OP_CSRC_NUMERIC_TYPES_H_
 #define TF_CENTER_LOSS_OP_CSRC_NUMERIC_TYPES_H_
@@ -12,8 +15,8 @@
 #include <cuda_fp16.h>
 #endif
 
-// Forced inlining is more than speed: row_loops.cc is compiled once per instruction set, and a
-// function left out of line would be merged by the linker with its twin of another one.
+// Inlining is forced for correctness: row_loops.cc is compiled once per instruction set, and of a
+// function that is not inlined the linker keeps one copy for all of them.
 #if defined(__CUDACC__)
 #define TCL_INLINE __host__ __device__ __forceinline__
 #else
@@ -30,7 +33,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// Features and centers are paired: float64 goes with float64, every other type with float32.
+// The centers' type for a type of features: float64 for float64, float32 for the others.
 template <typename Feature>
 struct CenterTypeOf {
   using type = float;
@@ -42,6 +45,7 @@ struct CenterTypeOf<double> {
 template <typename Feature>
 using CenterType = typename CenterTypeOf<Feature>::type;
 
+// std::bit_cast is C++20.
 TCL_INLINE uint32_t BitsOf(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
@@ -65,8 +69,8 @@ TCL_INLINE float Widen(Half value) {
   const uint32_t magnitude = value.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return FloatOf(sign | 0x7f800000u | (magnitude << 13));  // inf, NaN
   if (magnitude >= 0x0400u) return FloatOf(sign | ((magnitude << 13) + 0x38000000u));
-  // Subnormal, and normal as a float: TensorFlow's threads flush subnormal floats to zero, so none
-  // may occur on the way.
+  // A subnormal half is a normal float. TensorFlow's threads flush subnormal floats to zero, so no
+  // intermediate result may be one.
   return FloatOf(sign | BitsOf(static_cast<float>(magnitude) * 0x1p-24f));
 #endif
 }
@@ -78,7 +82,7 @@ TCL_INLINE Feature Round(CenterType<Feature> value) {
 template <>
 TCL_INLINE BFloat16 Round<BFloat16>(float value) {
   const uint32_t bits = BitsOf(value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) {  // a NaN stays one: rounding could carry it to inf
+  if ((bits & 0x7fffffffu) > 0x7f800000u) {  // NaN, which rounding could turn into an infinity
     return {static_cast<uint16_t>((bits >> 16) | 0x0040u)};
   }
   return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
@@ -96,8 +100,8 @@ TCL_INLINE Half Round<Half>(float value) {
   } else if (magnitude >= 0x477ff000u) {
     rounded = 0x7c00u;  // 65520 and above round to infinity
   } else if (magnitude < 0x38800000u) {
-    // Below 2^-14 the result is subnormal: adding 0.5 leaves its 10 bits at the end of the float,
-    // rounded by the addition itself.
+    // Below 2^-14 the result is subnormal. Adding 0.5 shifts its 10 bits to the end of the
+    // significand, and the addition rounds them.
     rounded = BitsOf(FloatOf(magnitude) + 0.5f) - 0x3f000000u;
   } else {
     rounded = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;

@@ -1,6 +1,11 @@
-// Compiled once per instruction set; TCL_ISA names it (baseline, avx2 or avx512). Nothing here may
-// leave an inline function of a shared header out of line: the linker would keep one copy for all
-// instruction sets. Hence the anonymous namespace, and no standard library but its traits.
+// The inner loops of row_loops.h on the compiler's vector types. CMakeLists.txt compiles this file
+// once per instruction set and defines TCL_ISA as its name (baseline, avx2, avx512); the compiler's
+// own macros (__AVX2__ and so on) then select the intrinsics.
+//
+// No inline function with external linkage may be emitted here: the linker keeps one copy of it for
+// the whole library, possibly one that needs AVX-512. Therefore all functions are in the anonymous
+// namespace, those of shared headers are force-inlined (TCL_INLINE), and <type_traits> is the only
+// standard header. std::simd is C++26, and std::experimental::simd is incomplete in libc++.
 
 #include "csrc/row_loops.h"
 
@@ -13,9 +18,11 @@
 namespace tcl {
 namespace {
 
-// Of lambdas, which have no place for `inline`.
+// Forces the inlining of a lambda; TCL_INLINE contains `inline`, which a lambda cannot have.
 #define TCL_INLINED __attribute__((always_inline))
 
+// The partial sums of a row: one AVX-512 register of float. The same for all instruction sets,
+// because it determines the bits of the sums.
 constexpr int kLanes = 16;
 
 #if defined(__AVX512F__)
@@ -26,52 +33,53 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-// How many of the lanes a row fills: all, or at its end the first `count`.
-struct All {};
-struct First {
+// The extent of a block of lanes: all of them, or the first `count` of the last block of a row. Two
+// types, so that full blocks are compiled without masks.
+struct Full {};
+struct Tail {
   int count;
 };
 
-// A vector's numbers at the bits of the mask, which are the lowest ones; elsewhere zeros, and
-// nothing is read or written.
+// Loads and stores the lanes whose bits are set in the mask, which are the lowest ones. The other
+// lanes are loaded as zeros, and their memory is not accessed.
 #if defined(__AVX512F__)
-TCL_INLINE __m512 LoadWhere(unsigned mask, const float* p) {
+TCL_INLINE __m512 MaskedLoad(unsigned mask, const float* p) {
   return _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p);
 }
-TCL_INLINE __m512d LoadWhere(unsigned mask, const double* p) {
+TCL_INLINE __m512d MaskedLoad(unsigned mask, const double* p) {
   return _mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p);
 }
-TCL_INLINE void StoreWhere(unsigned mask, __m512 v, float* p) {
+TCL_INLINE void MaskedStore(unsigned mask, __m512 v, float* p) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), v);
 }
-TCL_INLINE void StoreWhere(unsigned mask, __m512d v, double* p) {
+TCL_INLINE void MaskedStore(unsigned mask, __m512d v, double* p) {
   _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), v);
 }
 #elif defined(__AVX2__)
-TCL_INLINE __m256i Where(unsigned mask, const float*) {
+TCL_INLINE __m256i LaneMask(unsigned mask, const float*) {
   const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), bits),
                             bits);
 }
-TCL_INLINE __m256i Where(unsigned mask, const double*) {
+TCL_INLINE __m256i LaneMask(unsigned mask, const double*) {
   const __m256i bits = _mm256_setr_epi64x(1, 2, 4, 8);
   return _mm256_cmpeq_epi64(_mm256_and_si256(_mm256_set1_epi64x(mask), bits), bits);
 }
-TCL_INLINE __m256 LoadWhere(unsigned mask, const float* p) {
-  return _mm256_maskload_ps(p, Where(mask, p));
+TCL_INLINE __m256 MaskedLoad(unsigned mask, const float* p) {
+  return _mm256_maskload_ps(p, LaneMask(mask, p));
 }
-TCL_INLINE __m256d LoadWhere(unsigned mask, const double* p) {
-  return _mm256_maskload_pd(p, Where(mask, p));
+TCL_INLINE __m256d MaskedLoad(unsigned mask, const double* p) {
+  return _mm256_maskload_pd(p, LaneMask(mask, p));
 }
-TCL_INLINE void StoreWhere(unsigned mask, __m256 v, float* p) {
-  _mm256_maskstore_ps(p, Where(mask, p), v);
+TCL_INLINE void MaskedStore(unsigned mask, __m256 v, float* p) {
+  _mm256_maskstore_ps(p, LaneMask(mask, p), v);
 }
-TCL_INLINE void StoreWhere(unsigned mask, __m256d v, double* p) {
-  _mm256_maskstore_pd(p, Where(mask, p), v);
+TCL_INLINE void MaskedStore(unsigned mask, __m256d v, double* p) {
+  _mm256_maskstore_pd(p, LaneMask(mask, p), v);
 }
 #else
 template <typename Center>
-TCL_INLINE auto LoadWhere(unsigned mask, const Center* p) {
+TCL_INLINE auto MaskedLoad(unsigned mask, const Center* p) {
   typedef Center Vector __attribute__((vector_size(kVectorBytes), aligned(alignof(Center))));
   constexpr unsigned kWidth = kVectorBytes / sizeof(Center), kFull = (1u << kWidth) - 1;
   if ((mask & kFull) == kFull) return *reinterpret_cast<const Vector*>(p);
@@ -80,7 +88,7 @@ TCL_INLINE auto LoadWhere(unsigned mask, const Center* p) {
   return out;
 }
 template <typename Vector, typename Center>
-TCL_INLINE void StoreWhere(unsigned mask, const Vector& v, Center* p) {
+TCL_INLINE void MaskedStore(unsigned mask, const Vector& v, Center* p) {
   typedef Center Unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(Center))));
   constexpr unsigned kWidth = kVectorBytes / sizeof(Center), kFull = (1u << kWidth) - 1;
   if ((mask & kFull) == kFull) {
@@ -91,7 +99,7 @@ TCL_INLINE void StoreWhere(unsigned mask, const Vector& v, Center* p) {
 }
 #endif
 
-// kLanes numbers in as many vector registers as they take.
+// kLanes numbers in kVectors vector registers.
 template <typename Center>
 struct Lanes {
   typedef Center Vector __attribute__((vector_size(kVectorBytes)));
@@ -106,27 +114,27 @@ struct Lanes {
     for (int k = 0; k < kVectors; ++k) out.v[k] = Vector{};
     return out;
   }
-  static TCL_INLINE Lanes Load(const Center* p, All) {
+  static TCL_INLINE Lanes Load(const Center* p, Full) {
     Lanes out;
     for (int k = 0; k < kVectors; ++k) {
       out.v[k] = *reinterpret_cast<const Unaligned*>(p + k * kWidth);
     }
     return out;
   }
-  // Zeros behind the first.
-  static TCL_INLINE Lanes Load(const Center* p, First first) {
+  // The lanes after the tail are zeros.
+  static TCL_INLINE Lanes Load(const Center* p, Tail tail) {
     Lanes out;
     for (int k = 0; k < kVectors; ++k) {
-      out.v[k] = LoadWhere(((1u << first.count) - 1) >> (k * kWidth), p + k * kWidth);
+      out.v[k] = MaskedLoad(((1u << tail.count) - 1) >> (k * kWidth), p + k * kWidth);
     }
     return out;
   }
-  TCL_INLINE void Store(Center* p, All) const {
+  TCL_INLINE void Store(Center* p, Full) const {
     for (int k = 0; k < kVectors; ++k) *reinterpret_cast<Unaligned*>(p + k * kWidth) = v[k];
   }
-  TCL_INLINE void Store(Center* p, First first) const {
+  TCL_INLINE void Store(Center* p, Tail tail) const {
     for (int k = 0; k < kVectors; ++k) {
-      StoreWhere(((1u << first.count) - 1) >> (k * kWidth), v[k], p + k * kWidth);
+      MaskedStore(((1u << tail.count) - 1) >> (k * kWidth), v[k], p + k * kWidth);
     }
   }
   TCL_INLINE Lanes operator+(const Lanes& other) const {
@@ -151,52 +159,52 @@ struct Lanes {
   }
 };
 
-// Calls body(d, All or First) for every kLanes of [0, dim) and what is left.
+// Calls body(d, Full) for each full block of lanes of [0, dim) and body(d, Tail) for the rest.
 template <typename Body>
 TCL_INLINE void ForLanes(int64_t dim, Body body) {
   int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) body(d, All{});
-  if (d < dim) body(d, First{static_cast<int>(dim - d)});
+  for (; d + kLanes <= dim; d += kLanes) body(d, Full{});
+  if (d < dim) body(d, Tail{static_cast<int>(dim - d)});
 }
 
-TCL_INLINE int Count(All) { return kLanes; }
-TCL_INLINE int Count(First first) { return first.count; }
+TCL_INLINE int Count(Full) { return kLanes; }
+TCL_INLINE int Count(Tail tail) { return tail.count; }
 
-template <typename Feature, typename Part>
-TCL_INLINE Lanes<CenterType<Feature>> WidenLanes(const Feature* p, Part part) {
+template <typename Feature, typename Extent>
+TCL_INLINE Lanes<CenterType<Feature>> WidenLanes(const Feature* p, Extent extent) {
   if constexpr (std::is_same_v<Feature, CenterType<Feature>>) {
-    return Lanes<Feature>::Load(p, part);
+    return Lanes<Feature>::Load(p, extent);
   } else {
     float wide[kLanes] = {};
-    for (int l = 0; l < Count(part); ++l) wide[l] = Widen(p[l]);
-    return Lanes<float>::Load(wide, All{});
+    for (int l = 0; l < Count(extent); ++l) wide[l] = Widen(p[l]);
+    return Lanes<float>::Load(wide, Full{});
   }
 }
 
-template <typename Feature, typename Part>
-TCL_INLINE void RoundLanes(const Lanes<CenterType<Feature>>& lanes, Feature* p, Part part) {
+template <typename Feature, typename Extent>
+TCL_INLINE void RoundLanes(const Lanes<CenterType<Feature>>& lanes, Feature* p, Extent extent) {
   if constexpr (std::is_same_v<Feature, CenterType<Feature>>) {
-    lanes.Store(p, part);
+    lanes.Store(p, extent);
   } else {
     float wide[kLanes];
-    lanes.Store(wide, All{});
-    for (int l = 0; l < Count(part); ++l) p[l] = Round<Feature>(wide[l]);
+    lanes.Store(wide, Full{});
+    for (int l = 0; l < Count(extent); ++l) p[l] = Round<Feature>(wide[l]);
   }
 }
 
 #if defined(__F16C__)
-// F16C converts as Widen and Round do, eight numbers at a time.
-TCL_INLINE Lanes<float> WidenLanes(const Half* p, All) {
+// F16C converts eight numbers at once, with the same results as Widen and Round.
+TCL_INLINE Lanes<float> WidenLanes(const Half* p, Full) {
   float wide[kLanes];
   for (int l = 0; l < kLanes; l += 8) {
     _mm256_storeu_ps(wide + l,
                      _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + l))));
   }
-  return Lanes<float>::Load(wide, All{});
+  return Lanes<float>::Load(wide, Full{});
 }
-TCL_INLINE void RoundLanes(const Lanes<float>& lanes, Half* p, All) {
+TCL_INLINE void RoundLanes(const Lanes<float>& lanes, Half* p, Full) {
   float wide[kLanes];
-  lanes.Store(wide, All{});
+  lanes.Store(wide, Full{});
   for (int l = 0; l < kLanes; l += 8) {
     _mm_storeu_si128(
         reinterpret_cast<__m128i*>(p + l),
@@ -205,15 +213,15 @@ TCL_INLINE void RoundLanes(const Lanes<float>& lanes, Half* p, All) {
 }
 #endif
 
-// The sum of the lanes: lane[l] + lane[l + n/2] for n = kLanes, kLanes/2, ... 2, the same tree
-// everywhere.
+// The sum of the lanes as a tree: lane[l] += lane[l + n/2] for n = kLanes, kLanes/2, ... 2. The
+// instruction set must not change the tree, so it is written for vectors of 16 bytes.
 template <typename Center>
-TCL_INLINE Center Fold(const Lanes<Center>& lanes) {
+TCL_INLINE Center ReduceLanes(const Lanes<Center>& lanes) {
   constexpr int kWidth = 16 / static_cast<int>(sizeof(Center));
   constexpr int kVectors = kLanes / kWidth;
   typedef Center Vector __attribute__((vector_size(16), aligned(alignof(Center))));
   Center lane[kLanes];
-  lanes.Store(lane, All{});
+  lanes.Store(lane, Full{});
   Vector v[kVectors];
   for (int k = 0; k < kVectors; ++k) v[k] = *reinterpret_cast<const Vector*>(lane + k * kWidth);
   for (int half = kVectors / 2; half > 0; half /= 2) {
@@ -223,10 +231,11 @@ TCL_INLINE Center Fold(const Lanes<Center>& lanes) {
   return v[0][0] + v[0][1];
 }
 
-// The cache line of a row that is written without being read: for a store that misses, the line is
-// asked for only when the store's turn comes. (__builtin_prefetch(p, 1) would be a prefetch for
-// reading on x86-64 in general; a processor too old for prefetchw takes it for a no-op.)
-TCL_INLINE void FetchForWriting(const void* p) {
+// Prefetches a cache line that will be written without being read. Without it, a store that misses
+// requests the line only when it reaches the head of the store buffer. GCC compiles
+// __builtin_prefetch(p, 1) to a prefetch for reading unless -mprfchw is given; processors without
+// prefetchw execute it as a no-op.
+TCL_INLINE void PrefetchForWrite(const void* p) {
 #if defined(__x86_64__)
   asm volatile("prefetchw %0" ::"m"(*static_cast<const char*>(p)));
 #else
@@ -234,14 +243,14 @@ TCL_INLINE void FetchForWriting(const void* p) {
 #endif
 }
 
-// The rows at some positions of the batch; of fewer than kRows the last one again.
+// Pointers to kRows rows of the batch. If there are fewer positions, the last one is repeated.
 template <typename Feature, int kRows, bool kResidual>
-struct RowsAt {
+struct RowPointers {
   const Feature* features[kRows];
   CenterType<Feature>* residual[kRows];
 
-  TCL_INLINE RowsAt(const RowArguments<Feature>& rows, const int64_t* positions, int count,
-                    int64_t dim) {
+  TCL_INLINE RowPointers(const RowArguments<Feature>& rows, const int64_t* positions, int count,
+                         int64_t dim) {
     for (int r = 0; r < kRows; ++r) {
       const int64_t position = positions[r < count ? r : count - 1];
       features[r] = rows.features + position * dim;
@@ -250,28 +259,29 @@ struct RowsAt {
   }
 };
 
-// A class's centers and some rows of it, in part, for a loop that comes later.
+// Prefetches one block of lanes of a center and of rows of its class.
 template <typename Feature, bool kResidual>
-TCL_INLINE void FetchLanes(const CenterType<Feature>* centers,
-                           const RowsAt<Feature, kRowsTogether, kResidual>& rows, int64_t d) {
+TCL_INLINE void PrefetchLanes(const CenterType<Feature>* centers,
+                              const RowPointers<Feature, kRowsPerPass, kResidual>& rows,
+                              int64_t d) {
   constexpr int kLine = 64 / static_cast<int>(sizeof(CenterType<Feature>));
   for (int k = 0; k < kLanes; k += kLine) __builtin_prefetch(centers + d + k);
-  for (int r = 0; r < kRowsTogether; ++r) {
+  for (int r = 0; r < kRowsPerPass; ++r) {
     __builtin_prefetch(rows.features[r] + d);
     for (int k = 0; kResidual && k < kLanes; k += kLine) {
-      FetchForWriting(rows.residual[r] + d + k);
+      PrefetchForWrite(rows.residual[r] + d + k);
     }
   }
 }
 
-// The rows that begin with the number `first` of these.
-template <typename Feature, int kRows, bool kCenters, bool kResidual, Sum kSum>
+// Processes the kRows rows that start at index `first`.
+template <typename Feature, int kRows, bool kCenters, bool kResidual, SumMode kSum>
 void ResidualRows(const RowArguments<Feature>& rows, int64_t first, int64_t dim,
                   CenterType<Feature>* squares) {
   using Center = CenterType<Feature>;
   using L = Lanes<Center>;
   const int64_t* const positions = rows.positions + first;
-  const RowsAt<Feature, kRows, kResidual> row(rows, positions, kRows, dim);
+  const RowPointers<Feature, kRows, kResidual> row(rows, positions, kRows, dim);
   Center factor[kRows];
   L square_lanes[kRows];
   for (int r = 0; r < kRows; ++r) {
@@ -282,34 +292,35 @@ void ResidualRows(const RowArguments<Feature>& rows, int64_t first, int64_t dim,
   const Center* const centers = rows.centers;
   Center* const sum = rows.sum;
 
-  // To be fetched meanwhile: the rows that are next, at the end later ones.
-  const bool ends = first + kRows == rows.rows;
-  const RowsAt<Feature, kRowsTogether, kResidual> next(
-      rows, ends ? rows.later_positions : positions + kRows, ends ? rows.later_rows : kRowsTogether,
-      dim);
-  const Center* const next_centers = ends ? rows.later_centers : centers;
+  // Prefetched in the same pass: the next rows of this class, or those of the later class.
+  const bool is_last = first + kRows == rows.rows;
+  const RowPointers<Feature, kRowsPerPass, kResidual> next(
+      rows, is_last ? rows.prefetch_positions : positions + kRows,
+      is_last ? rows.prefetch_rows : kRowsPerPass, dim);
+  const Center* const next_centers = is_last ? rows.prefetch_centers : centers;
 
-  ForLanes(dim, [&](int64_t d, auto part) TCL_INLINED {
-    if (kCenters) FetchLanes<Feature, kResidual>(next_centers, next, d);
+  ForLanes(dim, [&](int64_t d, auto extent) TCL_INLINED {
+    if (kCenters) PrefetchLanes<Feature, kResidual>(next_centers, next, d);
     L center = L::Zero(), total = L::Zero();
-    if (kCenters) center = L::Load(centers + d, part);
-    if (kSum == Sum::kAdd) total = L::Load(sum + d, part);
+    if (kCenters) center = L::Load(centers + d, extent);
+    if (kSum == SumMode::kContinue) total = L::Load(sum + d, extent);
     for (int r = 0; r < kRows; ++r) {
-      L value = WidenLanes(row.features[r] + d, part);
+      L value = WidenLanes(row.features[r] + d, extent);
       if (kCenters) value = value - center;
       square_lanes[r] = square_lanes[r] + value * value;
-      if (kResidual) (value * factor[r]).Store(row.residual[r] + d, part);
-      if (kSum != Sum::kNone) total = kSum == Sum::kStart && r == 0 ? value : total + value;
+      if (kResidual) (value * factor[r]).Store(row.residual[r] + d, extent);
+      if (kSum != SumMode::kNone) total = kSum == SumMode::kStart && r == 0 ? value : total + value;
     }
-    if (kSum != Sum::kNone) total.Store(sum + d, part);
+    if (kSum != SumMode::kNone) total.Store(sum + d, extent);
   });
-  for (int r = 0; r < kRows; ++r) squares[first + r] = Fold(square_lanes[r]);
+  for (int r = 0; r < kRows; ++r) squares[first + r] = ReduceLanes(square_lanes[r]);
 }
 
-template <typename Feature, bool kCenters, bool kResidual, Sum kSum>
+template <typename Feature, bool kCenters, bool kResidual, SumMode kSum>
 void ResidualRows(const RowArguments<Feature>& rows, int64_t dim, CenterType<Feature>* squares) {
-  static_assert(kRowsTogether == 2, "an odd one, then pairs");
-  constexpr Sum kRest = kSum == Sum::kStart ? Sum::kAdd : kSum;
+  static_assert(kRowsPerPass == 2,
+                "The first pass takes one row or two, the other passes take two.");
+  constexpr SumMode kRest = kSum == SumMode::kStart ? SumMode::kContinue : kSum;
   int64_t first = 1 + (rows.rows - 1) % 2;
   if (first == 1) {
     ResidualRows<Feature, 1, kCenters, kResidual, kSum>(rows, 0, dim, squares);
@@ -322,20 +333,20 @@ void ResidualRows(const RowArguments<Feature>& rows, int64_t dim, CenterType<Fea
 }
 
 template <typename Feature, bool kCenters, bool kResidual>
-void ResidualRows(const RowArguments<Feature>& rows, Sum mode, int64_t dim,
+void ResidualRows(const RowArguments<Feature>& rows, SumMode mode, int64_t dim,
                   CenterType<Feature>* squares) {
   switch (mode) {
-    case Sum::kStart:
-      return ResidualRows<Feature, kCenters, kResidual, Sum::kStart>(rows, dim, squares);
-    case Sum::kAdd:
-      return ResidualRows<Feature, kCenters, kResidual, Sum::kAdd>(rows, dim, squares);
-    case Sum::kNone:
-      return ResidualRows<Feature, kCenters, kResidual, Sum::kNone>(rows, dim, squares);
+    case SumMode::kStart:
+      return ResidualRows<Feature, kCenters, kResidual, SumMode::kStart>(rows, dim, squares);
+    case SumMode::kContinue:
+      return ResidualRows<Feature, kCenters, kResidual, SumMode::kContinue>(rows, dim, squares);
+    case SumMode::kNone:
+      return ResidualRows<Feature, kCenters, kResidual, SumMode::kNone>(rows, dim, squares);
   }
 }
 
 template <typename Feature>
-void Residual(const RowArguments<Feature>& rows, Sum mode, int64_t dim,
+void Residual(const RowArguments<Feature>& rows, SumMode mode, int64_t dim,
               CenterType<Feature>* squares) {
   if (rows.centers == nullptr) {
     return ResidualRows<Feature, false, false>(rows, mode, dim, squares);
@@ -347,31 +358,34 @@ void Residual(const RowArguments<Feature>& rows, Sum mode, int64_t dim,
 }
 
 template <typename Feature>
-void Fetch(const RowArguments<Feature>& rows, int64_t dim) {
-  if (rows.later_centers == nullptr) return;
-  const auto fetch = [&](auto at) TCL_INLINED {
-    ForLanes(dim, [&](int64_t d, auto) TCL_INLINED { FetchLanes(rows.later_centers, at, d); });
+void Prefetch(const RowArguments<Feature>& rows, int64_t dim) {
+  if (rows.prefetch_centers == nullptr) return;
+  const auto prefetch = [&](auto at) TCL_INLINED {
+    ForLanes(dim,
+             [&](int64_t d, auto) TCL_INLINED { PrefetchLanes(rows.prefetch_centers, at, d); });
   };
   if (rows.residual == nullptr) {
-    fetch(RowsAt<Feature, kRowsTogether, false>(rows, rows.later_positions, rows.later_rows, dim));
+    prefetch(RowPointers<Feature, kRowsPerPass, false>(rows, rows.prefetch_positions,
+                                                       rows.prefetch_rows, dim));
   } else {
-    fetch(RowsAt<Feature, kRowsTogether, true>(rows, rows.later_positions, rows.later_rows, dim));
+    prefetch(RowPointers<Feature, kRowsPerPass, true>(rows, rows.prefetch_positions,
+                                                      rows.prefetch_rows, dim));
   }
 }
 
 template <typename Center>
 void Move(Center* centers, Center scale, const Center* sum, int64_t dim) {
   using L = Lanes<Center>;
-  ForLanes(dim, [=](int64_t d, auto part) TCL_INLINED {
-    (L::Load(centers + d, part) + L::Load(sum + d, part) * scale).Store(centers + d, part);
+  ForLanes(dim, [=](int64_t d, auto extent) TCL_INLINED {
+    (L::Load(centers + d, extent) + L::Load(sum + d, extent) * scale).Store(centers + d, extent);
   });
 }
 
 template <typename Center>
 void Add(Center* sum, const Center* other, int64_t dim) {
   using L = Lanes<Center>;
-  ForLanes(dim, [=](int64_t d, auto part) TCL_INLINED {
-    (L::Load(sum + d, part) + L::Load(other + d, part)).Store(sum + d, part);
+  ForLanes(dim, [=](int64_t d, auto extent) TCL_INLINED {
+    (L::Load(sum + d, extent) + L::Load(other + d, extent)).Store(sum + d, extent);
   });
 }
 
@@ -379,11 +393,12 @@ template <typename Feature>
 void Scale(const CenterType<Feature>* residual, CenterType<Feature> factor, Feature* out,
            int64_t dim) {
   using L = Lanes<CenterType<Feature>>;
-  ForLanes(dim, [=](int64_t d, auto part) TCL_INLINED {
-    RoundLanes(L::Load(residual + d, part) * factor, out + d, part);
+  ForLanes(dim, [=](int64_t d, auto extent) TCL_INLINED {
+    RoundLanes(L::Load(residual + d, extent) * factor, out + d, extent);
   });
 }
 
+// IsFinite instead of std::isfinite, which is an inline function of a shared header.
 template <typename Feature>
 bool AllFinite(const Feature* features, int64_t dim) {
   for (int64_t d = 0; d < dim; ++d) {
@@ -399,7 +414,7 @@ namespace TCL_ISA {
 template <typename Feature>
 const RowLoops<Feature>& Loops() {
   using Center = CenterType<Feature>;
-  static constexpr RowLoops<Feature> loops = {Residual<Feature>, Fetch<Feature>,
+  static constexpr RowLoops<Feature> loops = {Residual<Feature>, Prefetch<Feature>,
                                               Move<Center>,      Add<Center>,
                                               Scale<Feature>,    AllFinite<Feature>};
   return loops;

@@ -1,9 +1,10 @@
-// The hot loops over rows of D numbers, compiled once per instruction set and chosen at run
-// time.
+// The inner loops of the CPU kernels. A row is the D numbers of one sample or of one center.
 //
-// Every instruction set gives the same bits: sums run in kLanes fixed lanes that are folded in a
-// fixed order, and products are never contracted into fused multiply-adds (-ffp-contract=off). The
-// loops are bound by memory, so this costs nothing.
+// row_loops.cc is compiled once per instruction set; isa.h returns the table of functions for one
+// of them. All of them give the same bits: a sum has kLanes interleaved partial sums, which are
+// added in a fixed tree, and products are not contracted into fused multiply-adds
+// (-ffp-contract=off). The loops are bound by memory, so this costs no time. They know neither
+// labels nor threads.
 
 #ifndef TF_CENTER_LOSS_OP_CSRC_ROW_LOOPS_H_
 #define TF_CENTER_LOSS_OP_CSRC_ROW_LOOPS_H_
@@ -14,12 +15,11 @@
 
 namespace tcl {
 
-enum class Isa { kBaseline, kAvx2, kAvx512 };
+// Whether the residual loop computes the sum of the residuals, and whether the sum starts with
+// these rows or continues.
+enum class SumMode { kNone, kStart, kContinue };
 
-// What is done with the sum of a class's residuals while its rows go by.
-enum class Sum { kNone, kStart, kAdd };
-
-// Samples of one class, by their positions in the batch.
+// Several samples of one class, given by their positions in the batch.
 template <typename Feature>
 struct RowArguments {
   using Center = CenterType<Feature>;
@@ -28,30 +28,30 @@ struct RowArguments {
   const int64_t* positions = nullptr;     // [rows]
   const Feature* features = nullptr;      // [B, D]
   const Center* sample_weight = nullptr;  // [B], or null: all one
-  Center scale = 1;                       // of the residual, beside the sample's weight
-  Center* residual = nullptr;             // [B, D]; null: unwanted
+  Center scale = 1;                       // multiplies the residual, as does the sample's weight
+  Center* residual = nullptr;             // [B, D]; null: not wanted
   const Center* centers = nullptr;        // [D], the class's; null: the features are the residual
   Center* sum = nullptr;                  // [D]
-  // Samples of a class that comes later, to be fetched while the last of these are gone through.
-  int later_rows = 0;                        // 1 to kRowsTogether
-  const int64_t* later_positions = nullptr;  // [later_rows]
-  const Center* later_centers = nullptr;     // [D]
+  // Samples of a later class, which are prefetched during the last of these rows.
+  int prefetch_rows = 0;                        // 1 to kRowsPerPass
+  const int64_t* prefetch_positions = nullptr;  // [prefetch_rows]
+  const Center* prefetch_centers = nullptr;     // [D]
 };
 
-// So many samples are gone through together. With more, more rows are in flight than first-level
-// cache and prefetchers keep up with (64 x 200 and 4096 x 512 numbers).
-constexpr int kRowsTogether = 2;
+// One pass over D reads this many rows. Measured at 64 x 200 and 4096 x 512: more rows are more
+// streams than the first-level cache and the hardware prefetchers handle.
+constexpr int kRowsPerPass = 2;
 
 template <typename Feature>
 struct RowLoops {
   using Center = CenterType<Feature>;
 
-  // With d = features - centers, of each row r: squares[r] = the sum of d^2, residual = scale * d;
-  // and starts or continues sum += d, row by row.
-  void (*residual)(const RowArguments<Feature>& rows, Sum mode, int64_t dim, Center* squares);
+  // With d = features - centers of each row r: squares[r] = sum of d^2 and residual = scale * d.
+  // The mode says whether sum += d starts, continues or is left out; rows are added in order.
+  void (*residual)(const RowArguments<Feature>& rows, SumMode mode, int64_t dim, Center* squares);
 
-  // Fetches what is later.
-  void (*fetch)(const RowArguments<Feature>& rows, int64_t dim);
+  // Prefetches the samples of the later class.
+  void (*prefetch)(const RowArguments<Feature>& rows, int64_t dim);
 
   // centers += scale * sum.
   void (*move)(Center* centers, Center scale, const Center* sum, int64_t dim);
@@ -64,27 +64,6 @@ struct RowLoops {
 
   bool (*all_finite)(const Feature* features, int64_t dim);
 };
-
-// The loops for `isa`, which must be Supported().
-template <typename Feature>
-const RowLoops<Feature>& GetRowLoops(Isa isa);
-
-bool Supported(Isa isa);
-Isa BestIsa();
-
-// One definition in each object that row_loops.cc is compiled to.
-namespace baseline {
-template <typename Feature>
-const RowLoops<Feature>& Loops();
-}
-namespace avx2 {
-template <typename Feature>
-const RowLoops<Feature>& Loops();
-}
-namespace avx512 {
-template <typename Feature>
-const RowLoops<Feature>& Loops();
-}
 
 }  // namespace tcl
 

@@ -1,15 +1,19 @@
-// Waiting for another thread without sleeping: waking up takes longer than a small step.
+// A bounded spin-wait for short waits between threads: waking a sleeping thread takes longer than a
+// small step.
+//
+// C++17 has no std::atomic::wait, and condition variables as well as absl's Notification and
+// BlockingCounter put the thread to sleep at once; hence this loop.
 
 #ifndef TF_CENTER_LOSS_OP_CSRC_SPIN_H_
 #define TF_CENTER_LOSS_OP_CSRC_SPIN_H_
 
 namespace tcl {
 
-// Asks done() for some tens of microseconds at most; whether it came true.
+// Polls done() for some tens of microseconds at most. Returns its last result.
 template <typename Done>
 bool SpinUntil(Done done) {
-  constexpr int kTurns = 1000;
-  for (int turn = 0; turn < kTurns; ++turn) {
+  constexpr int kMaxPolls = 1000;
+  for (int poll = 0; poll < kMaxPolls; ++poll) {
     if (done()) return true;
 #if defined(__x86_64__)
     __builtin_ia32_pause();

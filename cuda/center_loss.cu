@@ -1,23 +1,36 @@
-// The center loss step on a GPU, in one launch.
+// The kernels and their launchers (center_loss_cuda.h is the interface). One launch does a whole
+// step: it reads features, labels and centers, and writes residuals, loss and moved centers.
 //
-// Every sample is done by one warp (warp_step.cuh): it reads features and center, writes the
-// residual, publishes the loss. Where the sample is alone in its class, or one of two that the warp
-// does together, the warp moves the center at once: no other warp reads that row. Of a class of
-// three samples or more the sum of the residuals is made when all its samples have read the center,
-// in an order that follows from the labels alone (class_sums.cuh).
+// One warp processes each sample (warp_step.cuh). A center may move only when all samples of its
+// class have read it. If a sample is alone in its class, its warp moves the center at once. A pair
+// is processed by one warp, which does the same. The center of a large class (three samples or
+// more) moves later, by a sum of residuals that needs all its samples processed (class_sums.cuh).
 //
-// Two forms find out which samples share a class. ScanStep, for small batches: each warp scans the
-// labels (scanned_labels.cuh), and the samples of a class meet at a counter. HashStep: the blocks
-// count the labels in a hash table (hashed_labels.cuh) and meet at a grid barrier; a launch with
-// classes of three samples or more has a second one. The barriers need all blocks resident: the
-// launch is cooperative.
+// ScanStep, for small batches, spares them the latency of a hash table and of grid barriers:
+//   1. Each block copies all labels to shared memory (scanned_labels.cuh).
+//   2. Each warp scans them for the class of its sample and processes the sample.
+//   3. Each sample of a large class arrives at the counter of its chunk. The block of the last one
+//      sums the residuals of the chunk; a block barrier first hands the chunk to all its warps.
+//   4. The last block adds up the losses (loss_sum.cuh).
 //
-// Bytes moved, all labels distinct: features + center read + center written + residual, B D each.
+// HashStep, for large batches, is a cooperative launch, because grid barriers need all blocks:
+//   1. All blocks insert their labels into a hash table (hashed_labels.cuh).
+//      Grid barrier labels_counted: afterwards the size of every class is final. Between arrival
+//      and wait, each warp prefetches a sample and the block clears the tables of the next launch.
+//   2. The blocks rank the samples of multi-chunk classes, if there are any.
+//   3. Each warp processes samples, and lists the chunks of those large classes whose owners are
+//      among them.
+//      Grid barrier centers_read, if there are large classes: afterwards their centers may move,
+//      and ranks and chunks are known. Between arrival and wait, the losses are added up.
+//   4. The warps sum the residuals of the large classes, a column slice of a chunk at a time.
+//   5. The last block stores the loss and makes the other set of tables the current one.
+// With `atomic` there are no steps 2 and 4: the samples of a class add their residuals to one
+// partial sum in the order of arrival, and the last one moves the center. Otherwise the inputs
+// alone fix the order of all additions, so that the results are deterministic.
 //
-// Deterministic: the losses are added up in an order that follows from the size of the batch
-// (loss_sum.cuh), the residuals in one that follows from the labels. With `atomic`, the samples of
-// a class of several add their residuals to one row of the pool in the order of arrival.
+// If all labels are distinct, a launch moves 4 B D numbers: features, residuals, and centers twice.
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cuda/center_loss_cuda.h"
@@ -32,32 +45,13 @@
 namespace tcl {
 namespace {
 
-// Blocks of the scanned form are small, to spread a small batch over all multiprocessors.
-constexpr int kMostScanThreads = 128, kMostHashThreads = 256;
-
-}  // namespace
-
-constexpr CudaTuningField kCudaTuning[] = {
-    {"scan_batch", &CudaTuning::scan_batch, 0, 4096},
-    {"scan_threads", &CudaTuning::scan_threads, 64, kMostScanThreads},
-    {"hash_threads", &CudaTuning::hash_threads, 64, kMostHashThreads},
-    {"hash_blocks", &CudaTuning::hash_blocks, 1, 8},
-    {"wait_ns", &CudaTuning::wait_ns, 0, 1000},
-    {"overlap", &CudaTuning::overlap, 0, 1},
-};
-
-const char* const kCudaPhaseNames[] = {"begun",       "labels here", "labels counted",
-                                       "ranks known", "own samples", "all samples",
-                                       "class sums",  "loss"};
-
-namespace {
-
+// The order of kCudaPhaseNames.
 enum Phase { kBegun, kLabelsHere, kCounted, kRanked, kOwnDone, kAllDone, kSumsDone, kLossDone };
 
-// Arrives at the chunk of a sample for this warp. Returns whether it is the last one; then
-// `all_finite` tells whether all samples were. The center may move once all samples of the class
-// have arrived. The arrival depends on what the warp has read of the center, by way of `finite`, so
-// it needs no release: no read returns a value that depends on itself.
+// Arrives at the counter of a sample's chunk, once for the warp. Returns whether the warp is the
+// last one; `all_finite` then tells whether all samples of the chunk have finite features. The
+// arrival needs no release: it depends on the values read from the center (through `finite`), so
+// those reads precede it and cannot return what a later move writes.
 __device__ __forceinline__ bool LastAtChunk(Arrivals* counter, int members, int finite,
                                             bool* all_finite) {
   Arrivals now = 0;
@@ -71,65 +65,64 @@ __device__ __forceinline__ bool LastAtChunk(Arrivals* counter, int members, int 
   return static_cast<int>(now & 0xffffffff) == members;
 }
 
-// Rows of class sums in flight: a scanned launch has fewer warps, and so more registers for each.
+// Rows that ClassSums loads together. ScanStep has fewer warps and so more registers for each.
 template <typename Feature>
 constexpr int kHashLoads = 48 / sizeof(CenterType<Feature>);
 template <typename Feature>
 constexpr int kScanLoads = 128 / sizeof(CenterType<Feature>);
 
-// A launch of a small batch. Each warp has one sample.
 template <typename Feature, int Width>
-__global__ void __launch_bounds__(kMostScanThreads, 2)
+__global__ void __launch_bounds__(kMaxScanThreads, 2)
     ScanStep(const __grid_constant__ Parameters<Feature> p) {
   TCL_DYNAMIC_SHARED(shared);
   OverlapLaunches();
   p.Stamp(kBegun);
   using Step = WarpStep<Feature, Width>;
-  using Sum = typename Step::Sum;
+  using Use = typename Step::Use;
   Step step(p);
   const int block_warps = static_cast<int>(blockDim.x) / kWarp;
   const int warps = static_cast<int>(gridDim.x) * block_warps;
   const int warp = static_cast<int>(blockIdx.x) * block_warps + WarpOfBlock();
-  // The chunks that the warps of this block are the last to arrive at, and their samples.
+  // For each warp of the block, the chunk that it completed by arriving last, and its samples.
   Chunk* const completed = reinterpret_cast<Chunk*>(shared);             // [block_warps]
   int* const members = reinterpret_cast<int*>(completed + block_warps);  // [block_warps, kChunk]
-  // The sample's rows are on their way while the labels are scanned.
-  typename Step::Loaded loaded;
+  // Prefetch the first sample's rows; the scan of the labels hides their latency.
+  typename Step::Rows rows;
   int64_t label = 0;
   if (warp < p.batch) {
     label = p.Label(warp);
-    step.Load(warp, label, 0, &loaded);
+    step.Load(warp, label, 0, &rows);
   }
   ScannedLabels<Feature> labels(p,
                                 reinterpret_cast<unsigned char*>(members + kChunk * block_warps));
   ClassSums<Feature, Width, kScanLoads<Feature>> sums(p, step);
   p.Stamp(kLabelsHere);
   step.SetCounted(labels.Counted());
-  for (int first = warp - WarpOfBlock(); first < p.batch; first += warps) {  // of the block
+  for (int first = warp - WarpOfBlock(); first < p.batch; first += warps) {  // of this block
     const int i = first + WarpOfBlock();
     Chunk own;
     if (i < p.batch) {
-      const bool is_member = step.IsMember(label);
+      const bool is_member = step.MovesCenter(label);
       if (is_member) labels.SetClass(i);
       const int count = is_member ? labels.count() : 0;
       if (count <= 1) {
-        step.DoSample(i, -1, label, loaded, is_member ? Sum::kMovesCenter : Sum::kUnused);
+        step.ProcessSample(i, -1, label, rows, is_member ? Use::kMoveCenter : Use::kNone);
       } else if (count == 2) {
         if (labels.rank() == 0) {
-          step.LoadPartner(labels.other(), 0, &loaded);
-          step.DoSample(i, labels.other(), label, loaded, Sum::kMovesCenter);
+          step.LoadPartner(labels.other(), 0, &rows);
+          step.ProcessSample(i, labels.other(), label, rows, Use::kMoveCenter);
         }
       } else {
-        const int finite = step.DoSample(i, -1, label, loaded, Sum::kLeft);
-        const int place = labels.SortedPlace(), chunk = labels.rank() / kChunk;
+        const int finite = step.ProcessSample(i, -1, label, rows, Use::kDefer);
+        const int offset = labels.SortedOffset(), chunk = labels.rank() / kChunk;
         const int in_chunk = min(count - chunk * kChunk, kChunk);
-        if (LastAtChunk(p.chunk_arrivals + place + chunk, in_chunk, finite, &own.all_finite)) {
+        if (LastAtChunk(p.chunk_arrivals + offset + chunk, in_chunk, finite, &own.all_finite)) {
           own.label = label;
           own.chunks = (count + kChunk - 1) / kChunk;
           own.chunk = chunk;
           own.count = in_chunk;
-          own.first_pool_row = place / kSamplesPerPoolRow;
-          labels.Find(chunk * kChunk, in_chunk, members + kChunk * WarpOfBlock());
+          own.first_partial_sum = offset / kSamplesPerPartialSum;
+          labels.GatherRanks(chunk * kChunk, in_chunk, members + kChunk * WarpOfBlock());
         }
       }
     }
@@ -139,14 +132,14 @@ __global__ void __launch_bounds__(kMostScanThreads, 2)
       for (int task = WarpOfBlock(); task < block_warps * slices; task += block_warps) {
         const int k = task / slices;
         if (completed[k].chunks > 0) {
-          sums.DoSlice(completed[k], members + kChunk * k, task % slices);
+          sums.ProcessSlice(completed[k], members + kChunk * k, task % slices);
         }
       }
-      __syncthreads();  // all warps have read what was completed
+      __syncthreads();  // all warps have read `completed` and `members`
     }
     if (i + warps < p.batch) {
       label = labels.LabelAt(i + warps);
-      step.Load(i + warps, label, 0, &loaded);
+      step.Load(i + warps, label, 0, &rows);
     }
   }
   p.Stamp(kOwnDone);
@@ -157,76 +150,76 @@ __global__ void __launch_bounds__(kMostScanThreads, 2)
 }
 
 template <typename Feature, int Width, bool kAtomic>
-__global__ void __launch_bounds__(kMostHashThreads, 2)
+__global__ void __launch_bounds__(kMaxHashThreads, 2)
     HashStep(const __grid_constant__ Parameters<Feature> p) {
   TCL_DYNAMIC_SHARED(shared);
   OverlapLaunches();
   p.Stamp(kBegun);
   using Step = WarpStep<Feature, Width>;
-  using Sum = typename Step::Sum;
+  using Use = typename Step::Use;
   Step step(p);
   const int parity = __ldcg(&p.header->parity);
   HashedLabels<Feature> labels(p, parity);
   Counters& counters = p.header->counters[parity];
   const int blocks = static_cast<int>(gridDim.x);
-  // A round is kWarp samples for each warp, one in each lane. They lie warps + 1 apart: neighbors,
-  // and labels that come again after a while, are for different warps.
+  // In a round each lane has one sample. The samples of a warp are warps + 1 apart, so adjacent
+  // samples, and labels that repeat with a period, go to different warps.
   const int warps = blocks * static_cast<int>(blockDim.x) / kWarp;
   const int warp = WarpOfBlock() * blocks + static_cast<int>(blockIdx.x);
   const int round = kWarp * warps;
   const int own = Lane() * warps + (warp + Lane()) % warps;
-  typename Step::Loaded loaded;
-  int64_t own_label = 0;  // of the first round, and its owner
+  typename Step::Rows rows;
+  int64_t own_label = 0;  // of the first round, as is own_owner
   int own_owner = -1, counted = 0;
   for (int first = 0; first < p.batch; first += round) {
     const int i = first + own;
     const int64_t label = i < p.batch ? p.Label(i) : 0;
     if (first == 0) own_label = label;
-    const int owner = labels.Enter(i, label, i < p.batch && step.IsMember(label), kAtomic);
+    const int owner = labels.Insert(i, label, i < p.batch && step.MovesCenter(label), kAtomic);
     if (first == 0) own_owner = owner;
     counted += i < p.batch && !p.Ignored(label);
   }
   if (p.options.has_ignore_class) labels.Count(counted);
   p.Stamp(kLabelsHere);
-  ArriveBlock(&counters.counted_blocks.value);
-  // The rows of the first sample come while the blocks wait for each other. (Earlier they would
-  // delay the counting.)
-  if (warp < p.batch) step.Load(warp, __shfl_sync(kAllLanes, own_label, 0), 0, &loaded);
+  ArriveBlock(&counters.labels_counted.value);
+  // Prefetch the first sample's rows; the wait hides their latency. An earlier prefetch would
+  // compete with the insertions.
+  if (warp < p.batch) step.Load(warp, __shfl_sync(kAllLanes, own_label, 0), 0, &rows);
   HashedLabels<Feature>::ClearNext(p, 1 - parity);
-  WaitAsBlock(&counters.counted_blocks.value, blocks, p.tuning.wait_ns);
+  WaitForBlocks(&counters.labels_counted.value, blocks, p.tuning.wait_ns);
   p.Stamp(kCounted);
   step.SetCounted(labels.Counted());
 
   const bool has_large = !kAtomic && labels.HasLarge();
-  if (has_large && labels.HasHeavy()) {
-    labels.RankHeavy();
+  if (has_large && labels.HasMultiChunk()) {
+    labels.RankMultiChunk();
     p.Stamp(kRanked);
-    // Again, to spare the registers.
-    if (warp < p.batch) step.Load(warp, __shfl_sync(kAllLanes, own_label, 0), 0, &loaded);
+    // Load again: keeping the rows during the ranking would cost registers.
+    if (warp < p.batch) step.Load(warp, __shfl_sync(kAllLanes, own_label, 0), 0, &rows);
   }
-  // Memory does not serve all multiprocessors alike. Of a large batch each warp does three quarters
-  // of its share, and then takes groups of what is left.
+  // Multiprocessors get unequal memory bandwidth. So of a large batch, only three quarters (at most
+  // one sample for each lane) are assigned in advance. The warps take the others by tickets.
   const int share = p.batch / warps;
-  const int fixed = share < 6 ? kWarp : min(share * 3 / 4, kWarp);
-  const int begin = min(fixed * warps, p.batch);  // of the groups
-  int i = Lane() < fixed ? own : p.batch;
+  const int assigned = share < 6 ? kWarp : min(share * 3 / 4, kWarp);  // of a warp
+  const int begin = min(assigned * warps, p.batch);                    // of the other samples
+  int i = Lane() < assigned ? own : p.batch;
   int64_t label = own_label;
   int owner = own_owner;
   int ticket = begin < p.batch && Lane() == 0 ? labels.TakeTicket() : 0;
   bool is_first = true;
   for (;;) {
     const int count = i >= p.batch || owner < 0 ? 0 : labels.CountOf(owner);
-    const int partner = count > 0 && owner == i ? labels.PartnerOf(i) : -1;  // of a pair
-    // The next group's, long before they are needed.
-    const int group = begin + __shfl_sync(kAllLanes, ticket, 0) * kGroup;
-    const int next = Lane() < kGroup ? min(group + Lane(), p.batch) : p.batch;
+    const int partner = count > 0 && owner == i ? labels.PartnerOf(i) : -1;
+    // Prefetch labels and owners for the samples of the next ticket.
+    const int next_first = begin + __shfl_sync(kAllLanes, ticket, 0) * kSamplesPerTicket;
+    const int next = Lane() < kSamplesPerTicket ? min(next_first + Lane(), p.batch) : p.batch;
     const int64_t next_label = next < p.batch ? p.Label(next) : 0;
     const int next_owner = next < p.batch ? labels.OwnerOf(next) : -1;
-    if (group < p.batch && Lane() == 0) ticket = labels.TakeTicket();
+    if (next_first < p.batch && Lane() == 0) ticket = labels.TakeTicket();
     if (has_large) labels.ListChunks(i, owner == i ? count : 0);
-    // A pair is for its owner's warp.
-    const bool does = i < p.batch && (kAtomic || count != 2 || owner == i);
-    unsigned left = __ballot_sync(kAllLanes, does);
+    // The owner's warp processes a pair.
+    const bool takes = i < p.batch && (kAtomic || count != 2 || owner == i);
+    unsigned left = __ballot_sync(kAllLanes, takes);
     bool is_loaded = is_first && (left & 1) != 0;
     while (left != 0) {
       const int lane = __ffs(static_cast<int>(left)) - 1;
@@ -236,53 +229,54 @@ __global__ void __launch_bounds__(kMostHashThreads, 2)
       const int its_partner =
           !kAtomic && its_count == 2 ? __shfl_sync(kAllLanes, partner, lane) : -1;
       const int its_owner = __shfl_sync(kAllLanes, owner, lane);
-      if (!is_loaded) step.Load(j, its_label, 0, &loaded);
-      if (its_partner >= 0) step.LoadPartner(its_partner, 0, &loaded);
+      if (!is_loaded) step.Load(j, its_label, 0, &rows);
+      if (its_partner >= 0) step.LoadPartner(its_partner, 0, &rows);
       is_loaded = false;
       if (kAtomic && its_count > 1) {
-        step.AddAtomically(j, its_label, loaded, its_count, p.first_pool_row[its_owner]);
+        step.AddAtomically(j, its_label, rows, its_count, p.first_partial_sum[its_owner]);
       } else if (its_count > 2) {
-        const int finite = step.DoSample(j, -1, its_label, loaded, Sum::kLeft);
-        if (finite == 0 && Lane() == 0) labels.CountNotFinite(its_owner);
+        const int finite = step.ProcessSample(j, -1, its_label, rows, Use::kDefer);
+        if (finite == 0 && Lane() == 0) labels.CountNonFinite(its_owner);
       } else {
-        step.DoSample(j, its_partner, its_label, loaded,
-                      its_count == 0 ? Sum::kUnused : Sum::kMovesCenter);
+        step.ProcessSample(j, its_partner, its_label, rows,
+                           its_count == 0 ? Use::kNone : Use::kMoveCenter);
       }
       left &= left - 1;
     }
-    if (group >= p.batch) break;
+    if (next_first >= p.batch) break;
     i = next;
     label = next_label;
     owner = next_owner;
     is_first = false;
   }
   p.Stamp(kOwnDone);
-  if (has_large) ArriveBlock(&counters.done_blocks.value);
-  const double loss = step.reduces_loss() ? SumOfUnits(p, shared) : 0;
+  if (has_large) ArriveBlock(&counters.centers_read.value);
+  const double loss = step.reduces_loss() ? SumOfLosses(p, shared) : 0;
   if (has_large) {
-    WaitAsBlock(&counters.done_blocks.value, blocks, p.tuning.wait_ns);
+    WaitForBlocks(&counters.centers_read.value, blocks, p.tuning.wait_ns);
     p.Stamp(kAllDone);
     ClassSums<Feature, Width, kHashLoads<Feature>> sums(p, step);
     int* const members = reinterpret_cast<int*>(shared) + kChunk * WarpOfBlock();
     const int slices = Slices<Feature, Width>(p.dim);
     const int tasks = labels.Chunks() * slices;
     for (int task = warp; task < tasks; task += warps) {
-      __syncwarp();  // the members of the task before have been read
+      __syncwarp();  // all lanes have read the members of the previous task
       const Chunk chunk = labels.FindChunk(task / slices, members);
       __syncwarp();
-      sums.DoSlice(chunk, members, task % slices);
+      sums.ProcessSlice(chunk, members, task % slices);
     }
     p.Stamp(kSumsDone);
   }
   if (!IsLastBlock() || threadIdx.x != 0) return;
   if (step.reduces_loss()) step.StoreLossSum(loss);
   p.Stamp(kLossDone);
-  // Each block had read the parity when it arrived at counted_blocks.
+  // All blocks have read the parity: each did so before it arrived at labels_counted.
   p.header->slots[parity] = p.slots;
   p.header->samples[parity] = p.batch;
   p.header->parity = 1 - parity;
 }
 
+// gradient = upstream * residual, rounded to the type of the features; one warp for each row.
 template <typename Feature>
 __global__ void __launch_bounds__(256)
     Backward(const CenterType<Feature>* upstream, bool per_sample,
@@ -305,13 +299,14 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-// What a launch asks of the current device.
+// Properties of the current device.
 struct Device {
   int multiprocessors = 0;
-  bool can_overlap = false;  // whether the kernels were compiled to wait for the launch before
+  // Whether the kernels run as compiled for sm_90 or later. Only those wait for the launch before.
+  bool can_overlap = false;
 };
 
-// Remembered for the thread, because the questions cost more than a launch.
+// Cached for each host thread, because these queries take longer than a launch.
 cudaError_t CurrentDevice(Device* device) {
   static thread_local int known_number = -1;
   static thread_local Device known;
@@ -331,14 +326,9 @@ cudaError_t CurrentDevice(Device* device) {
   return cudaSuccess;
 }
 
-int64_t Largest(int64_t a, int64_t b) { return a > b ? a : b; }
-int64_t Smallest(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t Quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }  // rounded up
-
-// The shape of a launch.
 struct Shape {
-  bool scans;     // ScanStep, or HashStep
-  bool overlaps;  // the end of the launch before
+  bool scans;     // ScanStep; otherwise HashStep
+  bool overlaps;  // programmatic dependent launch
   int threads;
   int64_t blocks;
 };
@@ -349,10 +339,10 @@ cudaError_t ShapeOf(const CudaTuning& tuning, int64_t batch, bool atomic, Shape*
   shape->overlaps = tuning.overlap != 0 && device.can_overlap;
   shape->scans = batch <= tuning.scan_batch && !atomic;
   shape->threads = shape->scans ? tuning.scan_threads : tuning.hash_threads;
-  // A scanned launch does not need all blocks resident: a few more than there is room for keep the
-  // multiprocessors busy.
+  // HashStep needs all blocks resident. ScanStep does not; more blocks balance the load.
   const int64_t most = device.multiprocessors * int64_t{shape->scans ? 8 : tuning.hash_blocks};
-  shape->blocks = Largest(Smallest(Quotient(batch, shape->threads / kWarp), most), 1);
+  shape->blocks =
+      std::max<int64_t>(std::min<int64_t>(CeilDiv(batch, shape->threads / kWarp), most), 1);
   return cudaSuccess;
 }
 
@@ -386,7 +376,7 @@ cudaError_t LaunchStep(const Parameters<Feature>& p, void* stream) {
   }
   const int64_t warps = shape.threads / kWarp;
   constexpr int64_t kInt = sizeof(int);
-  // The losses are added up last, in memory that the rest needs no more.
+  // The sum of the losses reuses this memory at the end.
   int64_t shared = warps * kChunk * kInt;
   if (shape.scans) {
     shared +=
@@ -397,25 +387,29 @@ cudaError_t LaunchStep(const Parameters<Feature>& p, void* stream) {
   return Launch(HashStep<Feature, Width, false>, shape, shared, p, stream);
 }
 
-bool IsPowerOfTwo(int number) { return number > 0 && (number & (number - 1)) == 0; }
-
 bool IsValid(const CudaTuning& tuning) {
+  const auto is_power_of_two = [](int number) { return (number & (number - 1)) == 0; };
   for (const CudaTuningField& field : kCudaTuning) {
     const int value = tuning.*field.value;
     if (value < field.least || value > field.largest) return false;
   }
-  return IsPowerOfTwo(tuning.scan_threads) && IsPowerOfTwo(tuning.hash_threads);
+  return is_power_of_two(tuning.scan_threads) && is_power_of_two(tuning.hash_threads);
 }
 
 bool Aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
+WorkspaceBytes BytesOf(const CudaWorkspace& workspace) {
+  Parameters<double> wide;
+  Parameters<float> narrow;
+  return workspace.center_size == sizeof(double) ? PlaceArrays(workspace, &wide)
+                                                 : PlaceArrays(workspace, &narrow);
+}
+
 }  // namespace
 
-int64_t CudaWorkspaceBytes(const CudaWorkspace& workspace) { return Layout(workspace).bytes; }
+int64_t CudaWorkspaceBytes(const CudaWorkspace& workspace) { return BytesOf(workspace).all; }
 
-int64_t CudaWorkspaceClearBytes(const CudaWorkspace& workspace) {
-  return Layout(workspace).clear_bytes;
-}
+int64_t CudaWorkspaceClearBytes(const CudaWorkspace& workspace) { return BytesOf(workspace).clear; }
 
 int64_t CudaBlocks(const CudaWorkspace& workspace, int64_t batch) {
   Shape shape;
@@ -433,10 +427,8 @@ int CenterLossOnCuda(const StepArguments<Feature, Label>& step,
       !IsValid(workspace.tuning)) {
     return cudaErrorInvalidValue;
   }
-  const Layout layout(workspace);
-  unsigned char* const memory = static_cast<unsigned char*>(workspace.memory);
-  const auto at = [memory](int64_t offset) { return static_cast<void*>(memory + offset); };
   Parameters<Feature> p;
+  PlaceArrays(workspace, &p);
   p.batch = static_cast<int>(step.batch);
   p.dim = step.dim;
   p.classes = step.classes;
@@ -452,29 +444,9 @@ int CenterLossOnCuda(const StepArguments<Feature, Label>& step,
   p.options = step.options;
   p.cuda = options;
   p.tuning = workspace.tuning;
-  p.header = static_cast<Header*>(at(layout.header));
-  for (int k = 0; k < 2; ++k) {
-    p.table[k] = static_cast<unsigned long long*>(at(layout.table[k]));
-    p.others[k] = static_cast<int*>(at(layout.others[k]));
-  }
-  p.slots = static_cast<int>(Layout::SlotsFor(step.batch));
-  p.members = static_cast<int*>(at(layout.members));
-  p.owner_of = static_cast<int*>(at(layout.owner_of));
-  p.heavy_class = static_cast<int*>(at(layout.heavy_class));
-  p.tile_part = static_cast<unsigned*>(at(layout.tile_part));
-  p.tile_order = static_cast<int*>(at(layout.tile_order));
-  p.first_chunk = static_cast<int*>(at(layout.first_chunk));
-  p.first_pool_row = static_cast<int*>(at(layout.first_pool_row));
-  p.class_of_chunk = static_cast<int*>(at(layout.class_of_chunk));
-  p.not_finite = static_cast<int*>(at(layout.not_finite));
-  p.pool_rows = layout.pool_rows;
-  p.pool = static_cast<Center*>(at(layout.pool));
-  p.arrivals = static_cast<Arrivals*>(at(layout.arrivals));
-  p.chunk_arrivals = static_cast<Arrivals*>(at(layout.chunk_arrivals));
-  p.sample_loss = static_cast<Mailbox<Center>*>(at(layout.sample_loss));
-  p.unit_loss = static_cast<Mailbox<double>*>(at(layout.unit_loss));
+  p.slots = static_cast<int>(HashSlots(step.batch));
 
-  // Whole vectors where every row starts on one.
+  // Rows are accessed as 16-byte vectors if every row is aligned, otherwise number by number.
   constexpr int kWidth = 16 / sizeof(Center);
   const bool aligned = step.dim % kWidth == 0 && Aligned(step.features) && Aligned(step.centers) &&
                        Aligned(step.residual);
@@ -489,8 +461,8 @@ int BackwardOnCuda(const CenterType<Feature>* upstream, bool per_sample,
   Device device;
   if (const cudaError_t error = CurrentDevice(&device); error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(
-      static_cast<unsigned>(Smallest(Quotient(batch, 8), int64_t{8} * device.multiprocessors)));
+  config.gridDim = dim3(static_cast<unsigned>(
+      std::min<int64_t>(CeilDiv(batch, 8), int64_t{8} * device.multiprocessors)));
   config.blockDim = dim3(256);
   config.stream = static_cast<cudaStream_t>(stream);
   return cudaLaunchKernelEx(&config, Backward<Feature>, upstream, per_sample, residual, gradient,

@@ -1,4 +1,6 @@
-// The center loss step on a GPU: the launcher's contract in plain C++, without a CUDA header.
+// The interface of the GPU step: what callers pass, and what a launch promises. It is plain C++
+// without CUDA headers, so that callers need no CUDA compiler. A stream is passed as a void*
+// (cudaStream_t), an error as an int (cudaError_t). center_loss.cu implements it.
 
 #ifndef TF_CENTER_LOSS_OP_CUDA_CENTER_LOSS_CUDA_H_
 #define TF_CENTER_LOSS_OP_CUDA_CENTER_LOSS_CUDA_H_
@@ -12,100 +14,110 @@ namespace tcl {
 // The largest batch of a launch.
 constexpr int64_t kMostCudaSamples = int64_t{1} << 22;
 
-// Launch constants. `python -m bench.gpu --tune` compares others with these defaults. The first
-// three also decide the order in which losses are added up.
+// Launch constants. `python -m bench.gpu --tune` compares other values with these defaults. The
+// first three also determine the order in which the losses are added up.
 struct CudaTuning {
-  int scan_batch = 1024;   // the largest batch whose labels are scanned; larger ones are hashed
-  int scan_threads = 128;  // threads of a block of the scanned form: 64 or 128
-  int hash_threads = 256;  // the same of the hashed form: 64, 128 or 256
-  int hash_blocks = 2;     // blocks of the hashed form on a multiprocessor
-  int wait_ns = 20;        // sleep between two looks at a counter or a mailbox
-  int overlap = 1;         // whether a launch may be set up while the one before it ends
+  int scan_batch = 1024;   // largest batch of the scan kernel; larger ones use the hash kernel
+  int scan_threads = 128;  // block size of the scan kernel: 64 or 128
+  int hash_threads = 256;  // block size of the hash kernel: 64, 128 or 256
+  int hash_blocks = 2;     // blocks of the hash kernel on a multiprocessor
+  int wait_ns = 20;        // pause between two polls of a counter or a mailbox
+  int overlap = 1;         // whether to use programmatic dependent launch (sm_90)
 };
 
-// One launch constant: its name, the least and the largest value, for programs that try others.
+// The name and the valid range of a launch constant, for programs that try other values.
 struct CudaTuningField {
   const char* name;
   int CudaTuning::* value;
   int least;
   int largest;
 };
-constexpr int kCudaTuningFields = 6;
-extern const CudaTuningField kCudaTuning[kCudaTuningFields];
+// Small blocks spread the small batches of the scan kernel over more multiprocessors.
+constexpr int kMaxScanThreads = 128, kMaxHashThreads = 256;
+inline constexpr CudaTuningField kCudaTuning[] = {
+    {"scan_batch", &CudaTuning::scan_batch, 0, 4096},
+    {"scan_threads", &CudaTuning::scan_threads, 64, kMaxScanThreads},
+    {"hash_threads", &CudaTuning::hash_threads, 64, kMaxHashThreads},
+    {"hash_blocks", &CudaTuning::hash_blocks, 1, 8},
+    {"wait_ns", &CudaTuning::wait_ns, 0, 1000},
+    {"overlap", &CudaTuning::overlap, 0, 1},
+};
+constexpr int kCudaTuningFields = sizeof(kCudaTuning) / sizeof(kCudaTuning[0]);
 
-// Device memory that the kernel keeps its bookkeeping in, from one launch to the next. All of it
-// must be zero before its first launch; every launch leaves it ready for the next one. It serves
-// one stream at a time, and batches up to the sizes it was asked for.
+// Device memory for hash tables, counters, partial sums and mailboxes. All of it must be zero
+// before its first launch; every launch leaves it ready for the next one. Launches that share a
+// workspace must run one after the other, as on one stream.
 struct CudaWorkspace {
   void* memory = nullptr;   // CudaWorkspaceBytes() of device memory, aligned to 16 bytes
   int64_t batch = 0;        // largest B
   int64_t dim = 0;          // largest D
-  int64_t center_size = 4;  // bytes of a center's number
+  int64_t center_size = 4;  // sizeof(Center): 4 or 8
   bool atomic = false;      // whether CudaOptions::atomic may be set
-  CudaTuning tuning;        // the same for all launches
+  CudaTuning tuning;        // must not change between launches
 };
 
-// O(B) bytes, and D numbers for every 16th sample (every second one where `atomic`). Nothing
-// depends on the number of classes.
+// The size that a workspace needs: O(B) bytes and D numbers for every 16 samples (every two samples
+// if `atomic`). It does not depend on the number of classes.
 int64_t CudaWorkspaceBytes(const CudaWorkspace& workspace);
 
-// The first bytes of the workspace, which have to be zero where it serves a single launch.
+// The number of bytes at its beginning that must be zero if it serves a single launch only.
 int64_t CudaWorkspaceClearBytes(const CudaWorkspace& workspace);
 
-// The points of a launch at which each block may note the time, see CudaOptions::clock.
-constexpr int kCudaPhases = 8;
-extern const char* const kCudaPhaseNames[kCudaPhases];
+// The points of a launch at which the blocks record the time, see CudaOptions::clock.
+inline constexpr const char* kCudaPhaseNames[] = {"begun",       "labels here", "labels counted",
+                                                  "ranks known", "own samples", "all samples",
+                                                  "class sums",  "loss"};
+constexpr int kCudaPhases = sizeof(kCudaPhaseNames) / sizeof(kCudaPhaseNames[0]);
 
-// What a launch may take from device memory instead of from StepOptions, and how it sums.
+// The options of a launch beyond StepOptions.
 template <typename Center>
 struct CudaOptions {
-  const Center* alpha = nullptr;        // one number on the device, null: StepOptions::alpha
-  const Center* loss_weight = nullptr;  // one number on the device, null: StepOptions::loss_weight
-  // Sums the residuals of a class with float atomics, in whatever order they arrive: the bits of
-  // the moved centers then differ from run to run.
+  // Numbers in device memory that replace those of StepOptions; null: StepOptions.
+  const Center* alpha = nullptr;
+  const Center* loss_weight = nullptr;
+  // Whether to add up the residuals of a class with float atomics, in the order of arrival. The
+  // bits of the moved centers then differ from run to run.
   bool atomic = false;
-  // [blocks, kCudaPhases] nanoseconds, written as each block passes; null: nothing is noted. A
-  // block that skips a point leaves its number as it was.
+  // [blocks, kCudaPhases] times in nanoseconds; null: record none. A block that skips a point does
+  // not write its number.
   uint64_t* clock = nullptr;
 };
 
-// The number of blocks that a launch of this batch has on the current device, or a negative
-// cudaError_t.
+// The number of blocks of a launch of this batch on the current device, or minus the cudaError_t.
 int64_t CudaBlocks(const CudaWorkspace& workspace, int64_t batch);
 
-// Puts the step on `stream` (a cudaStream_t) as one kernel launch and returns at once, with a
-// cudaError_t. All pointers of `step` are device memory. A kernel cannot raise: a label that is
-// neither in [0, C) nor ignored makes its sample's loss and residual NaN and touches nothing else;
-// with an alpha that is negative or not finite no center moves, and the loss and the residual are
-// NaN. The bits of the results depend on the inputs alone, and on whether all rows are aligned to
-// 16 bytes, unless `atomic`.
+// Enqueues the step on `stream` as one kernel launch and returns immediately. All pointers of
+// `step` are device memory. A kernel cannot raise an error: a label that is neither in [0, C) nor
+// ignored makes its sample's loss and residual NaN and has no other effect; an alpha that is
+// negative or not finite makes the loss and all residuals NaN, and no center moves. Unless
+// `atomic`, the bits of the results depend only on the inputs and on whether all rows are aligned
+// to 16 bytes.
 template <typename Feature, typename Label>
 int CenterLossOnCuda(const StepArguments<Feature, Label>& step,
                      const CudaOptions<CenterType<Feature>>& options,
                      const CudaWorkspace& workspace, void* stream);
 
-// The backward pass: gradient[i, :] = upstream[i] * residual[i, :], or upstream[0] for every row
-// where `per_sample` is false, or the residual itself where `upstream` is null; rounded to the
-// features' type. `gradient` may be `residual` itself: an upstream of one then costs no memory
-// traffic.
+// The backward pass: gradient[i, :] = upstream[i] * residual[i, :], rounded to the type of the
+// features. If `per_sample` is false, upstream[0] applies to every row; if `upstream` is null, the
+// factor is one. `gradient` may be `residual`; rows with a factor of one are then left alone.
 template <typename Feature>
 int BackwardOnCuda(const CenterType<Feature>* upstream, bool per_sample,
                    const CenterType<Feature>* residual, Feature* gradient, int64_t batch,
                    int64_t dim, void* stream);
 
-// Device memory, and the end of all work on the device.
+// cudaMalloc, cudaFree and cudaDeviceSynchronize.
 int AllocateOnCuda(void** memory, int64_t bytes);
 void FreeOnCuda(void* memory);
 int WaitForCuda();
 
-// Device memory to the host; waits for it.
+// Copies device memory to the host and waits for the end of the copy.
 int CopyFromCuda(void* to, const void* from, int64_t bytes);
 
-// Device memory to device memory, and zeros into it, on the stream.
+// Enqueue a copy between device arrays, or zeros for one, on the stream.
 int CopyOnCuda(void* to, const void* from, int64_t bytes, void* stream);
 int ZeroOnCuda(void* memory, int64_t bytes, void* stream);
 
-// The words for a value that the functions above returned.
+// The text of a cudaError_t.
 const char* CudaErrorText(int error);
 
 }  // namespace tcl

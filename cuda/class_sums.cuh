@@ -1,11 +1,14 @@
-// The sum of the residuals of a class of three samples or more, and the move of its center.
+// The sum of the residuals of a large class (three samples or more), and the move of its center.
 //
-// The work is cut into chunks of up to kChunk samples of consecutive ranks, and into slices of
-// columns, one vector for each lane: a warp each. By then all warps with samples of the class have
-// read the center. A class of one chunk is then done. Several chunks leave partial sums in rows of
-// the pool, slice by slice, and meet in a reduction tree. The last warp to arrive at a node adds up
-// its children's sums, kChunk at most, in the row of the first one; the warp at the root moves its
-// slice of the center.
+// The samples of a class, in batch order, are cut into chunks of kChunk samples, and the row into
+// column slices of one vector a lane. One warp adds up one slice of one chunk. It runs after all
+// samples of the class (of the chunk, in the scan kernel) have read the center.
+//
+// If the class has one chunk, the warp then moves its slice of the center. Otherwise it stores a
+// partial sum and arrives at a node of the reduction tree. The last warp to arrive at a node adds
+// up the node's children, at most kChunk, into the row of the first child; the warp that reaches
+// the root moves its slice of the center. The labels alone determine the shape of the tree, so the
+// bits do not depend on which warp is last.
 
 #ifndef TF_CENTER_LOSS_OP_CUDA_CLASS_SUMS_CUH_
 #define TF_CENTER_LOSS_OP_CUDA_CLASS_SUMS_CUH_
@@ -19,23 +22,22 @@
 namespace tcl {
 namespace {
 
-// Slices of a row.
+// The number of column slices.
 template <typename Feature, int Width>
 __device__ int Slices(int64_t dim) {
   return static_cast<int>((dim + kWarp * Width - 1) / (kWarp * Width));
 }
 
-// A chunk of a class, as the labels' forms find it.
 struct Chunk {
   int64_t label = 0;
-  int chunks = 0;           // of the class; 0: no chunk
-  int chunk = 0;            // which of them
-  int count = 0;            // samples in it
-  int first_pool_row = 0;   // of the class, where it has several chunks
-  bool all_finite = false;  // so are the features of all its samples
+  int chunks = 0;             // number of chunks of the class; 0: there is no chunk
+  int chunk = 0;              // index among them
+  int count = 0;              // samples of this chunk
+  int first_partial_sum = 0;  // row of the class's first partial sum, for a multi-chunk class
+  bool all_finite = false;    // whether all features of the chunk are finite
 };
 
-// kLoads: rows that are in flight together.
+// kLoads rows are loaded before the first of them is used, to hide the latency of memory.
 template <typename Feature, int Width, int kLoads>
 class ClassSums {
  public:
@@ -45,8 +47,8 @@ class ClassSums {
   __device__ ClassSums(const Parameters<Feature>& p, const WarpStep<Feature, Width>& step)
       : p_(p), step_(step) {}
 
-  // Does one slice of a chunk, whose samples' positions in the batch are in shared memory.
-  __device__ void DoSlice(const Chunk& chunk, const int* members, int slice) {
+  // Processes one column slice of a chunk. `members` are the positions of its samples in the batch.
+  __device__ void ProcessSlice(const Chunk& chunk, const int* members, int slice) {
     const int64_t at = ColumnOf<Width>(int64_t{slice} * kWarp * Width, 0);
     const bool in_row = at < p_.dim;
     unsigned finite = chunk.count == kWarp ? kAllLanes : (1u << chunk.count) - 1;
@@ -60,8 +62,7 @@ class ClassSums {
     if (in_row) LoadVector<Width, Cache::kNormal>(p_.CenterRow(chunk.label) + at, center);
     AddMembers(members, chunk.count, finite, in_row ? at : 0, center, sum);
     int finite_count = __popc(finite);
-    if (chunk.chunks > 1 &&
-        !ReduceUpwards(chunk, slice, in_row ? at : p_.dim, sum, &finite_count)) {
+    if (chunk.chunks > 1 && !ReachRoot(chunk, slice, in_row ? at : p_.dim, sum, &finite_count)) {
       return;
     }
     if (finite_count == 0 || !in_row) return;
@@ -72,7 +73,7 @@ class ClassSums {
   }
 
  private:
-  // Adds up the residuals of the finite members at column `at`.
+  // Adds up the residuals of the finite members at column `at`, in the order of the members.
   __device__ void AddMembers(const int* members, int count, unsigned finite, int64_t at,
                              const Vector& center, Vector& sum) const {
 #pragma unroll 1
@@ -80,7 +81,7 @@ class ClassSums {
       Vector rows[kLoads];
 #pragma unroll
       for (int m = 0; m < kLoads; ++m) {
-        // Beyond the last member the last again, so that no load has a condition.
+        // Past the end, load the last member again: a branch would delay the loads.
         const int i = members[min(first + m, count - 1)];
         LoadVector<Width, Cache::kNormal>(p_.Features(i) + at, rows[m]);
       }
@@ -96,20 +97,22 @@ class ClassSums {
     }
   }
 
-  // Returns whether this warp gets to the root; then `sum` and `finite` are of the whole class.
-  __device__ bool ReduceUpwards(const Chunk& leaf, int slice, int64_t at, Vector& sum,
-                                int* finite) const {
-    const int first_row = leaf.first_pool_row, chunks = leaf.chunks, chunk = leaf.chunk;
+  // Climbs the reduction tree while this warp is the last to arrive at a node. Returns whether it
+  // reached the root; `sum` and `finite` are then those of the whole class.
+  __device__ bool ReachRoot(const Chunk& leaf, int slice, int64_t at, Vector& sum,
+                            int* finite) const {
+    const int first_row = leaf.first_partial_sum, chunks = leaf.chunks, chunk = leaf.chunk;
     const int slices = Slices<Feature, Width>(p_.dim);
     int level = 0;
 #pragma unroll 1
-    for (int width = 1; width < chunks; width *= kChunk, ++level) {  // chunks below a child
+    for (int width = 1; width < chunks; width *= kChunk, ++level) {  // chunks of a child
       const int child = chunk / width * width;
-      if (at < p_.dim) StoreVector<Width, Cache::kNormal>(p_.PoolRow(first_row + child) + at, sum);
+      Center* const partial_sum = p_.PartialSum(first_row + child);
+      if (at < p_.dim) StoreVector<Width, Cache::kNormal>(partial_sum + at, sum);
       const int parent = chunk / width / kChunk * kChunk * width;
       const int row = first_row + parent;
       const int children = min((chunks - parent + width - 1) / width, kChunk);
-      Arrivals* const counter = p_.arrivals + (level * p_.pool_rows + row) * slices + slice;
+      Arrivals* const counter = p_.arrivals + (level * p_.partial_sum_rows + row) * slices + slice;
       if (!LastWarpToArrive(counter, children, finite)) return false;
 #pragma unroll
       for (int e = 0; e < Width; ++e) sum[e] = 0;
@@ -118,8 +121,8 @@ class ClassSums {
         Vector rows[kLoads];
 #pragma unroll
         for (int k = 0; k < kLoads; ++k) {
-          const Center* const from = p_.PoolRow(row + min(first + k, children - 1) * width);
-          LoadVector<Width, Cache::kShared>(from + (at < p_.dim ? at : 0), rows[k]);
+          const Center* const from = p_.PartialSum(row + min(first + k, children - 1) * width);
+          LoadVector<Width, Cache::kL2>(from + (at < p_.dim ? at : 0), rows[k]);
         }
 #pragma unroll
         for (int k = 0; k < kLoads; ++k) {

@@ -1,5 +1,9 @@
-// What the kernels are made of: rows in registers, warp sums, grid barriers, flag-and-value
-// mailboxes, arrival counters.
+// Device functions that all kernels share: rows of a matrix in the registers of a warp, sums over
+// the lanes of a warp, grid barriers, flag-and-value mailboxes, arrival counters.
+//
+// The emulator (tests/emulator) compiles the same source for the host, with its own version of
+// CUDA's runtime header. So the code uses CUDA's intrinsics, and inline PTX where there is none,
+// and not CUB or libcu++, whose headers the emulator would have to replace too.
 
 #ifndef TF_CENTER_LOSS_OP_CUDA_DEVICE_CUH_
 #define TF_CENTER_LOSS_OP_CUDA_DEVICE_CUH_
@@ -12,14 +16,13 @@
 
 #include "csrc/numeric_types.h"
 
-// Shared memory of the size that the launch asked for.
+// The dynamic shared memory of the block, of the size that the launch configuration requests.
 #if !defined(TCL_DYNAMIC_SHARED)
 #define TCL_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
 
-// The emulator compiles these files for the host. There TCL_RELEASE stands for a release by the
-// next access and TCL_ACQUIRE for an acquire by the last one. nvcc's host pass only needs the
-// names.
+// In the emulator, TCL_RELEASE makes the next access a release and TCL_ACQUIRE makes the last
+// access an acquire. nvcc's host pass parses the names only.
 #if !defined(__CUDA_ARCH__) && !defined(TCL_RELEASE)
 #define TCL_RELEASE()
 #define TCL_ACQUIRE()
@@ -34,9 +37,10 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 __device__ __forceinline__ int Lane() { return static_cast<int>(threadIdx.x) % kWarp; }
 __device__ __forceinline__ int WarpOfBlock() { return static_cast<int>(threadIdx.x) / kWarp; }
 
-// A warp does kColumns columns of a row in one pass, kPerLane of them in each lane: 64 bytes, or 32
-// where a number takes two registers, or 16 where each has its own address. That leaves room for
-// two blocks of 256 threads on a multiprocessor.
+// A warp reads a row in passes of kColumns columns, kPerLane of them in each lane: 64 bytes, 32
+// bytes of double, or 16 bytes of unaligned rows (Width 1), where every number needs an address.
+// With these sizes HashStep needs at most 128 registers and no spills, so that two blocks of 256
+// threads fit on a multiprocessor.
 template <typename Center, int Width>
 constexpr int kPerLane = (Width == 1            ? 16
                           : sizeof(Center) == 8 ? 32
@@ -47,40 +51,28 @@ constexpr int kColumns = kWarp * kPerLane<Center, Width>;
 
 enum class Cache {
   kNormal,
-  kStreamed,  // read or written once: evicted first
-  kShared,    // written by other multiprocessors during this launch: past the first-level cache
-  kEarly,     // read before it is known whether another warp writes it; then the value is not used
+  kStreamed,     // used once in the launch: evict first
+  kL2,           // other multiprocessors wrote the data in this launch, and L1 is not coherent
+  kSpeculative,  // another warp may write the data now; the caller then discards the value
 };
 
-template <typename T>
-using Word = std::conditional_t<sizeof(T) == 2, unsigned short, T>;
-
-template <Cache cache, typename T>
-__device__ __forceinline__ T LoadWord(const T* address) {
-  if constexpr (cache == Cache::kStreamed) return __ldcs(address);
-  if constexpr (cache == Cache::kShared) return __ldcg(address);
-  if constexpr (cache == Cache::kEarly) return __ldca(address);
-  return *address;
-}
-
-template <Cache cache, typename T>
-__device__ __forceinline__ void StoreWord(T* address, T value) {
-  if constexpr (cache == Cache::kStreamed) {
-    __stcs(address, value);
-  } else {
-    __stwb(address, value);
-  }
-}
-
-// Width numbers in one access: 16 bytes, or 8 where the numbers have 16 bits.
+// The type that moves Width numbers in one access: 16 bytes, or 8 bytes for 16-bit numbers. Width 1
+// moves a single number.
 template <int Width, typename T>
-using Vector = std::conditional_t<Width * sizeof(T) == 16, uint4, uint2>;
+using Vector =
+    std::conditional_t<Width != 1, std::conditional_t<Width * sizeof(T) == 16, uint4, uint2>,
+                       std::conditional_t<sizeof(T) == 2, unsigned short, T>>;
 
 template <int Width, Cache cache, typename T>
 __device__ __forceinline__ void LoadVector(const T* address, CenterType<T>* out) {
-  using Bytes = std::conditional_t<Width == 1, Word<T>, Vector<Width, T>>;
-  static_assert(sizeof(Bytes) == Width * sizeof(T), "one access for one vector");
-  const Bytes bytes = LoadWord<cache>(reinterpret_cast<const Bytes*>(address));
+  using Bytes = Vector<Width, T>;
+  static_assert(sizeof(Bytes) == Width * sizeof(T), "a vector is one access");
+  const Bytes* const from = reinterpret_cast<const Bytes*>(address);
+  Bytes bytes;
+  if constexpr (cache == Cache::kNormal) bytes = *from;
+  if constexpr (cache == Cache::kStreamed) bytes = __ldcs(from);
+  if constexpr (cache == Cache::kL2) bytes = __ldcg(from);
+  if constexpr (cache == Cache::kSpeculative) bytes = __ldca(from);
   T numbers[Width];
   memcpy(numbers, &bytes, sizeof(bytes));
 #pragma unroll
@@ -89,46 +81,36 @@ __device__ __forceinline__ void LoadVector(const T* address, CenterType<T>* out)
 
 template <int Width, Cache cache, typename T>
 __device__ __forceinline__ void StoreVector(T* address, const T* in) {
-  using Bytes = std::conditional_t<Width == 1, Word<T>, Vector<Width, T>>;
-  static_assert(sizeof(Bytes) == Width * sizeof(T), "one access for one vector");
+  using Bytes = Vector<Width, T>;
+  static_assert(sizeof(Bytes) == Width * sizeof(T), "a vector is one access");
   Bytes bytes;
   memcpy(&bytes, in, sizeof(bytes));
-  StoreWord<cache>(reinterpret_cast<Bytes*>(address), bytes);
+  Bytes* const to = reinterpret_cast<Bytes*>(address);
+  if constexpr (cache == Cache::kStreamed) __stcs(to, bytes);
+  if constexpr (cache == Cache::kNormal) __stwb(to, bytes);
 }
 
-template <int Count, typename T>
-__device__ __forceinline__ void AddOneByOne(T* address, const T* in) {
-#pragma unroll
-  for (int e = 0; e < Count; ++e) atomicAdd(address + e, in[e]);
-}
-
-__device__ __forceinline__ void AddFour(float* address, const float* in) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  atomicAdd(reinterpret_cast<float4*>(address), float4{in[0], in[1], in[2], in[3]});
-#else
-  AddOneByOne<4>(address, in);
-#endif
-}
-
-// Adds Width numbers at `address`, each atomically, in one access where the device can.
+// Adds each of Width numbers atomically, in one instruction where the device has one.
 template <int Width, typename T>
 __device__ __forceinline__ void AddVector(T* address, const T* in) {
-  if constexpr (Width == 4 && std::is_same_v<T, float>) {
-    AddFour(address, in);
-  } else {
-    AddOneByOne<Width>(address, in);
-  }
+#pragma unroll
+  for (int e = 0; e < Width; ++e) atomicAdd(address + e, in[e]);
 }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+template <>
+__device__ __forceinline__ void AddVector<4>(float* address, const float* in) {
+  atomicAdd(reinterpret_cast<float4*>(address), float4{in[0], in[1], in[2], in[3]});
+}
+#endif
 
-// The first column of this lane's vector number `vector` of the columns that start at `column`.
+// The first column of this lane's vector `vector` in the pass that starts at `column`.
 template <int Width>
 __device__ __forceinline__ int64_t ColumnOf(int64_t column, int vector) {
-  const int lane = Lane();
-  return column + (static_cast<int64_t>(vector) * kWarp + lane) * Width;
+  return column + (static_cast<int64_t>(vector) * kWarp + Lane()) * Width;
 }
 
-// This lane's share of kColumns of a row of D numbers; zeros beyond its end. Width divides D, so a
-// vector lies in the row or beyond it.
+// Loads this lane's numbers of one pass, zeros beyond the end of the row. Width divides D, so a
+// vector lies entirely inside or entirely outside the row.
 template <int Width, Cache cache, typename T>
 __device__ __forceinline__ void LoadRow(const T* row, int64_t column, int64_t dim,
                                         CenterType<T> (&out)[kPerLane<CenterType<T>, Width>]) {
@@ -154,8 +136,8 @@ __device__ __forceinline__ void StoreRow(T* row, int64_t column, int64_t dim,
   }
 }
 
-// The sum over the lanes, the same in each of them, always added in the same order.
-// (cub::WarpReduce leaves it in one lane, in an order that cub does not promise.)
+// The sum over the lanes, in every lane. The butterfly fixes the order of the additions, so sums of
+// floating-point numbers have reproducible bits. (CUB and cooperative groups specify no order.)
 template <typename T>
 __device__ __forceinline__ T WarpSum(T value) {
 #pragma unroll
@@ -164,9 +146,17 @@ __device__ __forceinline__ T WarpSum(T value) {
   }
   return value;
 }
+__device__ __forceinline__ int WarpSum(int value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return __reduce_add_sync(kAllLanes, value);  // the order does not matter for int
+#else
+  return WarpSum<int>(value);
+#endif
+}
 
-// The sums over the lanes of several values, a power of two: lane l gets that of values[l % Count].
-// In each step a lane hands on half of what it holds, so that takes no more than kWarp shuffles.
+// The sums over the lanes of Count values each (a power of two): lane l gets the sum of
+// values[l % Count]. A lane passes on half of its values in each step, so that all sums together
+// take fewer than kWarp shuffles. CUB has no such function.
 template <typename T, int Count>
 __device__ __forceinline__ T WarpSums(T (&values)[Count]) {
 #pragma unroll
@@ -187,8 +177,9 @@ __device__ __forceinline__ T WarpSums(T (&values)[Count]) {
   return sum;
 }
 
-// The sum over the lanes before this one.
-__device__ __forceinline__ int WarpSumBefore(int value) {
+// The sum over the lower lanes. (cub::WarpScan would save 33 to 77 instructions in HashStep, about
+// 1 %, nvcc 13.0 for sm_90. The emulator would then need a version of CUB's header.)
+__device__ __forceinline__ int WarpExclusiveSum(int value) {
   const int lane = Lane();
   int sum = value;
 #pragma unroll
@@ -199,22 +190,18 @@ __device__ __forceinline__ int WarpSumBefore(int value) {
   return sum - value;
 }
 
-// Relaxed loads and stores at device scope: other threads may access the number at the same time.
-// (cuda::atomic_ref says the same; the emulator would need a copy of that header.)
-__device__ __forceinline__ int LoadRelaxed(const int* number) {
+// Relaxed loads and stores at device scope, for numbers that other threads access concurrently. The
+// atomic operations below are inline PTX too, because cuda::atomic_ref takes more instructions (12
+// to 64 in each kernel, nvcc 13.0 for sm_90).
+template <typename T>
+__device__ __forceinline__ T LoadRelaxed(const T* number) {
 #if defined(__CUDA_ARCH__)
-  int value;
-  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(number) : "memory");
-  return value;
-#else
-  return __ldcg(number);
-#endif
-}
-
-__device__ __forceinline__ uint64_t LoadRelaxed(const uint64_t* number) {
-#if defined(__CUDA_ARCH__)
-  uint64_t value;
-  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(number) : "memory");
+  T value;
+  if constexpr (sizeof(T) == 4) {
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(number) : "memory");
+  } else {
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(number) : "memory");
+  }
   return value;
 #else
   return __ldcg(number);
@@ -229,7 +216,7 @@ __device__ __forceinline__ void StoreRelaxed(uint64_t* number, uint64_t value) {
 #endif
 }
 
-// An acquire load: what was written before the number was released is visible after it.
+// If the load reads a released value, the writes before that release are visible after the load.
 __device__ __forceinline__ int LoadAcquire(const int* number) {
 #if defined(__CUDA_ARCH__)
   int value;
@@ -241,16 +228,17 @@ __device__ __forceinline__ int LoadAcquire(const int* number) {
   return value;
 }
 
+// The pause between two polls, which leaves the memory to other warps.
 __device__ __forceinline__ void Sleep(int nanoseconds) {
   __nanosleep(static_cast<unsigned>(nanoseconds));
 }
 
-// Programmatic dependent launch (sm_90): with CudaTuning::overlap a launch may be set up while the
-// one before it ends. It touches no memory before it has waited for that one.
+// Programmatic dependent launch (sm_90): with CudaTuning::overlap the blocks of this launch may be
+// scheduled while the launch before it drains. They wait for its end before they access memory.
 __device__ __forceinline__ void OverlapLaunches() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
 
@@ -265,8 +253,10 @@ __device__ __forceinline__ uint64_t Nanoseconds() {
 #endif
 }
 
-// A grid barrier in two halves, so that work fits between them: a block arrives, then waits until
-// all blocks have arrived. All blocks must be resident (a cooperative launch).
+// A grid barrier in two halves, so that a block can work between them: it arrives at a counter,
+// then waits until all blocks have arrived. All blocks must be resident (a cooperative launch).
+// grid_group::barrier_arrive() and barrier_wait() of cooperative groups do the same, with 54 to 107
+// more instructions for one barrier (nvcc 13.0 for sm_90) and without a pause between polls.
 __device__ __forceinline__ void ArriveBlock(int* counter) {
   __syncthreads();
   if (threadIdx.x != 0) return;
@@ -278,19 +268,17 @@ __device__ __forceinline__ void ArriveBlock(int* counter) {
 #endif
 }
 
-__device__ __forceinline__ void Await(const int* counter, int arrivals, int wait_ns) {
-  while (LoadRelaxed(counter) < arrivals) Sleep(wait_ns);
-  LoadAcquire(counter);
-}
-
-__device__ __forceinline__ void WaitAsBlock(const int* counter, int arrivals, int wait_ns) {
-  if (threadIdx.x == 0) Await(counter, arrivals, wait_ns);
+__device__ __forceinline__ void WaitForBlocks(const int* counter, int blocks, int wait_ns) {
+  if (threadIdx.x == 0) {
+    while (LoadRelaxed(counter) < blocks) Sleep(wait_ns);
+    LoadAcquire(counter);
+  }
   __syncthreads();
 }
 
-// A flag-and-value mailbox (NCCL's LL protocol): one thread publishes a number, another polls for
-// it, and no fence is needed, because a flag and 32 bits of the value travel in one 8-byte access.
-// All zero: empty.
+// A flag-and-value mailbox (NCCL's LL protocol): one thread publishes a number, another thread
+// polls for it. Each 8-byte word carries a flag and 32 bits of the number in one access, so no
+// fence is needed. An empty mailbox is all zero.
 template <typename T>
 struct Mailbox {
   uint64_t words[sizeof(T) / sizeof(uint32_t)];
@@ -306,19 +294,19 @@ __device__ __forceinline__ void Publish(Mailbox<T>* mailbox, T number) {
   }
 }
 
-// Reads the number; false while there is none.
+// Reads the number. Returns false while the mailbox is empty.
 template <typename T>
 __device__ __forceinline__ bool Poll(const Mailbox<T>* mailbox, T* number) {
   uint32_t halves[sizeof(T) / sizeof(uint32_t)];
-  bool there = true;
+  bool full = true;
 #pragma unroll
   for (unsigned k = 0; k < sizeof(T) / sizeof(uint32_t); ++k) {
     const uint64_t word = LoadRelaxed(&mailbox->words[k]);
     halves[k] = static_cast<uint32_t>(word >> 32);
-    there = there && (word & 1) != 0;
+    full = full && (word & 1) != 0;
   }
   memcpy(number, halves, sizeof(T));
-  return there;
+  return full;
 }
 
 template <typename T>
@@ -329,12 +317,13 @@ __device__ __forceinline__ void Empty(Mailbox<T>* mailbox) {
   }
 }
 
-// Arrivals at a node, in the lower half, and in the upper half a number that is summed up.
+// An arrival counter: the number of arrivals in the lower half, the sum of a number that the
+// arrivals bring in the upper half.
 using Arrivals = unsigned long long;
 constexpr Arrivals kOneArrival = 1, kOneSummed = Arrivals{1} << 32;
 
-// Adds to a counter and returns what was there before. Acquires what others wrote before they
-// arrived, and releases what this thread wrote.
+// Adds to the counter and returns its value before. Releases the writes of this thread and acquires
+// the writes of those that arrived earlier.
 __device__ __forceinline__ Arrivals Arrive(Arrivals* counter, Arrivals arrival) {
 #if defined(__CUDA_ARCH__)
   Arrivals before;
@@ -350,8 +339,9 @@ __device__ __forceinline__ Arrivals Arrive(Arrivals* counter, Arrivals arrival) 
   return before;
 }
 
-// Arrives for this warp. Returns whether it is the last of `arrivals`; the counter is then zero
-// again and `sum` is of all of them. What the other warps wrote before is then visible to this one.
+// Arrives once for the whole warp. Returns whether the warp is the last of `arrivals`. If so, `sum`
+// becomes the total over the arrivals, the writes of the other warps are visible to all lanes, and
+// the counter is zero again, ready for the next launch.
 __device__ __forceinline__ bool LastWarpToArrive(Arrivals* counter, int arrivals, int* sum) {
   __syncwarp();  // orders the other lanes' writes before the arrival
   bool last = false;

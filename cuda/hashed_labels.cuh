@@ -1,10 +1,13 @@
-// Large batches: the blocks count the labels together in a hash table, then meet at a grid barrier.
+// Labels of the hash kernel, for large batches: all blocks insert the labels into one hash table
+// and count the samples of each class, then meet at a grid barrier.
 //
-// A class is known by its *owner*, the sample that entered the label. The others are counted at the
-// owner, and the first of them leave their positions there: enough for a class of one chunk. The
-// samples of a heavy class are sorted tile by tile: a sample's place in its tile is the number of
-// samples there that come before it, by class and then by position. A rank in the batch is the rank
-// in the tile plus the counts of the class in earlier tiles.
+// The sample whose insertion created the slot of a label is the *owner* of the class: arrays [B]
+// are indexed by its position. The other samples (duplicates) increment a counter at the owner, and
+// the first 31 store their positions there, which is enough for a class of one chunk.
+//
+// The samples of a multi-chunk class need their ranks, because its chunks are sums in batch order.
+// For that the batch is cut into kTiles tiles. Each sample finds its place in the tile sorted by
+// class and position; the counts of the class in earlier tiles give its rank in the batch.
 
 #ifndef TF_CENTER_LOSS_OP_CUDA_HASHED_LABELS_CUH_
 #define TF_CENTER_LOSS_OP_CUDA_HASHED_LABELS_CUH_
@@ -25,74 +28,76 @@ class HashedLabels {
       : p_(p),
         counters_(&p.header->counters[parity]),
         table_(p.table[parity]),
-        others_(p.others[parity]) {}
+        duplicates_(p.duplicates[parity]) {}
 
-  // Enters sample i, a sample in each lane; i >= B: none. `is_member`: its label is a row of the
-  // table whose center moves. Returns the owner of its class, -1 where it has none. With `atomic`
-  // every class of several samples takes a row of the pool.
-  __device__ int Enter(int i, int64_t label, bool is_member, bool atomic) {
+  // Inserts one sample for each lane (i >= B: none). Returns the owner of its class, or -1 if
+  // `is_member` is false: no center of this label moves. With `atomic`, every class of several
+  // samples gets a partial sum. The lanes with equal labels share one insertion and one atomicAdd.
+  __device__ int Insert(int i, int64_t label, bool is_member, bool atomic) {
     const unsigned same = __match_any_sync(kAllLanes, is_member ? label : -1 - Lane());
     const int leader = __ffs(static_cast<int>(same)) - 1;
     int owner = -1, place = 0;
     if (is_member && leader == Lane()) {
-      owner = FindOwner(label, i);
+      owner = FindOrInsert(label, i);
       const int owns = owner == i;
-      const int others = __popc(same) - owns;
-      // The owner itself has no place, so the one behind it takes the first.
-      if (others > 0) place = atomicAdd(&others_[owner], others) - owns;
+      const int duplicates = __popc(same) - owns;
+      // `place` is the leader's, and an owner has none: the next lane of its class takes place 0.
+      if (duplicates > 0) place = atomicAdd(&duplicates_[owner], duplicates) - owns;
     }
     owner = __shfl_sync(kAllLanes, owner, leader);
     place = __shfl_sync(kAllLanes, place, leader) + __popc(same & ((1u << Lane()) - 1));
     if (i < p_.batch) p_.owner_of[i] = owner;
-    if (owner == i) p_.not_finite[i] = 0;
+    if (owner == i) p_.non_finite[i] = 0;
     if (!is_member || owner == i) return owner;
     if (place < kChunk - 1) p_.members[int64_t{owner} * kChunk + place] = i;
     if (place == 1) atomicAdd(&counters_->large_classes.value, 1);
-    if (place == kChunk - 1) NumberHeavyClass(owner);
+    if (place == kChunk - 1) AddMultiChunkClass(owner);
     if (atomic && place == 0) {
-      const int row = atomicAdd(&counters_->pool_rows.value, 1);
-      p_.first_pool_row[owner] = row;
+      const int row = atomicAdd(&counters_->partial_sums.value, 1);
+      p_.first_partial_sum[owner] = row;
     }
     return owner;
   }
 
-  // Counts the samples of this warp that are not ignored.
+  // Adds the lanes' numbers of samples that are not ignored to N.
   __device__ void Count(int counted) {
     counted = WarpSum(counted);
     if (Lane() == 0 && counted > 0) atomicAdd(&counters_->counted.value, counted);
   }
 
-  // What follows is known once all blocks have entered their samples.
+  // The following functions are valid after the grid barrier labels_counted.
   __device__ int Counted() const {
     return p_.options.has_ignore_class ? __ldcg(&counters_->counted.value) : p_.batch;
   }
   __device__ bool HasLarge() const { return __ldcg(&counters_->large_classes.value) != 0; }
-  __device__ bool HasHeavy() const { return __ldcg(&counters_->heavy_classes.value) != 0; }
+  __device__ bool HasMultiChunk() const {
+    return __ldcg(&counters_->multi_chunk_classes.value) != 0;
+  }
   __device__ int OwnerOf(int i) const { return __ldcg(&p_.owner_of[i]); }
-  __device__ int CountOf(int owner) const { return 1 + __ldcg(&others_[owner]); }
+  __device__ int CountOf(int owner) const { return 1 + __ldcg(&duplicates_[owner]); }
 
-  // The sample of the class beside its owner, where it has two.
+  // The other sample of a pair.
   __device__ int PartnerOf(int owner) const { return __ldcg(&p_.members[int64_t{owner} * kChunk]); }
-  __device__ void CountNotFinite(int owner) { atomicAdd(&p_.not_finite[owner], 1); }
+  __device__ void CountNonFinite(int owner) { atomicAdd(&p_.non_finite[owner], 1); }
 
-  // Lists the chunks of the classes that the lanes own, of `count` samples; 0: none.
+  // Lists the chunks of the large class that each lane owns, of `count` samples; 0: it owns none.
   __device__ void ListChunks(int owner, int count) {
     const int chunks = count < 3 ? 0 : (count + kChunk - 1) / kChunk;
-    const int place = Take(&counters_->chunks.value, chunks);
-    const int row = Take(&counters_->pool_rows.value, chunks > 1 ? chunks : 0);
+    const int place = Reserve(&counters_->chunks.value, chunks);
+    const int row = Reserve(&counters_->partial_sums.value, chunks > 1 ? chunks : 0);
     if (chunks > 0) p_.first_chunk[owner] = place;
-    if (chunks > 1) p_.first_pool_row[owner] = row;
+    if (chunks > 1) p_.first_partial_sum[owner] = row;
     for (unsigned left = __ballot_sync(kAllLanes, chunks > 0); left != 0; left &= left - 1) {
       const int lane = __ffs(static_cast<int>(left)) - 1;
       const int first = __shfl_sync(kAllLanes, place, lane);
       const int end = first + __shfl_sync(kAllLanes, chunks, lane);
       const int its_owner = __shfl_sync(kAllLanes, owner, lane);
-      for (int k = first + Lane(); k < end; k += kWarp) p_.class_of_chunk[k] = its_owner;
+      for (int k = first + Lane(); k < end; k += kWarp) p_.owner_of_chunk[k] = its_owner;
     }
   }
 
-  // Sorts this block's share of the samples of heavy classes into their tiles.
-  __device__ void RankHeavy() {
+  // Ranks this block's share of the samples of multi-chunk classes.
+  __device__ void RankMultiChunk() {
     const int threads = static_cast<int>(gridDim.x * blockDim.x);
     const int thread = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
     for (int i = thread; i < p_.batch; i += threads) {
@@ -101,33 +106,34 @@ class HashedLabels {
     }
   }
 
-  // A ticket for a group of the samples that no warp has been given; by one lane.
+  // Takes a ticket for the next kSamplesPerTicket samples. One lane calls it.
   __device__ int TakeTicket() { return atomicAdd(&counters_->tickets.value, 1); }
 
-  // What follows is known once all blocks have listed and ranked theirs.
+  // The following functions are valid after the grid barrier centers_read.
   __device__ int Chunks() const { return __ldcg(&counters_->chunks.value); }
 
-  // The chunk with this place in the list, and its samples in batch order.
-  __device__ Chunk FindChunk(int place, int* members) const {
-    const int owner = __ldcg(&p_.class_of_chunk[place]);
+  // The chunk with this index in the list, and its samples in batch order.
+  __device__ Chunk FindChunk(int index, int* members) const {
+    const int owner = __ldcg(&p_.owner_of_chunk[index]);
     const int count = CountOf(owner);
     Chunk chunk;
     chunk.label = p_.Label(owner);
-    chunk.all_finite = __ldcg(&p_.not_finite[owner]) == 0;
+    chunk.all_finite = __ldcg(&p_.non_finite[owner]) == 0;
     chunk.chunks = (count + kChunk - 1) / kChunk;
     if (chunk.chunks == 1) {
       chunk.count = count;
-      FindAll(owner, count, members);
+      GatherAll(owner, count, members);
       return chunk;
     }
-    chunk.chunk = place - __ldcg(&p_.first_chunk[owner]);
+    chunk.chunk = index - __ldcg(&p_.first_chunk[owner]);
     chunk.count = min(count - chunk.chunk * kChunk, kChunk);
-    chunk.first_pool_row = __ldcg(&p_.first_pool_row[owner]);
-    FindRanks(owner, chunk.chunk * kChunk, chunk.count, members);
+    chunk.first_partial_sum = __ldcg(&p_.first_partial_sum[owner]);
+    GatherRanks(owner, chunk.chunk * kChunk, chunk.count, members);
     return chunk;
   }
 
-  // Clears this block's share of what the next launch uses. Its first warp has other work.
+  // Clears this block's share of the set of the next launch. The first warp does not take part,
+  // because it polls the grid barrier.
   __device__ static void ClearNext(const Parameters<Feature>& p, int parity) {
     const int own_threads = static_cast<int>(blockDim.x) - kWarp;
     const int thread =
@@ -136,21 +142,21 @@ class HashedLabels {
     if (static_cast<int>(threadIdx.x) < kWarp) return;
     if (thread == 0) {
       Counters& counters = p.header->counters[parity];
-      counters.counted_blocks.value = counters.done_blocks.value = 0;
-      counters.large_classes.value = counters.heavy_classes.value = 0;
-      counters.chunks.value = counters.pool_rows.value = counters.counted.value = 0;
+      counters.labels_counted.value = counters.centers_read.value = 0;
+      counters.large_classes.value = counters.multi_chunk_classes.value = 0;
+      counters.chunks.value = counters.partial_sums.value = counters.counted.value = 0;
       counters.tickets.value = 0;
     }
     const int slots = __ldcg(&p.header->slots[parity]);
     const int samples = __ldcg(&p.header->samples[parity]);
     for (int k = thread; k < slots; k += threads) p.table[parity][k] = 0;
-    for (int k = thread; k < samples; k += threads) p.others[parity][k] = 0;
+    for (int k = thread; k < samples; k += threads) p.duplicates[parity][k] = 0;
   }
 
  private:
-  // Finds the owner of the label, or makes it sample i.
-  __device__ int FindOwner(int64_t label, int i) {
-    // Fibonacci hashing: the high bits of label * 2^64 / golden ratio spread strided labels, too.
+  // Returns the owner of the label. If there is none, sample i becomes the owner.
+  __device__ int FindOrInsert(int64_t label, int i) {
+    // Fibonacci hashing: the high bits of label * 2^64 / golden ratio spread strided labels too.
     const uint64_t hash = static_cast<uint64_t>(label) * 0x9e3779b97f4a7c15u;
     int slot = static_cast<int>((hash >> 32) * static_cast<uint64_t>(p_.slots) >> 32);
     const auto own = static_cast<unsigned long long>(label) << 32 | static_cast<unsigned>(i + 1);
@@ -158,7 +164,7 @@ class HashedLabels {
       const unsigned long long entered = atomicCAS(&table_[slot], 0ull, own);
       if (entered == 0) return i;
       const int owner = static_cast<int>(entered & 0xffffffff) - 1;
-      // Half a label is a whole one in any table of less than 2^32 rows.
+      // With fewer than 2^32 classes, equal lower halves mean equal labels.
       if (entered >> 32 == own >> 32 && (p_.classes >> 32 == 0 || p_.Label(owner) == label)) {
         return owner;
       }
@@ -166,16 +172,17 @@ class HashedLabels {
     }
   }
 
-  // Takes as many numbers as each lane wants from a counter; the first of the lane's.
-  __device__ int Take(int* counter, int wanted) {
-    const int before = WarpSumBefore(wanted);
+  // Reserves `wanted` consecutive numbers for each lane, with one atomicAdd for the warp. Returns
+  // the lane's first number.
+  __device__ int Reserve(int* counter, int wanted) {
+    const int before = WarpExclusiveSum(wanted);
     const int all = __shfl_sync(kAllLanes, before + wanted, kWarp - 1);
     const int first = Lane() == 0 && all > 0 ? atomicAdd(counter, all) : 0;
     return __shfl_sync(kAllLanes, first, 0) + before;
   }
 
-  // The samples of a class of one chunk: the owner and those that are listed there, sorted.
-  __device__ void FindAll(int owner, int count, int* members) const {
+  // Stores the positions of a class of one chunk: the owner's and those listed at it, sorted.
+  __device__ void GatherAll(int owner, int count, int* members) const {
     const int lane = Lane();
     int position = owner;
     if (lane > 0 && lane < count) {
@@ -186,45 +193,46 @@ class HashedLabels {
     if (lane < count) members[rank] = position;
   }
 
-  // The samples of a heavy class of the ranks first, first + 1, ...
-  __device__ void FindRanks(int owner, int first, int count, int* members) const {
-    const unsigned* const own = p_.tile_part + int64_t{__ldcg(&p_.heavy_class[owner])} * kTiles;
+  // Stores the positions of the samples of a multi-chunk class of ranks first to first + count - 1.
+  __device__ void GatherRanks(int owner, int first, int count, int* members) const {
+    const unsigned* const own =
+        p_.tile_ranges + int64_t{__ldcg(&p_.multi_chunk_index[owner])} * kTiles;
     const uint4 four = __ldcg(reinterpret_cast<const uint4*>(own) + Lane());
-    const int before = WarpSumBefore(
+    const int before = WarpExclusiveSum(
         static_cast<int>((four.x >> 16) + (four.y >> 16) + (four.z >> 16) + (four.w >> 16)));
     int rank = first + min(Lane(), count - 1);
-    int lane = 0;  // the last whose tiles begin with this rank or a smaller one
+    int lane = 0;  // binary search: the last lane whose four tiles begin at this rank or below
 #pragma unroll
     for (int step = kWarp / 2; step > 0; step /= 2) {
       if (__shfl_sync(kAllLanes, before, lane + step) <= rank) lane += step;
     }
     rank -= __shfl_sync(kAllLanes, before, lane);
-    const unsigned parts[] = {
+    const unsigned ranges[] = {
         __shfl_sync(kAllLanes, four.x, lane), __shfl_sync(kAllLanes, four.y, lane),
         __shfl_sync(kAllLanes, four.z, lane), __shfl_sync(kAllLanes, four.w, lane)};
     int at = 0;
     bool found = false;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const int here = static_cast<int>(parts[e] >> 16);
-      if (!found) at = (4 * lane + e) * p_.TileSize() + static_cast<int>(parts[e] & 0xffff) + rank;
+      const int here = static_cast<int>(ranges[e] >> 16);
+      if (!found) at = (4 * lane + e) * p_.TileSize() + static_cast<int>(ranges[e] & 0xffff) + rank;
       found = found || rank < here;
       if (!found) rank -= here;
     }
     if (Lane() < count) members[Lane()] = __ldcg(&p_.tile_order[at]);
   }
 
-  // Gives the owner's class a number, and no samples in any tile yet.
-  __device__ void NumberHeavyClass(int owner) {
-    const int number = atomicAdd(&counters_->heavy_classes.value, 1);
-    p_.heavy_class[owner] = number;
-    uint4* const parts = reinterpret_cast<uint4*>(p_.tile_part + int64_t{number} * kTiles);
-    for (int k = 0; k < kTiles / 4; ++k) parts[k] = uint4{0, 0, 0, 0};
+  // Assigns an index to the owner's class and clears its entries for all tiles.
+  __device__ void AddMultiChunkClass(int owner) {
+    const int index = atomicAdd(&counters_->multi_chunk_classes.value, 1);
+    p_.multi_chunk_index[owner] = index;
+    uint4* const ranges = reinterpret_cast<uint4*>(p_.tile_ranges + int64_t{index} * kTiles);
+    for (int k = 0; k < kTiles / 4; ++k) ranges[k] = uint4{0, 0, 0, 0};
   }
 
-  // Finds the place of sample i in its tile by comparison with all samples there: those of owners
-  // that come first, and those of its own class at earlier positions. The first one of a class
-  // stores where the class begins and how many it has.
+  // Finds the place of sample i in its sorted tile by comparing it with all samples of the tile: it
+  // counts the samples of classes with a smaller owner, and the earlier samples of its own class.
+  // The first sample of a class in the tile stores the range of the class.
   __device__ void RankInTile(int i, int owner) {
     const int size = p_.TileSize();
     const int tile = i / size, begin = tile * size, end = min(begin + size, p_.batch);
@@ -243,15 +251,15 @@ class HashedLabels {
     }
     p_.tile_order[begin + smaller + before] = i;
     if (before > 0) return;
-    const int number = __ldcg(&p_.heavy_class[owner]);
-    p_.tile_part[int64_t{number} * kTiles + tile] =
+    const int index = __ldcg(&p_.multi_chunk_index[owner]);
+    p_.tile_ranges[int64_t{index} * kTiles + tile] =
         static_cast<unsigned>(same) << 16 | static_cast<unsigned>(smaller);
   }
 
   const Parameters<Feature>& p_;
   Counters* counters_;
   unsigned long long* table_;
-  int* others_;
+  int* duplicates_;
 };
 
 }  // namespace

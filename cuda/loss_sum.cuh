@@ -1,9 +1,10 @@
-// The sum of the samples' losses. The warp that does a sample publishes its loss in a mailbox, so
-// no fence has to wait until rows are written. A block that has done its own samples polls them.
+// The sum of the losses of all samples. The warp that processes a sample publishes its loss in a
+// mailbox, and a block that has finished its own samples polls the mailboxes. A mailbox needs no
+// fence, so no warp waits until its rows are written.
 //
-// A scanned launch: the last block adds up all of them. A hashed one, whose blocks are all
-// resident: one block after the other adds up a unit of kLossUnit samples, and the last block adds
-// up the units. The order of the sum does not depend on the number of blocks.
+// In the scan kernel the last block adds up all losses. In the hash kernel every block adds up
+// segments of kLossSegment samples, and the last block adds up the sums of the segments. The order
+// of the additions depends on the batch size and the block size, not on the number of blocks.
 
 #ifndef TF_CENTER_LOSS_OP_CUDA_LOSS_SUM_CUH_
 #define TF_CENTER_LOSS_OP_CUDA_LOSS_SUM_CUH_
@@ -16,16 +17,17 @@
 namespace tcl {
 namespace {
 
-// In a scanned launch the last block waits for blocks that began before it. Those that begin later
-// do not depend on it.
+// The block that waits for the losses of the other blocks. The scan kernel's blocks need not all be
+// resident: the others wait for no block, so they finish one by one beside this one.
 __device__ __forceinline__ bool IsLastBlock() { return blockIdx.x == gridDim.x - 1; }
 
-// The sum of the numbers in `count` mailboxes, which are then empty again. By all threads of a
-// block, with a double for each warp in `shared`; the first thread has the sum.
+// Adds up the numbers in `count` mailboxes and empties them. All threads of the block call it, with
+// a double for each warp in `shared`; thread 0 gets the sum. (cub::BlockReduce needs the block size
+// at compile time, and does not specify the order of its additions.)
 template <typename T>
 __device__ double SumOfMailboxes(Mailbox<T>* mailboxes, int count, int wait_ns,
                                  unsigned char* shared) {
-  constexpr int kLoads = 8;  // in flight
+  constexpr int kLoads = 8;  // of a thread, in flight together
   const int threads = static_cast<int>(blockDim.x);
   double sum = 0;
 #pragma unroll 1
@@ -50,29 +52,29 @@ __device__ double SumOfMailboxes(Mailbox<T>* mailboxes, int count, int wait_ns,
     }
   }
   sum = WarpSum(sum);
-  double* const of_warps = reinterpret_cast<double*>(shared);
-  __syncthreads();  // shared memory is free
-  if (Lane() == 0) of_warps[WarpOfBlock()] = sum;
+  double* const warp_sums = reinterpret_cast<double*>(shared);
+  __syncthreads();  // all threads have finished with the earlier contents of `shared`
+  if (Lane() == 0) warp_sums[WarpOfBlock()] = sum;
   __syncthreads();
-  for (int warp = 1; warp < threads / kWarp && threadIdx.x == 0; ++warp) sum += of_warps[warp];
+  for (int warp = 1; warp < threads / kWarp && threadIdx.x == 0; ++warp) sum += warp_sums[warp];
   return sum;
 }
 
-// The sum of all losses of a hashed launch, at the first thread of the last block.
+// The sum of all losses in the hash kernel; thread 0 of the last block gets it.
 template <typename Feature>
-__device__ double SumOfUnits(const Parameters<Feature>& p, unsigned char* shared) {
-  const int units = (p.batch + kLossUnit - 1) / kLossUnit;
+__device__ double SumOfLosses(const Parameters<Feature>& p, unsigned char* shared) {
+  const int segments = (p.batch + kLossSegment - 1) / kLossSegment;
   const int wait_ns = p.tuning.wait_ns;
-  for (int unit = static_cast<int>(blockIdx.x); unit < units && units > 1;
-       unit += static_cast<int>(gridDim.x)) {
-    const int first = unit * kLossUnit;
-    const int count = min(kLossUnit, p.batch - first);
+  for (int segment = static_cast<int>(blockIdx.x); segment < segments && segments > 1;
+       segment += static_cast<int>(gridDim.x)) {
+    const int first = segment * kLossSegment;
+    const int count = min(kLossSegment, p.batch - first);
     const double sum = SumOfMailboxes(p.sample_loss + first, count, wait_ns, shared);
-    if (threadIdx.x == 0) Publish(&p.unit_loss[unit], sum);
+    if (threadIdx.x == 0) Publish(&p.segment_loss[segment], sum);
   }
   if (!IsLastBlock()) return 0;
-  if (units == 1) return SumOfMailboxes(p.sample_loss, p.batch, wait_ns, shared);
-  return SumOfMailboxes(p.unit_loss, units, wait_ns, shared);
+  if (segments == 1) return SumOfMailboxes(p.sample_loss, p.batch, wait_ns, shared);
+  return SumOfMailboxes(p.segment_loss, segments, wait_ns, shared);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Small batches: each warp scans the labels of the batch in shared memory for those of its class.
-// No hash table and no grid barrier.
+// Labels of the scan kernel, for small batches: every block copies all labels to shared memory, and
+// each warp scans them for the samples of its class. The blocks need no hash table and no barrier.
 
 #ifndef TF_CENTER_LOSS_OP_CUDA_SCANNED_LABELS_CUH_
 #define TF_CENTER_LOSS_OP_CUDA_SCANNED_LABELS_CUH_
@@ -17,7 +17,7 @@ class ScannedLabels {
  public:
   __device__ ScannedLabels(const Parameters<Feature>& p, unsigned char* shared)
       : p_(p), labels_(reinterpret_cast<int64_t*>(shared)) {
-    constexpr int kLoads = 8;  // in flight
+    constexpr int kLoads = 8;  // of a thread, in flight together
     const int threads = static_cast<int>(blockDim.x);
 #pragma unroll 1
     for (int first = static_cast<int>(threadIdx.x); first < p.batch; first += kLoads * threads) {
@@ -29,7 +29,7 @@ class ScannedLabels {
         if (first + k * threads < p.batch) labels_[first + k * threads] = labels[k];
       }
     }
-    if (threadIdx.x == 0 && p.batch % 2 == 1) labels_[p.batch] = -1;  // equals no class
+    if (threadIdx.x == 0 && p.batch % 2 == 1) labels_[p.batch] = -1;  // a pad that equals no class
     __syncthreads();
   }
 
@@ -46,7 +46,7 @@ class ScannedLabels {
     return WarpSum(counted);
   }
 
-  // From here on the class is that of sample i.
+  // Selects the class of sample i for the functions below.
   __device__ void SetClass(int i) {
     label_ = labels_[i];
     int all = 0, before = 0, other = -1;
@@ -58,20 +58,19 @@ class ScannedLabels {
       if (two.x == label_ && j != i) other = j;
       if (two.y == label_ && j + 1 != i) other = j + 1;
     }
-    const int both = WarpSum(all << 16 | before);  // a batch that is scanned has less than 2^15
+    const int both = WarpSum(all << 16 | before);  // B <= 4096, so 16 bits are enough for each
     count_ = both >> 16;
     rank_ = both & 0xffff;
     const unsigned others = __ballot_sync(kAllLanes, other >= 0);
     other_ = others == 0 ? -1 : __shfl_sync(kAllLanes, other, __ffs(static_cast<int>(others)) - 1);
   }
 
-  __device__ int64_t label() const { return label_; }
   __device__ int count() const { return count_; }
-  __device__ int rank() const { return rank_; }    // of sample i: how many of its class come before
-  __device__ int other() const { return other_; }  // another sample of the class, -1: none
+  __device__ int rank() const { return rank_; }    // number of earlier samples of the class
+  __device__ int other() const { return other_; }  // another sample of the class; -1: none
 
-  // Finds the samples of the class of the ranks first, first + 1, ... in batch order.
-  __device__ void Find(int first, int count, int* members) const {
+  // Stores the positions of the samples of ranks first to first + count - 1.
+  __device__ void GatherRanks(int first, int count, int* members) const {
     int before = 0;
     for (int start = 0; start < p_.batch && before < first + count; start += kWarp) {
       const int j = start + Lane();
@@ -83,9 +82,9 @@ class ScannedLabels {
     }
   }
 
-  // Where the samples of the class would begin if the batch was sorted: no two classes share what
-  // is numbered from there.
-  __device__ int SortedPlace() const {
+  // The offset of the class in the batch sorted by label. Classes have disjoint ranges from there,
+  // so the offset assigns counters and partial sums to them without communication.
+  __device__ int SortedOffset() const {
     int smaller = 0;
     for (int j = Lane(); j < p_.batch; j += kWarp) smaller += labels_[j] < label_;
     return WarpSum(smaller);

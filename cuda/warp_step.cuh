@@ -1,5 +1,6 @@
-// The step on a sample, by a warp: residual, loss, and the center of its class where no other warp
-// has a sample of that class.
+// The work on one sample, done by one warp: it reads the features and the center, writes the
+// residual, and publishes the loss. If no other warp has a sample of the class, it also moves the
+// center. A row longer than kPass columns takes several passes, because the registers hold one.
 
 #ifndef TF_CENTER_LOSS_OP_CUDA_WARP_STEP_CUH_
 #define TF_CENTER_LOSS_OP_CUDA_WARP_STEP_CUH_
@@ -19,21 +20,21 @@ class WarpStep {
   using Center = CenterType<Feature>;
   static constexpr int kLane = kPerLane<Center, Width>;
   static constexpr int kPass = kColumns<Center, Width>;
-  using Share = Center[kLane];  // of a pass over the columns, this lane's numbers
+  using Fragment = Center[kLane];  // this lane's numbers of one pass
 
-  // What becomes of the residual of a sample.
-  enum class Sum {
-    kUnused,           // no center moves by it
-    kMovesCenter,      // the sample is alone in its class, or with its partner
-    kLeft,             // the class's sum is made later
-    kAddedAtomically,  // to a row of the pool
+  // What a sample's residual is used for, besides being stored.
+  enum class Use {
+    kNone,        // no center moves by it
+    kMoveCenter,  // the class has no samples but this one and its partner
+    kDefer,       // the class is large: ClassSums computes the residual again
+    kAddAtomic,   // it is added to a partial sum with float atomics
   };
 
-  // A sample's rows in one pass over the columns. A pair of one class is done together.
-  struct Loaded {
-    Share row;
-    Share center;
-    Share partner_row;
+  // The rows of a sample, or of a pair, in one pass. Residuals replace the features.
+  struct Rows {
+    Fragment row;
+    Fragment center;
+    Fragment partner_row;
   };
 
   __device__ explicit WarpStep(const Parameters<Feature>& p) : p_(p) {
@@ -41,9 +42,8 @@ class WarpStep {
     moves_ = p.options.update_centers && IsFinite(alpha) && alpha > 0;
   }
 
-  // Whether the sample belongs to a class whose center moves. With alpha = 0 none does, so none is
-  // written.
-  __device__ bool IsMember(int64_t label) const {
+  // Whether the step moves the center of this label. With alpha = 0 it writes no center.
+  __device__ bool MovesCenter(int64_t label) const {
     return moves_ && !p_.Ignored(label) && p_.InTable(label);
   }
 
@@ -52,84 +52,84 @@ class WarpStep {
     sample_scale_ = ReductionScale(p_.options.reduction, Weight(), counted);
   }
 
-  // Whether the losses go into mailboxes, to be added up.
+  // Whether the losses go to mailboxes and are added up.
   __device__ bool reduces_loss() const {
     return p_.loss != nullptr && p_.options.reduction != Reduction::kNone;
   }
 
-  // The rows of sample i. The center may be loaded before it is known whether another warp moves
-  // it; then it is not used.
-  __device__ void Load(int i, int64_t label, int64_t column, Loaded* loaded) const {
-    LoadRow<Width, Cache::kStreamed>(p_.Features(i), column, p_.dim, loaded->row);
+  // Loads the rows of sample i, perhaps before its class is known. If the sample is then the second
+  // one of a pair, the pair's warp may be moving the center, and the loaded value is not used.
+  __device__ void Load(int i, int64_t label, int64_t column, Rows* rows) const {
+    LoadRow<Width, Cache::kStreamed>(p_.Features(i), column, p_.dim, rows->row);
     const bool subtracts = !p_.features_are_residuals && p_.InTable(label);
-    LoadRow<Width, Cache::kEarly>(subtracts ? p_.CenterRow(label) : nullptr, column,
-                                  subtracts ? p_.dim : 0, loaded->center);
+    LoadRow<Width, Cache::kSpeculative>(subtracts ? p_.CenterRow(label) : nullptr, column,
+                                        subtracts ? p_.dim : 0, rows->center);
   }
-  __device__ void LoadPartner(int partner, int64_t column, Loaded* loaded) const {
-    LoadRow<Width, Cache::kStreamed>(p_.Features(partner), column, p_.dim, loaded->partner_row);
+  __device__ void LoadPartner(int partner, int64_t column, Rows* rows) const {
+    LoadRow<Width, Cache::kStreamed>(p_.Features(partner), column, p_.dim, rows->partner_row);
   }
 
-  // Does sample i, and its partner if that is not negative. `loaded` is the first pass. Returns how
-  // many of them have finite features.
-  __device__ int DoSample(int i, int partner, int64_t label, Loaded& loaded, Sum use,
-                          int pool_row = 0) {
-    if (p_.Ignored(label)) return DoWithout(i, 0);
-    if (!p_.InTable(label)) return DoWithout(i, NotANumber());
+  // Processes sample i, and its partner unless that is negative. `rows` holds the first pass.
+  // Returns how many of the samples have finite features, or 0 for Use::kNone.
+  __device__ int ProcessSample(int i, int partner, int64_t label, Rows& rows, Use use,
+                               int partial_sum = 0) {
+    if (p_.Ignored(label)) return StoreConstant(i, 0);
+    if (!p_.InTable(label)) return StoreConstant(i, NotANumber());
     const bool is_pair = partner >= 0;
     Center square[2] = {};
 #pragma unroll 1
     for (int64_t column = 0;;) {
-      square[0] += DoResidual(i, column, loaded.center, loaded.row);
-      if (is_pair) square[1] += DoResidual(partner, column, loaded.center, loaded.partner_row);
+      square[0] += StoreResidual(i, column, rows.center, rows.row);
+      if (is_pair) square[1] += StoreResidual(partner, column, rows.center, rows.partner_row);
       column += kPass;
       if (column >= p_.dim) break;
-      Load(i, label, column, &loaded);
-      if (is_pair) LoadPartner(partner, column, &loaded);
+      Load(i, label, column, &rows);
+      if (is_pair) LoadPartner(partner, column, &rows);
     }
     const Center squares = WarpSums(square);
     const bool stores = Lane() < (is_pair ? 2 : 1);
     const int own = Lane() == 1 ? partner : i;
     if (stores) StoreLoss(own, SampleWeight(own) * (squares / 2), squares);
-    if (use == Sum::kUnused) return 0;
+    if (use == Use::kNone) return 0;
 
-    // Where the squares are finite so are the features; otherwise the features are looked at.
-    const unsigned looked_at = __ballot_sync(kAllLanes, stores && !IsFinite(squares));
-    const bool is_finite = (looked_at & 1) == 0 || RowIsFinite(i);
-    if (use == Sum::kLeft) return is_finite;
-    const bool adds_partner = is_pair && ((looked_at & 2) == 0 || RowIsFinite(partner));
+    // Finite squares imply finite features. The converse fails on overflow: then check the row.
+    const unsigned unsure = __ballot_sync(kAllLanes, stores && !IsFinite(squares));
+    const bool is_finite = (unsure & 1) == 0 || RowIsFinite(i);
+    if (use == Use::kDefer) return is_finite;
+    const bool adds_partner = is_pair && ((unsure & 2) == 0 || RowIsFinite(partner));
     const int finite = is_finite + adds_partner;
     if (finite == 0) return 0;
     if (p_.dim <= kPass) {
-      UseResiduals(use, label, 0, is_finite, adds_partner, loaded, pool_row);
+      UseResiduals(use, label, 0, is_finite, adds_partner, rows, partial_sum);
       return finite;
     }
 #pragma unroll 1
     for (int64_t column = 0; column < p_.dim; column += kPass) {
-      Load(i, label, column, &loaded);
-      if (adds_partner) LoadPartner(partner, column, &loaded);
+      Load(i, label, column, &rows);
+      if (adds_partner) LoadPartner(partner, column, &rows);
 #pragma unroll
       for (int e = 0; e < kLane; ++e) {
-        loaded.row[e] -= loaded.center[e];
-        loaded.partner_row[e] -= loaded.center[e];
+        rows.row[e] -= rows.center[e];
+        rows.partner_row[e] -= rows.center[e];
       }
-      UseResiduals(use, label, column, is_finite, adds_partner, loaded, pool_row);
+      UseResiduals(use, label, column, is_finite, adds_partner, rows, partial_sum);
     }
     return finite;
   }
 
-  // One sample of a class of `count` whose sum is a row of the pool; the last one moves the center
-  // and clears the row.
-  __device__ void AddAtomically(int i, int64_t label, Loaded& loaded, int count, int row) {
-    int finite = DoSample(i, -1, label, loaded, Sum::kAddedAtomically, row);
+  // Processes one of the `count` samples of a class with float atomics. The last warp to arrive
+  // moves the center and clears the partial sum.
+  __device__ void AddAtomically(int i, int64_t label, Rows& rows, int count, int row) {
+    int finite = ProcessSample(i, -1, label, rows, Use::kAddAtomic, row);
     if (!LastWarpToArrive(p_.arrivals + row, count, &finite)) return;
     for (int64_t column = 0; column < p_.dim; column += kPass) {
-      Share sum;
-      const Share zeros = {};
-      LoadRow<Width, Cache::kShared>(p_.PoolRow(row), column, p_.dim, sum);
-      StoreRow<Width, Cache::kNormal>(p_.PoolRow(row), column, p_.dim, zeros);
-      Share center;
+      Fragment sum;
+      const Fragment zeros = {};
+      LoadRow<Width, Cache::kL2>(p_.PartialSum(row), column, p_.dim, sum);
+      StoreRow<Width, Cache::kNormal>(p_.PartialSum(row), column, p_.dim, zeros);
+      Fragment center;
       LoadRow<Width, Cache::kNormal>(p_.CenterRow(label), column, p_.dim, center);
-      if (finite > 0) MoveCenter(label, column, finite, sum, center);
+      if (finite > 0) StoreCenter(label, column, finite, sum, center);
     }
   }
 
@@ -137,7 +137,7 @@ class WarpStep {
     bool finite = true;
 #pragma unroll 1
     for (int64_t column = 0; column < p_.dim; column += kPass) {
-      Share row;
+      Fragment row;
       LoadRow<Width, Cache::kNormal>(p_.Features(i), column, p_.dim, row);
 #pragma unroll
       for (int e = 0; e < kLane; ++e) finite = finite && IsFinite(row[e]);
@@ -145,12 +145,12 @@ class WarpStep {
     return __all_sync(kAllLanes, finite);
   }
 
-  // What the sum of the residuals of a class of `finite` samples is multiplied by.
+  // The factor of the sum of residuals of a class with `finite` finite samples.
   __device__ Center Scale(int finite) const {
     return StepScale(p_.options.rule, Alpha(), finite, counted_);
   }
 
-  // The loss, of the sum of the samples' losses; by one thread.
+  // Stores the reduced loss. One thread of the launch calls it.
   __device__ void StoreLossSum(double sum) {
     sum *= static_cast<double>(Weight());
     if (p_.options.reduction == Reduction::kMean) {
@@ -162,12 +162,12 @@ class WarpStep {
  private:
   __device__ static Center NotANumber() { return static_cast<Center>(FloatOf(0x7fc00000u)); }
 
-  // Alpha and loss_weight are loaded each time: that costs less than the registers to keep them.
+  // Alpha and loss_weight are loaded at each use, which costs less than registers to keep them.
   __device__ Center Alpha() const {
     return p_.cuda.alpha == nullptr ? p_.options.alpha : *p_.cuda.alpha;
   }
   __device__ Center Weight() const {
-    // A kernel cannot raise: a bad alpha shows in the loss.
+    // A kernel cannot raise an error, so a bad alpha makes the loss NaN.
     if (p_.options.update_centers && !(IsFinite(Alpha()) && Alpha() >= 0)) return NotANumber();
     return p_.cuda.loss_weight == nullptr ? p_.options.loss_weight : *p_.cuda.loss_weight;
   }
@@ -175,10 +175,10 @@ class WarpStep {
     return p_.sample_weight == nullptr ? Center{1} : p_.sample_weight[i];
   }
 
-  // An ignored sample, or one whose label is no row of the table.
-  __device__ int DoWithout(int i, Center value) {
+  // Fills the residual and the loss of a sample whose label is ignored or out of range.
+  __device__ int StoreConstant(int i, Center value) {
     if (p_.residual != nullptr) {
-      Share row;
+      Fragment row;
 #pragma unroll
       for (int e = 0; e < kLane; ++e) row[e] = value;
 #pragma unroll 1
@@ -190,11 +190,13 @@ class WarpStep {
     return 0;
   }
 
-  // The residual in place of the features, stored in the step's scale. Returns its squares.
-  __device__ Center DoResidual(int i, int64_t column, const Share& center, Share& row) const {
+  // Replaces the features by the residual, and stores it in the scale of the loss's gradient.
+  // Returns the sum of this lane's squares.
+  __device__ Center StoreResidual(int i, int64_t column, const Fragment& center,
+                                  Fragment& row) const {
     const Center scale = SampleWeight(i) * sample_scale_;
     Center square = 0;
-    Share scaled;
+    Fragment scaled;
 #pragma unroll
     for (int e = 0; e < kLane; ++e) {
       row[e] -= center[e];
@@ -207,30 +209,30 @@ class WarpStep {
     return square;
   }
 
-  // A pass of the residuals of a sample and its partner, those that are finite.
-  __device__ void UseResiduals(Sum use, int64_t label, int64_t column, bool adds, bool adds_partner,
-                               Loaded& loaded, int pool_row) {
-    if (use == Sum::kAddedAtomically) {
+  // Uses one pass of the finite residuals of a sample and its partner.
+  __device__ void UseResiduals(Use use, int64_t label, int64_t column, bool adds, bool adds_partner,
+                               Rows& rows, int partial_sum) {
+    if (use == Use::kAddAtomic) {
 #pragma unroll
       for (int v = 0; v < kLane / Width; ++v) {
         const int64_t at = ColumnOf<Width>(column, v);
-        if (at < p_.dim) AddVector<Width>(p_.PoolRow(pool_row) + at, loaded.row + v * Width);
+        if (at < p_.dim) AddVector<Width>(p_.PartialSum(partial_sum) + at, rows.row + v * Width);
       }
       return;
     }
 #pragma unroll
     for (int e = 0; e < kLane; ++e) {
-      if (!adds) loaded.row[e] = 0;
-      if (adds_partner) loaded.row[e] += loaded.partner_row[e];
+      if (!adds) rows.row[e] = 0;
+      if (adds_partner) rows.row[e] += rows.partner_row[e];
     }
     if (p_.features_are_residuals) {
-      LoadRow<Width, Cache::kNormal>(p_.CenterRow(label), column, p_.dim, loaded.center);
+      LoadRow<Width, Cache::kNormal>(p_.CenterRow(label), column, p_.dim, rows.center);
     }
-    MoveCenter(label, column, adds + adds_partner, loaded.row, loaded.center);
+    StoreCenter(label, column, adds + adds_partner, rows.row, rows.center);
   }
 
-  __device__ void MoveCenter(int64_t label, int64_t column, int finite, const Share& sum,
-                             Share& center) {
+  __device__ void StoreCenter(int64_t label, int64_t column, int finite, const Fragment& sum,
+                              Fragment& center) {
     const Center scale = Scale(finite);
 #pragma unroll
     for (int e = 0; e < kLane; ++e) center[e] += scale * sum[e];

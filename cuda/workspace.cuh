@@ -1,9 +1,15 @@
-// What a launch is given, and where its bookkeeping lies in device memory.
+// The argument of the kernels, and the layout of the workspace.
+//
+// `Parameters` holds the caller's arrays, the options, and pointers into the workspace: the device
+// memory for what the warps of a launch tell each other. `PlaceArrays` runs on the host and sets
+// those pointers. A launch needs some of the arrays zero when it starts, and sets them back to zero
+// before it ends; their comments say "zero between launches". It needs nothing of the others.
 
 #ifndef TF_CENTER_LOSS_OP_CUDA_WORKSPACE_CUH_
 #define TF_CENTER_LOSS_OP_CUDA_WORKSPACE_CUH_
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/center_loss_cuda.h"
 #include "cuda/device.cuh"
@@ -11,125 +17,75 @@
 namespace tcl {
 namespace {
 
-// A class of several chunks is heavy. A chunk is as many samples as a warp has lanes; so are the
-// partial sums below a node of the reduction tree.
+// Samples of a chunk, one for each lane. A node of the reduction tree has as many children.
 constexpr int kChunk = kWarp;
 
-// A heavy class has a partial sum, a row of the pool, for each chunk: at most one for so many
-// samples.
-constexpr int kSamplesPerPoolRow = kChunk / 2;
+// A multi-chunk class of n > kChunk samples has ceil(n / kChunk) partial sums, at most n / 16.
+constexpr int kSamplesPerPartialSum = kChunk / 2;
 
-// Tiles of the batch for the ranks of heavy classes, four for each lane.
+// Tiles of the batch. A lane reads four of their entries as one vector.
 constexpr int kTiles = 4 * kWarp;
-static_assert(kMostCudaSamples / kTiles < 1 << 16, "numbers of samples of a tile fit into 16 bits");
+static_assert(kMostCudaSamples / kTiles < 1 << 16, "the samples of a tile are counted in 16 bits");
 
-// Hash slots for each sample. A small batch, which waits for its longest chain of probes, has more.
-constexpr int kSlotsPerSample = 8, kMostSlotsPerSample = 16;
+// Hash slots for each sample. A small batch gets more, because its time depends on the longest
+// sequence of probes; a large table would cost more to clear than shorter sequences save.
+constexpr int kSlotsPerSample = 8, kMaxSlotsPerSample = 16;
 constexpr int64_t kManySlots = 1 << 17;
 
-// Samples that a warp takes at a time, once it has done its own share of a large batch.
-constexpr int kGroup = 2;
+inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Neighboring samples whose losses one block of a hashed launch adds up.
-constexpr int kLossUnit = 4096;
+inline int64_t HashSlots(int64_t batch) {
+  int64_t slots = 1;
+  while (slots < kSlotsPerSample * batch ||
+         (slots < kMaxSlotsPerSample * batch && slots < kManySlots)) {
+    slots *= 2;
+  }
+  return slots;
+}
 
-// Of a hashed launch. Each is on a cache line of its own: some are polled while others change.
+// Samples that a warp of the hash kernel takes with one ticket.
+constexpr int kSamplesPerTicket = 2;
+
+// Adjacent samples whose losses one block of the hash kernel adds up.
+constexpr int kLossSegment = 4096;
+
+// Counters of the hash kernel. Each has a cache line to itself (no false sharing), because blocks
+// poll some of them while other blocks change others.
 struct Counters {
   struct Counter {
     int value;
     int padding[31];
   };
-  Counter counted_blocks;  // grid barrier: blocks that have counted their labels
-  Counter done_blocks;     // grid barrier: blocks whose samples have read their centers
-  Counter large_classes;   // classes of three samples or more
-  Counter heavy_classes;   // classes of several chunks
-  Counter chunks;          // of all large classes
-  Counter pool_rows;       // rows of the pool that are taken
-  Counter counted;         // N, with an ignored class
-  Counter tickets;         // groups of samples that warps have taken
+  Counter labels_counted;       // grid barrier: all labels are in the hash table
+  Counter centers_read;         // grid barrier: all samples have read their centers
+  Counter large_classes;        // number of large classes
+  Counter multi_chunk_classes;  // number of multi-chunk classes
+  Counter chunks;               // number of chunks of large classes
+  Counter partial_sums;         // number of rows of partial sums in use
+  Counter counted;              // N, if there is an ignored class
+  Counter tickets;              // number of tickets taken
 };
 
-// Hashed launches use two sets of counters, hash table and class counts by turns: each launch
-// clears the set of the next one, which no thread uses any more.
+// The counters, the hash table and `duplicates` exist twice. Launches use the two sets in turn, and
+// each launch clears the set of the next launch, so no barrier has to separate clearing from use.
 struct Header {
   Counters counters[2];
-  int parity;      // the set of the next launch
-  int slots[2];    // hash slots that the last launch with this set used
-  int samples[2];  // and samples
+  int parity;      // the set that the next launch uses
+  int slots[2];    // hash slots that the last launch with this set used, to be cleared
+  int samples[2];  // batch size of that launch
 };
 
-struct Layout {
-  int levels = 1;         // of the reduction tree
-  int64_t slots = 0;      // of each hash table
-  int64_t pool_rows = 0;  // partial sums
-  int64_t bytes = 0;
-  int64_t clear_bytes = 0;  // of them that a launch on a fresh workspace needs zero
-
-  int64_t header, table[2], others[2], members, owner_of, heavy_class, tile_part, tile_order,
-      first_chunk, first_pool_row, class_of_chunk, not_finite, arrivals, chunk_arrivals,
-      sample_loss, unit_loss, pool;
-
-  explicit Layout(const CudaWorkspace& workspace) {
-    const int64_t batch = workspace.batch;
-    constexpr int64_t kInt = sizeof(int);
-    slots = SlotsFor(batch);
-    for (int64_t covered = kChunk * kChunk; covered < batch; covered *= kChunk) ++levels;
-    pool_rows = batch / (workspace.atomic ? 2 : kSamplesPerPoolRow) + 1;
-    constexpr int64_t kSlot = sizeof(uint64_t), kArrivals = sizeof(Arrivals);
-    // What one launch needs zero comes first, see CudaWorkspaceClearBytes.
-    header = Take(sizeof(Header));
-    table[0] = Take(slots * kSlot);
-    others[0] = Take(batch * kInt);
-    // A slice of the narrowest kind has a warp's width of single numbers.
-    arrivals = Take(levels * pool_rows * ((workspace.dim + kWarp - 1) / kWarp) * kArrivals);
-    chunk_arrivals = Take(batch * kArrivals);
-    sample_loss = Take(batch * 2 * workspace.center_size);
-    unit_loss = Take((batch / kLossUnit + 1) * static_cast<int64_t>(sizeof(Mailbox<double>)));
-    clear_bytes = bytes;
-    table[1] = Take(slots * kSlot);
-    others[1] = Take(batch * kInt);
-    members = Take(batch * kChunk * kInt);
-    owner_of = Take(batch * kInt);
-    heavy_class = Take(batch * kInt);
-    tile_part = Take((batch / kChunk + 1) * kTiles * kInt);
-    tile_order = Take(batch * kInt);
-    first_chunk = Take(batch * kInt);
-    first_pool_row = Take(batch * kInt);
-    class_of_chunk = Take((batch / 3 + 1) * kInt);
-    not_finite = Take(batch * kInt);
-    pool = Take(pool_rows * workspace.dim * workspace.center_size);
-    if (workspace.atomic) clear_bytes = bytes;  // sums start from zero
-  }
-
-  static int64_t SlotsFor(int64_t batch) {
-    int64_t slots = 1;
-    while (slots < kSlotsPerSample * batch ||
-           (slots < kMostSlotsPerSample * batch && slots < kManySlots)) {
-      slots *= 2;
-    }
-    return slots;
-  }
-
- private:
-  int64_t Take(int64_t size) {
-    const int64_t at = bytes;
-    bytes += (size + 255) / 256 * 256;  // starts on a cache line of its own
-    return at;
-  }
-};
-
-// What a launch is given. Arrays of the workspace are written by one launch and read by the same
-// one, except for those that have to be zero in between, which say so.
 template <typename Feature>
 struct Parameters {
   using Center = CenterType<Feature>;
 
+  // The caller's arguments, see StepArguments.
   int batch;
   int64_t dim;
   int64_t classes;
   const Feature* features;
   const void* labels;
-  bool long_labels;
+  bool long_labels;  // int64 labels, otherwise int32
   const Center* sample_weight;
   Center* centers;
   Center* loss;
@@ -140,32 +96,32 @@ struct Parameters {
   CudaOptions<Center> cuda;
   CudaTuning tuning;
 
-  // Of hashed launches.
+  // Hash kernel. Arrays [B] marked "owner" have an entry for each class, at its owner's position.
   Header* header;
-  // [slots] the lower half of a label, and in the lower half the position of its owner, plus one;
-  // 0: free. Zero.
+  // [slots] lower half of a label in the upper half, position of its owner + 1 in the lower half.
+  // 0: free. Zero between launches.
   unsigned long long* table[2];
-  int* others[2];    // [B] of an owner: samples of its class beside it. Zero
-  int slots;         // of the table, for this batch
-  int* members;      // [B, kChunk] of an owner: positions of the first others to arrive
-  int* owner_of;     // [B] the owner of the sample's class, -1: of no class
-  int* heavy_class;  // [B] of the owner of a heavy class: its number among them
-  // [heavy classes, kTiles] of the samples of a class in a tile: where they begin in the tile's
-  // part of tile_order, and in the upper half how many there are.
-  unsigned* tile_part;
-  int* tile_order;      // [B] each tile's samples, by class and then by position
-  int* first_chunk;     // [B] of the owner of a large class: its first place in class_of_chunk
-  int* first_pool_row;  // [B] of the owner of a heavy class, or of any with `atomic`
-  int* class_of_chunk;  // [chunks] the owner of the class
-  int* not_finite;      // [B] of an owner: samples of its class that are not finite
+  int* duplicates[2];      // [B] owner: number of other samples of the class. Zero between launches
+  int slots;               // size of the hash table for this batch
+  int* members;            // [B, kChunk] owner: positions of the first 31 duplicates to be counted
+  int* owner_of;           // [B] owner of the sample's class; -1: the sample moves no center
+  int* multi_chunk_index;  // [B] owner: index of the multi-chunk class
+  // [multi-chunk classes, kTiles] the range of the class in the tile: number of samples in the
+  // upper half, offset from the tile's first entry of tile_order in the lower half.
+  unsigned* tile_ranges;
+  int* tile_order;         // [B] positions, tile by tile; in a tile by class, then by position
+  int* first_chunk;        // [B] owner: index in owner_of_chunk of the first chunk of a large class
+  int* first_partial_sum;  // [B] owner: row of the first partial sum
+  int* owner_of_chunk;     // [chunks]
+  int* non_finite;         // [B] owner: number of samples of the class with non-finite features
 
-  int64_t pool_rows;
-  Center* pool;              // [pool_rows, D] partial sums
-  Arrivals* arrivals;        // [levels, pool_rows, slices] at the nodes of the tree. Zero
-  Arrivals* chunk_arrivals;  // [B] of a scanned launch: at the chunks. Zero
+  int64_t partial_sum_rows;
+  Center* partial_sums;      // [partial_sum_rows, D]; with `atomic` zero between launches
+  Arrivals* arrivals;        // [levels, partial_sum_rows, slices]. Zero between launches
+  Arrivals* chunk_arrivals;  // [B] scan kernel. Zero between launches
 
-  Mailbox<Center>* sample_loss;  // [B]. Zero
-  Mailbox<double>* unit_loss;    // [B / kLossUnit], rounded up. Zero
+  Mailbox<Center>* sample_loss;   // [B]. Zero between launches
+  Mailbox<double>* segment_loss;  // [ceil(B / kLossSegment)]. Zero between launches
 
   __device__ int64_t Label(int i) const {
     return long_labels ? static_cast<const int64_t*>(labels)[i]
@@ -177,16 +133,60 @@ struct Parameters {
   __device__ bool InTable(int64_t label) const { return label >= 0 && label < classes; }
   __device__ const Feature* Features(int i) const { return features + int64_t{i} * dim; }
   __device__ Center* CenterRow(int64_t label) const { return centers + label * dim; }
-  __device__ Center* PoolRow(int row) const { return pool + int64_t{row} * dim; }
-  // Samples of a tile: a multiple of four, so that it begins on a vector of four ints.
+  __device__ Center* PartialSum(int row) const { return partial_sums + int64_t{row} * dim; }
+  // Samples of a tile: a multiple of four, so that every tile of `owner_of` is whole vectors.
   __device__ int TileSize() const { return (batch + 4 * kTiles - 1) / (4 * kTiles) * 4; }
 
-  // Notes the time at which this block passes a point of the launch.
+  // Records the time at which this block passes a point of the launch (phase clock).
   __device__ void Stamp(int phase) const {
     if (cuda.clock == nullptr || threadIdx.x != 0) return;
     cuda.clock[int64_t{blockIdx.x} * kCudaPhases + phase] = Nanoseconds();
   }
 };
+
+struct WorkspaceBytes {
+  int64_t all = 0;
+  int64_t clear = 0;  // the first bytes, which a launch on a fresh workspace needs zero
+};
+
+// Sets the pointers of `p` into the workspace. Every array starts on a cache line of its own.
+template <typename Feature>
+WorkspaceBytes PlaceArrays(const CudaWorkspace& workspace, Parameters<Feature>* p) {
+  const int64_t batch = workspace.batch, slots = HashSlots(batch);
+  int64_t levels = 1;  // of the reduction tree
+  for (int64_t covered = kChunk * kChunk; covered < batch; covered *= kChunk) ++levels;
+  p->partial_sum_rows = batch / (workspace.atomic ? 2 : kSamplesPerPartialSum) + 1;
+  const int64_t max_slices = CeilDiv(workspace.dim, kWarp);  // Width 1
+
+  WorkspaceBytes bytes;
+  const auto place = [&](auto*& array, int64_t count) {
+    using Array = std::remove_reference_t<decltype(array)>;
+    array = reinterpret_cast<Array>(reinterpret_cast<uintptr_t>(workspace.memory) + bytes.all);
+    bytes.all += CeilDiv(count * static_cast<int64_t>(sizeof(*array)), 256) * 256;
+  };
+  place(p->header, 1);
+  place(p->table[0], slots);
+  place(p->duplicates[0], batch);
+  place(p->arrivals, levels * p->partial_sum_rows * max_slices);
+  place(p->chunk_arrivals, batch);
+  place(p->sample_loss, batch);
+  place(p->segment_loss, batch / kLossSegment + 1);
+  bytes.clear = bytes.all;
+  place(p->table[1], slots);
+  place(p->duplicates[1], batch);
+  place(p->members, batch * kChunk);
+  place(p->owner_of, batch);
+  place(p->multi_chunk_index, batch);
+  place(p->tile_ranges, (batch / kChunk + 1) * kTiles);
+  place(p->tile_order, batch);
+  place(p->first_chunk, batch);
+  place(p->first_partial_sum, batch);
+  place(p->owner_of_chunk, batch / 3 + 1);
+  place(p->non_finite, batch);
+  place(p->partial_sums, p->partial_sum_rows * workspace.dim);
+  if (workspace.atomic) bytes.clear = bytes.all;  // atomic sums start from zero
+  return bytes;
+}
 
 }  // namespace
 }  // namespace tcl

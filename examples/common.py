@@ -405,4 +405,4 @@ def main(tasks: dict) -> None:
         outcome = run_task(name, tasks[name], options)
         results[name] = outcome | {"versions": versions()}
         file.write_text(json.dumps(results, indent=2))
-    print(f"\nDone in {time.perf_counter() - start:.0f} s; all figures in {file}")
+    print(f"\nDone in {time.perf_counter() - start:.0f} s; all numbers in {file}")

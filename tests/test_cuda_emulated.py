@@ -191,22 +191,22 @@ def test_one_launch_needs_only_the_first_bytes_zero(sizes, atomic):
 
 
 def must_be_zero(memory, batch, dim, atomic):
-    """The bytes that must be zero between launches, by Layout of workspace.cuh."""
+    """The bytes that must be zero between launches, by PlaceArrays of workspace.cuh."""
     chunk, tiles, slots = 32, 128, hash_slots(batch)
     levels = 1
     while chunk ** (levels + 1) < batch:
         levels += 1
-    pool_rows = batch // (2 if atomic else 16) + 1
-    sizes = dict(header=2068, table0=8 * slots, others0=4 * batch)
-    sizes |= dict(arrivals=8 * levels * pool_rows * ((dim + 31) // 32))
+    partial_sum_rows = batch // (2 if atomic else 16) + 1
+    sizes = dict(header=2068, table0=8 * slots, duplicates0=4 * batch)
+    sizes |= dict(arrivals=8 * levels * partial_sum_rows * ((dim + 31) // 32))
     sizes |= dict(chunk_arrivals=8 * batch, sample_loss=8 * batch)
-    sizes |= dict(unit_loss=16 * (batch // 4096 + 1))
-    sizes |= dict(table1=8 * slots, others1=4 * batch, members=4 * batch * chunk)
-    sizes |= dict(owner_of=4 * batch, heavy_class=4 * batch)
-    sizes |= dict(tile_part=4 * (batch // chunk + 1) * tiles, tile_order=4 * batch)
-    sizes |= dict(first_chunk=4 * batch, first_pool_row=4 * batch)
-    sizes |= dict(class_of_chunk=4 * (batch // 3 + 1), not_finite=4 * batch)
-    sizes |= dict(pool=4 * pool_rows * dim)
+    sizes |= dict(segment_loss=16 * (batch // 4096 + 1))
+    sizes |= dict(table1=8 * slots, duplicates1=4 * batch, members=4 * batch * chunk)
+    sizes |= dict(owner_of=4 * batch, multi_chunk_index=4 * batch)
+    sizes |= dict(tile_ranges=4 * (batch // chunk + 1) * tiles, tile_order=4 * batch)
+    sizes |= dict(first_chunk=4 * batch, first_partial_sum=4 * batch)
+    sizes |= dict(owner_of_chunk=4 * (batch // 3 + 1), non_finite=4 * batch)
+    sizes |= dict(partial_sums=4 * partial_sum_rows * dim)
     parts, at = {}, 0
     for part, size in sizes.items():
         parts[part] = memory[at : at + size]
@@ -217,14 +217,14 @@ def must_be_zero(memory, batch, dim, atomic):
     header = parts["header"].view(np.int32)
     parity = header[512]
     yield "counters", header[:512].reshape(2, 256)[parity]
-    cleared = [f"table{parity}", f"others{parity}", "arrivals", "chunk_arrivals"]
-    cleared += ["sample_loss", "unit_loss", *(["pool"] if atomic else [])]
+    cleared = [f"table{parity}", f"duplicates{parity}", "arrivals", "chunk_arrivals"]
+    cleared += ["sample_loss", "segment_loss", *(["partial_sums"] if atomic else [])]
     for part in cleared:
         yield part, parts[part]
 
 
 def hash_slots(batch):
-    """Layout::SlotsFor of workspace.cuh."""
+    """HashSlots of workspace.cuh."""
     slots = 1
     while slots < 8 * batch or (slots < 16 * batch and slots < 2**17):
         slots *= 2

@@ -37,7 +37,7 @@ ORDERS = sites(r"TCL_(RELEASE|ACQUIRE)\(\);")
 # so in no schedule of the emulator do the results depend on the barrier.
 ONLY_ORDER = [
     "// orders the arrival before the other lanes' reads",
-    "// the members of the task before have been read",
+    "// all lanes have read the members of the previous task",
 ]
 
 # Scanned, hashed, hashed with atomics: batch and whether atomic.
@@ -46,9 +46,9 @@ DIM = 70  # three slices of columns
 
 
 def built(*changes, **options):
-    """The kernels with `changes`. A block adds several units of losses, and the hash of a label is
-    its low 6 bits, so that labels share slots."""
-    few = ("kLossUnit = 4096;", "kLossUnit = 64;")
+    """The kernels with `changes`. A block adds up several segments of losses, and the hash of a
+    label is its low 6 bits, so that labels share slots."""
+    few = ("kLossSegment = 4096;", "kLossSegment = 64;")
     crowded = ("0x9e3779b97f4a7c15u", "uint64_t{1} << 58")
     return emulated.build(kernels=emulated.changed(few, crowded, *changes), **options)
 
@@ -148,11 +148,11 @@ def test_without_this_barrier_a_schedule_breaks_results(tmp_path, site):
 MUTATIONS = {
     # Grid barriers and arrivals.
     "counts are not waited for": (
-        "WaitAsBlock(&counters.counted_blocks.value, blocks, p.tuning.wait_ns);",
+        "WaitForBlocks(&counters.labels_counted.value, blocks, p.tuning.wait_ns);",
         "",
     ),
     "samples are not waited for": (
-        "WaitAsBlock(&counters.done_blocks.value, blocks, p.tuning.wait_ns);",
+        "WaitForBlocks(&counters.centers_read.value, blocks, p.tuning.wait_ns);",
         "",
     ),
     "the last but one at a node takes itself for the last": (
@@ -177,22 +177,22 @@ MUTATIONS = {
         "",
     ),
     "slices share a counter": ("* slices + slice;", "* slices;"),
-    "chunks share a counter": ("p.chunk_arrivals + place + chunk,", "p.chunk_arrivals + place,"),
+    "chunks share a counter": ("p.chunk_arrivals + offset + chunk,", "p.chunk_arrivals + offset,"),
     # Losses.
     "a loss is not waited for": ("if (all) break;", "break;"),
     "half a loss is not waited for": (
-        "there = there && (word & 1) != 0;",
-        "if (k == 0) there = (word & 1) != 0;",
+        "full = full && (word & 1) != 0;",
+        "if (k == 0) full = (word & 1) != 0;",
     ),
     "a mailbox is not emptied": ("Empty(&mailboxes[i]);", ""),
     # From one launch to the next.
     "the tables are not exchanged": ("p.header->parity = 1 - parity;", ""),
     "the next counters of the barriers are not cleared": (
-        "counters.counted_blocks.value = counters.done_blocks.value = 0;",
+        "counters.labels_counted.value = counters.centers_read.value = 0;",
         "",
     ),
     "the next list of chunks is not cleared": (
-        "counters.chunks.value = counters.pool_rows.value = counters.counted.value = 0;",
+        "counters.chunks.value = counters.partial_sums.value = counters.counted.value = 0;",
         "",
     ),
     "the next tickets are not cleared": ("counters.tickets.value = 0;", ""),
@@ -201,35 +201,35 @@ MUTATIONS = {
         "",
     ),
     "the next counts are not cleared": (
-        "for (int k = thread; k < samples; k += threads) p.others[parity][k] = 0;",
+        "for (int k = thread; k < samples; k += threads) p.duplicates[parity][k] = 0;",
         "",
     ),
     "the slots to clear are not noted": ("p.header->slots[parity] = p.slots;", ""),
     "the samples to clear are not noted": ("p.header->samples[parity] = p.batch;", ""),
-    "the row of atomic sums is not cleared": (
-        "StoreRow<Width, Cache::kNormal>(p_.PoolRow(row), column, p_.dim, zeros);",
+    "the partial sum of atomics is not cleared": (
+        "StoreRow<Width, Cache::kNormal>(p_.PartialSum(row), column, p_.dim, zeros);",
         "",
     ),
     # Classes, chunks and ranks.
     "a slot with another label is taken": ("if (entered >> 32 == own >> 32 && (", "if ((true || "),
-    "the owner is counted among the others": (
-        "place = atomicAdd(&others_[owner], others) - owns;",
-        "place = atomicAdd(&others_[owner], others);",
+    "the owner is counted among its duplicates": (
+        "place = atomicAdd(&duplicates_[owner], duplicates) - owns;",
+        "place = atomicAdd(&duplicates_[owner], duplicates);",
     ),
-    "scanned classes share rows of the pool": (
-        "own.first_pool_row = place / kSamplesPerPoolRow;",
-        "own.first_pool_row = place / (4 * kSamplesPerPoolRow);",
+    "scanned classes share partial sums": (
+        "own.first_partial_sum = offset / kSamplesPerPartialSum;",
+        "own.first_partial_sum = offset / (4 * kSamplesPerPartialSum);",
     ),
-    "hashed classes share rows of the pool": (
-        "Take(&counters_->pool_rows.value, chunks > 1 ? chunks : 0);",
-        "Take(&counters_->pool_rows.value, chunks > 1 ? 1 : 0);",
+    "hashed classes share partial sums": (
+        "Reserve(&counters_->partial_sums.value, chunks > 1 ? chunks : 0);",
+        "Reserve(&counters_->partial_sums.value, chunks > 1 ? 1 : 0);",
     ),
     "a scanned chunk has the samples of the first one": (
-        "labels.Find(chunk * kChunk, in_chunk,",
-        "labels.Find(0, in_chunk,",
+        "labels.GatherRanks(chunk * kChunk, in_chunk,",
+        "labels.GatherRanks(0, in_chunk,",
     ),
     "a hashed chunk takes itself for the first one": (
-        "chunk.chunk = place - __ldcg(&p_.first_chunk[owner]);",
+        "chunk.chunk = index - __ldcg(&p_.first_chunk[owner]);",
         "chunk.chunk = 0;",
     ),
     "samples of a class share a place in their tile": (
@@ -240,35 +240,35 @@ MUTATIONS = {
         "p_.tile_order[begin + smaller + before] = i;",
         "p_.tile_order[begin + before] = i;",
     ),
-    "a heavy class has no number": ("p_.heavy_class[owner] = number;", ""),
-    "the tiles of a heavy class are not cleared": (
-        "parts[k] = uint4{0, 0, 0, 0};",
-        "if (false) parts[k] = uint4{0, 0, 0, 0};",
+    "a multi-chunk class has no index": ("p_.multi_chunk_index[owner] = index;", ""),
+    "the tile ranges of a multi-chunk class are not cleared": (
+        "ranges[k] = uint4{0, 0, 0, 0};",
+        "if (false) ranges[k] = uint4{0, 0, 0, 0};",
     ),
     # Pairs, tickets, and rows that are not finite.
     "a scanned pair is done by both": ("if (labels.rank() == 0) {", "if (true) {"),
     "a hashed pair is done by both": (
-        "const bool does = i < p.batch && (kAtomic || count != 2 || owner == i);",
-        "const bool does = i < p.batch;",
+        "const bool takes = i < p.batch && (kAtomic || count != 2 || owner == i);",
+        "const bool takes = i < p.batch;",
     ),
     "a sample is done twice": (
-        "const int begin = min(fixed * warps, p.batch);",
-        "const int begin = min(fixed * warps, p.batch) - 1;",
+        "const int begin = min(assigned * warps, p.batch);",
+        "const int begin = min(assigned * warps, p.batch) - 1;",
     ),
     "a sample is not done": (
-        "const int begin = min(fixed * warps, p.batch);",
-        "const int begin = min(fixed * warps + 1, p.batch);",
+        "const int begin = min(assigned * warps, p.batch);",
+        "const int begin = min(assigned * warps + 1, p.batch);",
     ),
     "a row that is not finite is added": (
         "if (!step_.RowIsFinite(members[m])) finite &= ~(1u << m);",
         "",
     ),
     "a partner that is not finite is added": (
-        "is_pair && ((looked_at & 2) == 0 || RowIsFinite(partner));",
+        "is_pair && ((unsure & 2) == 0 || RowIsFinite(partner));",
         "is_pair;",
     ),
     "the first of a pair is added though it is not finite": (
-        "if (!adds) loaded.row[e] = 0;",
+        "if (!adds) rows.row[e] = 0;",
         "",
     ),
     "a scanned row that is not finite is not counted": (
@@ -276,7 +276,7 @@ MUTATIONS = {
         "kOneArrival;",
     ),
     "a hashed row that is not finite is not counted": (
-        "if (finite == 0 && Lane() == 0) labels.CountNotFinite(its_owner);",
+        "if (finite == 0 && Lane() == 0) labels.CountNonFinite(its_owner);",
         "",
     ),
 }
@@ -340,12 +340,12 @@ def test_no_access_out_of_bounds(tmp_path):
     [
         ("if (at < dim) StoreVector", "StoreVector"),
         (
-            "pool_rows = batch / (workspace.atomic ? 2 : kSamplesPerPoolRow) + 1;",
-            "pool_rows = 1;",
+            "partial_sum_rows = batch / (workspace.atomic ? 2 : kSamplesPerPartialSum) + 1;",
+            "partial_sum_rows = 1;",
         ),
         ("int64_t shared = warps * kChunk * kInt;", "int64_t shared = 0;"),
     ],
-    ids=["rows", "pool", "shared-memory"],
+    ids=["rows", "partial-sums", "shared-memory"],
 )
 def test_an_access_out_of_bounds_is_found(tmp_path, change):
     library = emulated.build(kernels=emulated.changed(change), flags=emulated.SANITIZE)

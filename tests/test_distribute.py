@@ -37,8 +37,13 @@ def test_an_eager_loop_equals_the_oracle(implementations, tmp_path):
     run("replicas_eager", *implementations, cwd=tmp_path)
 
 
-def test_side_effects_of_replicas_run_or_raise_but_never_hang(tmp_path):
+def test_side_effects_keep_their_order_and_a_deadlock_is_an_error(tmp_path):
+    # TensorFlow runs the side effects of the second replica after all of the first one.
     run("replicas_side_effects", cwd=tmp_path)
+
+
+def test_the_tutorials_function(tmp_path):
+    run("replicas_tutorial", cwd=tmp_path)
 
 
 def test_bad_input_raises_on_all_replicas_and_moves_nothing(tmp_path):

@@ -1,5 +1,7 @@
-// The CUDA kernels on arrays of any library that speaks DLPack or __cuda_array_interface__ (CuPy,
-// PyTorch, Numba, JAX), without TensorFlow: what the GPU op is tested and timed against.
+// The CUDA part of the Python module _kernels: the CUDA kernels on arrays of any library with
+// DLPack or __cuda_array_interface__ (CuPy, PyTorch, Numba, JAX). The tests and benchmarks use it
+// to run the kernels without an op around them. This file knows pybind11 and the launchers of
+// cuda/center_loss_cuda.h; it knows neither TensorFlow nor the CUDA runtime.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -22,7 +24,8 @@ namespace py = pybind11;
 namespace tcl {
 namespace {
 
-// The parts of DLPack's binary interface that are read here (dlpack.h, version 0.8).
+// The fields of DLPack's C structures that are read here (dlpack.h, version 0.8). Declared here,
+// because neither pybind11 nor NumPy installs dlpack.h.
 struct DLTensor {
   void* data;
   int32_t device_type;
@@ -48,11 +51,11 @@ void Check(int error, const char* what) {
   }
 }
 
-// An array in device memory: rows one after the other, borrowed from its owner for one call.
+// A C-contiguous array in device memory, borrowed from its owner for one call.
 struct CudaArray {
   void* data = nullptr;
   std::vector<int64_t> shape;
-  std::string dtype;  // NumPy's name of it, or bfloat16
+  std::string dtype;  // as NumPy names it, or bfloat16
 
   std::string ShapeText() const { return py::str(py::cast(shape)); }
 };
@@ -68,9 +71,9 @@ CudaArray FromDLPack(const py::object& object, const char* name) {
       std::string(name) + ": expected an array in the memory of a CUDA device";
   py::capsule capsule;
   try {
-    // No synchronisation: the caller gives the stream.
+    // stream = -1 requests no synchronisation: the caller passes the stream of the launch.
     capsule = object.attr("__dlpack__")(py::arg("stream") = -1);
-  } catch (const py::error_already_set& error) {  // as NumPy, which knows no streams
+  } catch (const py::error_already_set& error) {  // NumPy refuses any stream
     throw py::value_error(expected + " (" + std::string(py::str(error.value())) + ")");
   }
   const auto* tensor =
@@ -84,7 +87,9 @@ CudaArray FromDLPack(const py::object& object, const char* name) {
   int64_t stride = 1;
   for (int k = tensor->ndim - 1; k >= 0; --k) {
     Require(tensor->strides == nullptr || tensor->shape[k] == 1 || tensor->strides[k] == stride,
-            std::string(name) + ": expected a C-contiguous array");
+            std::string(name) + ": expected a C-contiguous array, got stride " +
+                std::to_string(tensor->strides == nullptr ? stride : tensor->strides[k]) +
+                " in dimension " + std::to_string(k) + " of shape " + array.ShapeText());
     stride *= tensor->shape[k];
   }
   return array;
@@ -96,15 +101,19 @@ CudaArray FromInterface(const py::object& object, const char* name) {
   array.data = reinterpret_cast<void*>(interface["data"].cast<py::tuple>()[0].cast<uintptr_t>());
   array.shape = interface["shape"].cast<std::vector<int64_t>>();
   const std::string type = interface["typestr"].cast<std::string>();
-  Require(type.size() > 2 && type[0] != '>', std::string(name) + ": unknown dtype " + type);
+  Require(type.size() > 2 && type[0] != '>',
+          std::string(name) + ": expected a dtype in native byte order, got " + type);
   const std::string kind = type[1] == 'f' ? "float" : type[1] == 'i' ? "int" : "unknown";
   array.dtype = kind + std::to_string(8 * std::stoi(type.substr(2)));
-  Require(!interface.contains("strides") || interface["strides"].is_none(),
-          std::string(name) + ": expected a C-contiguous array");
+  if (interface.contains("strides") && !interface["strides"].is_none()) {
+    throw py::value_error(std::string(name) + ": expected a C-contiguous array, got strides " +
+                          std::string(py::str(interface["strides"])) + " for shape " +
+                          array.ShapeText());
+  }
   return array;
 }
 
-CudaArray Array(const py::object& object, const char* name) {
+CudaArray Borrow(const py::object& object, const char* name) {
   if (py::hasattr(object, "__dlpack__")) return FromDLPack(object, name);
   Require(py::hasattr(object, "__cuda_array_interface__"),
           std::string(name) + ": expected an array with DLPack or __cuda_array_interface__, got " +
@@ -121,10 +130,10 @@ void RequireArray(const CudaArray& array, const char* name, const std::string& d
                                     array.ShapeText());
 }
 
-// A number, or an array of one number on the device.
-using Factor = std::variant<double, py::object>;
+// A scalar argument: a number, or an array of shape [] on the device.
+using ScalarArgument = std::variant<double, py::object>;
 
-// Bytes of device memory, readable through __cuda_array_interface__.
+// Device memory as bytes, for any library that reads __cuda_array_interface__.
 struct CudaBytes {
   void* memory;
   int64_t size;
@@ -139,7 +148,7 @@ struct CudaBytes {
   }
 };
 
-// The steps of batches up to a size, one after the other on one stream.
+// Runs steps of batches up to [batch, dim], one after another on one stream, with one workspace.
 class CudaStep {
  public:
   CudaStep(int64_t batch, int64_t dim, const std::string& dtype, bool atomic,
@@ -150,7 +159,7 @@ class CudaStep {
                                            std::to_string(kMostCudaSamples) + ", got " +
                                            std::to_string(batch));
     Require(dtype == "float32" || dtype == "float64",
-            "dtype: expected the centers', float32 or float64, got " + dtype);
+            "dtype: expected float32 or float64, the centers' type, got " + dtype);
     dtype_ = dtype;
     workspace_.batch = batch;
     workspace_.dim = dim;
@@ -160,7 +169,8 @@ class CudaStep {
       const auto* const field =
           std::find_if(kCudaTuning, kCudaTuning + kCudaTuningFields,
                        [&name = name](const CudaTuningField& one) { return one.name == name; });
-      Require(field != kCudaTuning + kCudaTuningFields, "tuning: unknown constant '" + name + "'");
+      Require(field != kCudaTuning + kCudaTuningFields,
+              "tuning: unknown constant '" + name + "', expected a name in cuda_tuning()");
       Require(value >= field->least && value <= field->largest,
               "tuning: expected " + name + " from " + std::to_string(field->least) + " to " +
                   std::to_string(field->largest) + ", got " + std::to_string(value));
@@ -186,8 +196,8 @@ class CudaStep {
   CudaStep(const CudaStep&) = delete;
   CudaStep& operator=(const CudaStep&) = delete;
 
-  // (point, first, last): when the first and the last block passed it, in microseconds after the
-  // first began.
+  // For each point of a launch: (point, time of the first block, time of the last block), in
+  // microseconds after the first block began.
   std::vector<std::tuple<std::string, double, double>> Phases() const {
     Require(clock_ != nullptr, "phases: expected a step that was made with phases=True");
     std::vector<uint64_t> times(static_cast<size_t>(blocks_) * kCudaPhases);
@@ -215,14 +225,14 @@ class CudaStep {
 
   void Run(const py::object& features, const py::object& labels, const py::object& centers,
            const py::object& loss, const py::object& residual, const py::object& squared_distance,
-           const Factor& alpha, const std::string& rule, const std::string& reduction,
+           const ScalarArgument& alpha, const std::string& rule, const std::string& reduction,
            const py::object& sample_weight, std::optional<int64_t> ignore_class,
-           bool update_centers, const Factor& loss_weight, bool features_are_residuals,
+           bool update_centers, const ScalarArgument& loss_weight, bool features_are_residuals,
            uintptr_t stream) {
-    const std::string type = Array(features, "features").dtype;
+    const std::string type = Borrow(features, "features").dtype;
     const auto run = [&](auto feature) {
       using Feature = decltype(feature);
-      const CudaArray y = Array(labels, "labels");
+      const CudaArray y = Borrow(labels, "labels");
       const auto run_labels = [&](auto label) {
         RunTyped<Feature, decltype(label)>(features, y, centers, loss, residual, squared_distance,
                                            alpha, rule, reduction, sample_weight, ignore_class,
@@ -245,12 +255,13 @@ class CudaStep {
   template <typename Feature, typename Label>
   void RunTyped(const py::object& features, const CudaArray& y, const py::object& centers,
                 const py::object& loss, const py::object& residual,
-                const py::object& squared_distance, const Factor& alpha, const std::string& rule,
-                const std::string& reduction, const py::object& sample_weight,
-                std::optional<int64_t> ignore_class, bool update_centers, const Factor& loss_weight,
-                bool features_are_residuals, uintptr_t stream) {
+                const py::object& squared_distance, const ScalarArgument& alpha,
+                const std::string& rule, const std::string& reduction,
+                const py::object& sample_weight, std::optional<int64_t> ignore_class,
+                bool update_centers, const ScalarArgument& loss_weight, bool features_are_residuals,
+                uintptr_t stream) {
     using Center = CenterType<Feature>;
-    const CudaArray x = Array(features, "features"), c = Array(centers, "centers");
+    const CudaArray x = Borrow(features, "features"), c = Borrow(centers, "centers");
     Require(x.shape.size() == 2, "features: expected shape [B, D], got " + x.ShapeText());
     const int64_t batch = x.shape[0], dim = x.shape[1];
     Require(batch <= workspace_.batch && dim <= workspace_.dim,
@@ -271,16 +282,17 @@ class CudaStep {
     step.labels = static_cast<const Label*>(y.data);
     step.centers = static_cast<Center*>(c.data);
     step.features_are_residuals = features_are_residuals;
-    Require(ParseRule(rule, &step.options.rule), "rule: unknown rule '" + rule + "'");
-    Require(ParseReduction(reduction, &step.options.reduction),
-            "reduction: unknown reduction '" + reduction + "'");
+    if (!ParseRule(rule, &step.options.rule)) throw py::value_error(UnknownRule(rule));
+    if (!ParseReduction(reduction, &step.options.reduction)) {
+      throw py::value_error(UnknownReduction(reduction));
+    }
     step.options.has_ignore_class = ignore_class.has_value();
     step.options.ignore_class = ignore_class.value_or(0);
     step.options.update_centers = update_centers;
     const auto optional = [&](const py::object& object, const char* name,
                               const std::vector<int64_t>& shape) -> Center* {
       if (object.is_none()) return nullptr;
-      const CudaArray array = Array(object, name);
+      const CudaArray array = Borrow(object, name);
       RequireArray(array, name, center_dtype, shape);
       return static_cast<Center*>(array.data);
     };
@@ -293,7 +305,8 @@ class CudaStep {
 
     CudaOptions<Center> options;
     options.atomic = workspace_.atomic;
-    // A launch of a smaller batch may have more blocks: the scanned form has smaller ones.
+    // A smaller batch may be launched in the scanned form, whose blocks are smaller and more, and
+    // would write past the end of the clock.
     options.clock = batch == workspace_.batch ? clock_ : nullptr;
     if (const double* number = std::get_if<double>(&alpha)) {
       Require(std::isfinite(*number) && *number >= 0,
@@ -323,8 +336,8 @@ class CudaStep {
 
 void Backward(const py::object& upstream, const py::object& residual, const py::object& gradient,
               uintptr_t stream) {
-  const CudaArray up = Array(upstream, "upstream"), d = Array(residual, "residual"),
-                  g = Array(gradient, "gradient");
+  const CudaArray up = Borrow(upstream, "upstream"), d = Borrow(residual, "residual"),
+                  g = Borrow(gradient, "gradient");
   Require(d.shape.size() == 2, "residual: expected shape [B, D], got " + d.ShapeText());
   const bool per_sample = up.shape.size() == 1;
   RequireArray(up, "upstream", d.dtype,
@@ -354,24 +367,23 @@ void DefineCuda(py::module_& module) {
       .def_property_readonly("__cuda_array_interface__", &CudaBytes::Interface);
   py::class_<CudaStep>(module, "CudaStep", R"(Steps on arrays in the memory of the current GPU.
 
-Arrays are of any library with DLPack or __cuda_array_interface__. For batches of up to
-[batch, dim], one after the other on one stream. With atomic=True residuals are summed by float
-atomics: the bits of the moved centers differ from run to run. `tuning` sets launch constants by
-name, see cuda_tuning(). With phases=True each launch of the whole batch notes the time, see
+Arrays may be of any library with DLPack or __cuda_array_interface__. Batches of up to [batch, dim]
+run one after another on one stream. With atomic=True residuals are summed by float atomics, and
+the bits of the moved centers differ from run to run. `tuning` sets launch constants by name, see
+cuda_tuning(). With phases=True a launch of the whole batch records the time of each point, see
 phases().)")
       .def(py::init<int64_t, int64_t, const std::string&, bool, const std::map<std::string, int>&,
                     bool>(),
            py::arg("batch"), py::arg("dim"), py::arg("dtype") = "float32", py::kw_only(),
            py::arg("atomic") = false, py::arg("tuning") = std::map<std::string, int>(),
            py::arg("phases") = false)
-      .def(
-          "phases", &CudaStep::Phases,
-          "[(point, first, last)] of the last launch: when the first and the last block passed the "
-          "point, in microseconds after the first began. Waits for the device.")
+      .def("phases", &CudaStep::Phases,
+           "[(point, first, last)] of the last launch: the times at which the first and the last "
+           "block "
+           "passed the point, in microseconds after the first block began. Waits for the device.")
       .def_property_readonly("workspace",
                              py::cpp_function(&CudaStep::Workspace, py::keep_alive<0, 1>()),
-                             "The memory that the launches keep their bookkeeping in, as bytes on "
-                             "the device.")
+                             "The workspace of the launches, as bytes on the device.")
       .def("__call__", &CudaStep::Run, py::arg("features"), py::arg("labels"), py::arg("centers"),
            py::arg("loss") = py::none(), py::arg("residual") = py::none(),
            py::arg("squared_distance") = py::none(), py::kw_only(), py::arg("alpha") = 0.5,
@@ -379,12 +391,12 @@ phases().)")
            py::arg("sample_weight") = py::none(), py::arg("ignore_class") = py::none(),
            py::arg("update_centers") = true, py::arg("loss_weight") = 1.0,
            py::arg("features_are_residuals") = false, py::arg("stream") = 0,
-           R"(One launch on the stream (a cudaStream_t as an int); returns at once.
+           R"(One launch on the stream (a cudaStream_t as an int). Returns without waiting for it.
 
-Writes loss ([], or [B] for reduction "none"), residual [B, D] and squared_distance [B] where given,
-in the centers' type, and the centers in place; none of them may overlap another array. alpha and
-loss_weight may be arrays of one number on the device. A label out of range makes its sample's loss and
-residual NaN. Raises ValueError, with nothing written.)");
+Writes loss ([], or [B] for reduction "none"), residual [B, D] and squared_distance [B] if given, in
+the centers' type, and the centers in place; none of them may overlap another array. alpha and
+loss_weight may be arrays of shape [] on the device. A label out of range makes the loss and the
+residual of its sample NaN. Raises ValueError, and then nothing is written.)");
   module.def(
       "cuda_tuning",
       [] {
@@ -394,10 +406,11 @@ residual NaN. Raises ValueError, with nothing written.)");
         }
         return defaults;
       },
-      "{name: default} of the launch constants (cuda/center_loss_cuda.h).");
-  module.def("cuda_backward", Backward, py::arg("upstream"), py::arg("residual"),
-             py::arg("gradient"), py::kw_only(), py::arg("stream") = 0,
-             "gradient [B, D] = upstream ([] or [B]) times residual [B, D], rounded to its type.");
+      "The launch constants of cuda/center_loss_cuda.h as {name: default}.");
+  module.def(
+      "cuda_backward", Backward, py::arg("upstream"), py::arg("residual"), py::arg("gradient"),
+      py::kw_only(), py::arg("stream") = 0,
+      "gradient [B, D] = upstream ([] or [B]) * residual [B, D], rounded to gradient's type.");
 }
 
 }  // namespace tcl

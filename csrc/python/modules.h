@@ -1,4 +1,4 @@
-// The parts of the module _kernels.
+// The parts of the Python module _kernels.
 
 #ifndef TF_CENTER_LOSS_OP_CSRC_PYTHON_MODULES_H_
 #define TF_CENTER_LOSS_OP_CSRC_PYTHON_MODULES_H_
@@ -7,7 +7,7 @@
 
 namespace tcl {
 
-// Only where the CUDA kernels are built (TCL_HAVE_CUDA).
+// Adds the CUDA kernels to the module. Defined only if they are built (TCL_HAVE_CUDA).
 void DefineCuda(pybind11::module_& module);
 
 }  // namespace tcl

@@ -1,4 +1,4 @@
-// The step on the CPU with its errors, for the ops and for XLA.
+// The step on the CPU with its errors as absl::Status, for the op kernels and the XLA call.
 
 #ifndef TF_CENTER_LOSS_OP_CSRC_TENSORFLOW_CPU_STEP_H_
 #define TF_CENTER_LOSS_OP_CSRC_TENSORFLOW_CPU_STEP_H_
@@ -9,10 +9,11 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "csrc/center_loss_cpu.h"
+#include "csrc/isa.h"
 
 namespace tcl {
 
-// Nothing is written where it returns an error.
+// Runs one step. If it returns an error, nothing is written.
 template <typename Feature, typename Label>
 absl::Status StepOnCpu(const StepArguments<Feature, Label>& step, const ParallelFor& threads) {
   const auto alpha = step.options.alpha;
@@ -20,9 +21,9 @@ absl::Status StepOnCpu(const StepArguments<Feature, Label>& step, const Parallel
     return absl::InvalidArgumentError(
         absl::StrCat("alpha: expected a finite number >= 0, got ", alpha));
   }
-  const int64_t bad = CenterLossOnCpu(step, threads, BestIsa());
-  if (bad < 0) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat("labels[", bad, "] = ", step.labels[bad],
+  const int64_t invalid = CenterLossOnCpu(step, threads, BestIsa());
+  if (invalid < 0) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("labels[", invalid, "] = ", step.labels[invalid],
                                                  " is outside [0, ", step.classes, ")"));
 }
 

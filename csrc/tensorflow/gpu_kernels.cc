@@ -1,7 +1,8 @@
-// The ops on a GPU: TensorFlow's stream, its memory, and the launchers of cuda/center_loss_cuda.h.
+// The op kernels for a GPU. They pass TensorFlow's stream and device memory to the launchers of
+// cuda/center_loss_cuda.h; the CUDA runtime is not included here.
 //
-// Nothing here waits for the device. Labels out of range and a bad alpha cannot raise, see the
-// launcher's contract.
+// Nothing here waits for the device, so a label out of range or an invalid alpha cannot raise an
+// error; center_loss_cuda.h says what happens instead.
 
 #include <algorithm>
 #include <memory>
@@ -24,7 +25,7 @@ using tensorflow::OpKernelContext;
 using tensorflow::Tensor;
 using tensorflow::TensorShape;
 
-// The tests run these kernels on the CPU, with the emulated launchers of tests/emulator.
+// The tests compile this file for the CPU, with the emulated launchers of tests/emulator.
 #if !defined(TCL_GPU_DEVICE)
 #define TCL_GPU_DEVICE tensorflow::DEVICE_GPU
 #endif
@@ -40,8 +41,8 @@ absl::Status ToStatus(int error, const char* what) {
       absl::StrCat(what, ": CUDA error ", error, ", ", CudaErrorText(error)));
 }
 
-// Device memory for the kernels of one op, which its launches use one after the other: they all go
-// to one stream. It grows with the batches.
+// The workspace of one op kernel. Its launches are on one stream, so they use the workspace one
+// after another. It is reallocated when a batch needs more.
 class Workspace {
  public:
   template <typename LaunchStep>
@@ -70,7 +71,7 @@ class Workspace {
 };
 
 template <typename T, typename LabelType>
-class OnGpu {
+class GpuBackend {
  public:
   using Element = T;
   using Label = LabelType;
@@ -79,14 +80,14 @@ class OnGpu {
     CudaOptions<Center> cuda;
   };
 
-  explicit OnGpu(OpKernelConstruction* context) {
+  explicit GpuBackend(OpKernelConstruction* context) {
     if (!context->HasAttr("atomic")) return;
     OP_REQUIRES_OK(context, context->GetAttr("atomic", &atomic_));
     OP_REQUIRES(context, !(atomic_ && tensorflow::OpDeterminismRequired()),
                 absl::FailedPreconditionError(
                     "atomic: expected False under op determinism "
                     "(tf.config.experimental.enable_op_determinism), got True: sums by atomics "
-                    "depend on the order in which threads come"));
+                    "depend on the order of the threads"));
   }
 
   static void SetLossWeight(const Tensor& loss_weight, Arguments* step) {
@@ -133,7 +134,7 @@ class OnGpu {
 };
 
 template <typename T>
-class BackwardOnGpuOp : public BackwardOp {
+class GpuBackwardOp : public BackwardOp {
  public:
   using Center = CenterOf<T>;
   using BackwardOp::BackwardOp;
@@ -147,8 +148,8 @@ class BackwardOnGpuOp : public BackwardOp {
       return;
     }
     Tensor gradient;
-    // In the residual's own memory, where nobody else holds it: with an upstream of one, which only
-    // the device knows, nothing then has to be moved.
+    // If no other tensor shares the residual's buffer, the gradient is written into it. The kernel
+    // then has nothing to write where upstream is 1, a value that only the device knows.
     std::unique_ptr<Tensor> forwarded;
     if (std::is_same<T, Center>::value) {
       forwarded = context->forward_input(0, OpKernelContext::Params::kNoReservation, bits.dtype(),
@@ -173,7 +174,7 @@ class BackwardOnGpuOp : public BackwardOp {
   }
 };
 
-#define TCL_REGISTER_GPU(T) TCL_REGISTER(TCL_GPU_DEVICE, OnGpu, BackwardOnGpuOp, T)
+#define TCL_REGISTER_GPU(T) TCL_REGISTER(TCL_GPU_DEVICE, GpuBackend, GpuBackwardOp, T)
 TCL_REGISTER_GPU(float)
 TCL_REGISTER_GPU(double)
 TCL_REGISTER_GPU(Eigen::half)

@@ -1,3 +1,8 @@
+// Implements huge_pages.h with mmap and madvise on Linux; on other systems memory is only aligned.
+//
+// The allocator calls mmap itself. TensorFlow's allocators and std::aligned_alloc may return
+// recycled memory, in which zeros have to be written; new pages of mmap read as zero.
+
 #include "csrc/tensorflow/huge_pages.h"
 
 #include <cstdlib>
@@ -19,6 +24,9 @@ namespace {
 
 constexpr uint64_t kHugePage = uint64_t{1} << 21;
 
+constexpr uint64_t RoundDown(uint64_t n) { return n & ~(kHugePage - 1); }
+constexpr uint64_t RoundUp(uint64_t n) { return RoundDown(n + kHugePage - 1); }
+
 bool SystemOffersHugePages() {
   std::ifstream file("/sys/kernel/mm/transparent_hugepage/enabled");
   std::string modes;
@@ -28,24 +36,23 @@ bool SystemOffersHugePages() {
 
 }  // namespace
 
-bool HugePagesWanted() {
-  static const bool wanted = [] {
+bool HugePagesEnabled() {
+  static const bool enabled = [] {
     const char* const set = std::getenv("TF_CENTER_LOSS_HUGE_PAGES");
     return (set == nullptr || std::string(set) != "0") && SystemOffersHugePages();
   }();
-  return wanted;
+  return enabled;
 }
 
 namespace {
 
 #if defined(__linux__)
-constexpr int kCollapse = 25;  // MADV_COLLAPSE, since Linux 6.1; older kernels refuse it
+constexpr int kCollapse = 25;  // MADV_COLLAPSE of Linux 6.1; older kernels return an error
 
-// Calls madvise for the whole large pages within the memory.
+// Calls madvise for the huge pages that lie entirely within the memory.
 void Advise(const void* memory, int64_t bytes, int advice) {
-  const uint64_t begin = (reinterpret_cast<uint64_t>(memory) + kHugePage - 1) & ~(kHugePage - 1);
-  const uint64_t end =
-      (reinterpret_cast<uint64_t>(memory) + static_cast<uint64_t>(bytes)) & ~(kHugePage - 1);
+  const uint64_t begin = RoundUp(reinterpret_cast<uint64_t>(memory));
+  const uint64_t end = RoundDown(reinterpret_cast<uint64_t>(memory) + static_cast<uint64_t>(bytes));
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, advice);
 }
 #endif
@@ -56,14 +63,13 @@ class Allocator : public tensorflow::Allocator {
 
 #if defined(__linux__)
   void* AllocateRaw(size_t /*alignment*/, size_t bytes) override {
-    bytes = (bytes + kHugePage - 1) & ~(kHugePage - 1);
-    // One large page more, so that the array can begin on a whole one.
+    bytes = RoundUp(bytes);
+    // The mapping is one huge page longer than the array, so that the array can be aligned.
     void* const mapping = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE,
                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapping == MAP_FAILED) return nullptr;
-    const uint64_t first = reinterpret_cast<uint64_t>(mapping);
-    void* const memory = reinterpret_cast<void*>((first + kHugePage - 1) & ~(kHugePage - 1));
-    if (HugePagesWanted()) madvise(memory, bytes, MADV_HUGEPAGE);
+    void* const memory = reinterpret_cast<void*>(RoundUp(reinterpret_cast<uint64_t>(mapping)));
+    if (HugePagesEnabled()) madvise(memory, bytes, MADV_HUGEPAGE);
     absl::MutexLock lock(mutex_);
     mappings_[memory] = {mapping, bytes + kHugePage};
     return memory;
@@ -77,7 +83,7 @@ class Allocator : public tensorflow::Allocator {
   }
 #else
   void* AllocateRaw(size_t /*alignment*/, size_t bytes) override {
-    void* const memory = std::aligned_alloc(kHugePage, (bytes + kHugePage - 1) & ~(kHugePage - 1));
+    void* const memory = std::aligned_alloc(kHugePage, RoundUp(bytes));
     if (memory != nullptr) std::memset(memory, 0, bytes);
     return memory;
   }
@@ -107,8 +113,8 @@ tensorflow::Allocator* HugePageAllocator() { return TheAllocator(); }
 namespace {
 
 absl::Mutex moved_mutex(absl::kConstInit);
-// Addresses stay in it when their memory is freed: another table there is moved at its first step
-// unless it is gathered from before that.
+// The addresses for which MoveToHugePages was called. An address stays when its memory is freed, so
+// a later table at the same address is not moved.
 std::unordered_set<const void*>& Moved() ABSL_SHARED_LOCKS_REQUIRED(moved_mutex) {
   static auto* const moved = new std::unordered_set<const void*>;
   return *moved;

@@ -1,8 +1,9 @@
-// Large arrays on large pages (2 MiB), where the system offers them. Rows of a table that are read
-// at random miss the translation buffer of small pages almost every time.
+// Puts large arrays on transparent huge pages (2 MiB) where Linux offers them: random reads of a
+// large table miss the TLB almost every time with pages of 4 KiB. This file knows addresses and
+// sizes, not what they hold.
 //
-// TF_CENTER_LOSS_HUGE_PAGES=0 in the environment switches this off; it is off, too, where the
-// system says "never" (/sys/kernel/mm/transparent_hugepage/enabled).
+// TF_CENTER_LOSS_HUGE_PAGES=0 in the environment disables it, and so does "never" in
+// /sys/kernel/mm/transparent_hugepage/enabled.
 
 #ifndef TF_CENTER_LOSS_OP_CSRC_TENSORFLOW_HUGE_PAGES_H_
 #define TF_CENTER_LOSS_OP_CSRC_TENSORFLOW_HUGE_PAGES_H_
@@ -13,19 +14,20 @@
 
 namespace tcl {
 
-// Smaller arrays gain nothing.
+// Smaller arrays do not get faster.
 constexpr int64_t kMinBytesForHugePages = int64_t{1} << 22;
 
-bool HugePagesWanted();
+bool HugePagesEnabled();
 
-// Zeros straight from the system, which become memory, in large pages, when they are first touched.
+// Allocates memory that reads as zero. Its pages are mapped on first access, as huge pages if
+// enabled.
 tensorflow::Allocator* HugePageAllocator();
 
-// Moves what lies in small pages into large ones; addresses and contents stay. Best effort, at
-// about two seconds for a gigabyte; nothing to do for memory of the HugePageAllocator.
+// Moves memory from small to huge pages; addresses and contents stay. This is best effort and takes
+// about two seconds per gigabyte. Memory of the HugePageAllocator is left as it is.
 void MoveToHugePages(const void* memory, int64_t bytes);
 
-// Whether memory at this address was moved, or tried to, before. Some tens of nanoseconds.
+// True if MoveToHugePages was called for this address before. Takes some tens of nanoseconds.
 bool MovedToHugePages(const void* memory);
 
 }  // namespace tcl

@@ -1,4 +1,5 @@
-// The ops on the CPU. The mathematics lies in csrc/center_loss_cpu.cc.
+// The op kernels for the CPU: TensorFlow's memory and threads around csrc/center_loss_cpu.h, and
+// the kernel of TclZeros. The mathematics is in csrc/center_loss_cpu.cc.
 
 #define EIGEN_USE_THREADS
 
@@ -9,10 +10,10 @@
 #include <utility>
 
 #include "absl/synchronization/mutex.h"
-#include "csrc/pool_threads.h"
 #include "csrc/tensorflow/cpu_step.h"
 #include "csrc/tensorflow/huge_pages.h"
 #include "csrc/tensorflow/step_ops.h"
+#include "csrc/thread_pool.h"
 #include "tensorflow/core/platform/threadpool.h"
 
 namespace tcl {
@@ -24,44 +25,46 @@ using tensorflow::OpKernelContext;
 using tensorflow::Tensor;
 using tensorflow::TensorShape;
 
-// Caches and the translation buffer hold the rows of a smaller table anyway.
+// The rows of a smaller table stay in the caches and the TLB anyway.
 constexpr int64_t kMinTableBytes = int64_t{1} << 26;
 
-tensorflow::thread::ThreadPool* PoolOf(OpKernelContext* context) {
+tensorflow::thread::ThreadPool* WorkerPool(OpKernelContext* context) {
   return context->device()->tensorflow_cpu_worker_threads()->workers;
 }
 
-// As many threads as the device's pool has, but first of all those that run the ops: between two
-// steps they are awake. Those of the pool have fallen asleep and, woken, push one that is awake
-// from its processor. But there may be one thread for ops only, or all may be busy.
-ParallelFor ThreadsOf(OpKernelContext* context) {
-  const auto schedule = [context](std::function<void()> task, bool again) {
-    if (again) {
-      PoolOf(context)->Schedule(std::move(task));
+// A ParallelFor on as many threads as the device's worker pool has. The threads that run the ops
+// are used first: they are awake between two steps, whereas the worker threads sleep, and on waking
+// displace an awake thread from its processor. The worker pool is the second choice, for a process
+// with one thread for ops or with all of them busy.
+ParallelFor DeviceThreads(OpKernelContext* context) {
+  const auto schedule = [context](std::function<void()> task, bool retry) {
+    if (retry) {
+      WorkerPool(context)->Schedule(std::move(task));
     } else {
       (*context->runner())(std::move(task));
     }
   };
-  return OnThreads(schedule, PoolOf(context)->NumThreads());
+  return MakeParallelFor(schedule, WorkerPool(context)->NumThreads());
 }
 
-// Large arrays on large pages.
+// Allocates a large array on huge pages and a smaller one by TensorFlow's allocator.
 absl::Status AllocateArray(OpKernelContext* context, tensorflow::DataType dtype,
                            const TensorShape& shape, Tensor* tensor) {
   const int64_t bytes = shape.num_elements() * tensorflow::DataTypeSize(dtype);
-  if (bytes < kMinBytesForHugePages || !HugePagesWanted()) {
+  if (bytes < kMinBytesForHugePages || !HugePagesEnabled()) {
     return context->allocate_temp(dtype, shape, tensor);
   }
   *tensor = Tensor(HugePageAllocator(), dtype, shape);
   if (tensor->IsInitialized()) return absl::OkStatus();
-  return absl::ResourceExhaustedError(
-      absl::StrCat("no memory for ", shape.DebugString(), " ", tensorflow::DataTypeString(dtype)));
+  return absl::ResourceExhaustedError(absl::StrCat("out of memory: could not allocate ", bytes,
+                                                   " bytes for shape ", shape.DebugString(),
+                                                   " of type ", tensorflow::DataTypeString(dtype)));
 }
 
-// The memory of an output, kept from one step to the next and used again as soon as nobody else
-// holds it. Given back to the system after each step, the pages of a large one would have to be
-// faulted in anew, which takes as long as writing to them. Two of them, because a loop holds the
-// results of one step while the next is made.
+// Keeps the memory of an output from one step to the next and reuses it when no other tensor shares
+// it. Memory returned to the system after each step would cause page faults in the next one, which
+// take as long as writing the output. There are two buffers, because a training loop holds the
+// results of one step while it runs the next.
 class OutputBuffer {
  public:
   absl::Status Take(OpKernelContext* context, int output, const TensorShape& shape, Tensor* taken) {
@@ -84,14 +87,14 @@ class OutputBuffer {
 };
 
 template <typename T, typename LabelType>
-class OnCpu {
+class CpuBackend {
  public:
   using Element = T;
   using Label = LabelType;
   using Center = CenterOf<T>;
   using Arguments = StepArguments<typename FeatureOf<T>::type, Label>;
 
-  explicit OnCpu(OpKernelConstruction*) {}
+  explicit CpuBackend(OpKernelConstruction*) {}
 
   static void SetLossWeight(const Tensor& loss_weight, Arguments* step) {
     step->options.loss_weight = loss_weight.scalar<Center>()();
@@ -113,21 +116,22 @@ class OnCpu {
   }
 
   static absl::Status Launch(OpKernelContext* context, const Arguments& step) {
-    // At the first step; a gather may have come before, or a checkpoint changed the buffer since.
+    // Moves the table to huge pages at the first step on this buffer. A checkpoint may have
+    // replaced the buffer since the last step.
     const int64_t bytes = step.classes * step.dim * static_cast<int64_t>(sizeof(Center));
-    if (step.options.update_centers && bytes >= kMinTableBytes && HugePagesWanted() &&
+    if (step.options.update_centers && bytes >= kMinTableBytes && HugePagesEnabled() &&
         !MovedToHugePages(step.centers)) {
       MoveToHugePages(step.centers, bytes);
     }
-    return StepOnCpu(step, ThreadsOf(context));
+    return StepOnCpu(step, DeviceThreads(context));
   }
 
  private:
-  OutputBuffer buffers_[3];  // for each output
+  OutputBuffer buffers_[3];  // one per output
 };
 
 template <typename T>
-class BackwardOnCpuOp : public BackwardOp {
+class CpuBackwardOp : public BackwardOp {
  public:
   using Center = CenterOf<T>;
   using BackwardOp::BackwardOp;
@@ -151,7 +155,7 @@ class BackwardOnCpuOp : public BackwardOp {
         factors == nullptr ? &one : factors, in.per_sample(),
         static_cast<const Center*>(bits.data()),
         static_cast<typename FeatureOf<T>::type*>(gradient->data()), bits.dim_size(0),
-        bits.dim_size(1), ThreadsOf(context), BestIsa());
+        bits.dim_size(1), DeviceThreads(context), BestIsa());
   }
 };
 
@@ -167,8 +171,8 @@ class ZerosOp : public OpKernel {
                                 absl::MakeConstSpan(sizes.data(), sizes.size()), &shape));
     const Tensor zeros(HugePageAllocator(), tensorflow::DataTypeToEnum<T>::v(), shape);
     OP_REQUIRES(context, zeros.IsInitialized(),
-                absl::ResourceExhaustedError(
-                    absl::StrCat("no memory for a table of shape ", shape.DebugString())));
+                absl::ResourceExhaustedError(absl::StrCat(
+                    "shape: expected a table that fits into memory, got ", shape.DebugString())));
     context->set_output(0, zeros);
   }
 };
@@ -182,7 +186,7 @@ class ZerosOp : public OpKernel {
 TCL_ZEROS(float)
 TCL_ZEROS(double)
 
-#define TCL_REGISTER_CPU(T) TCL_REGISTER(tensorflow::DEVICE_CPU, OnCpu, BackwardOnCpuOp, T)
+#define TCL_REGISTER_CPU(T) TCL_REGISTER(tensorflow::DEVICE_CPU, CpuBackend, CpuBackwardOp, T)
 TCL_REGISTER_CPU(float)
 TCL_REGISTER_CPU(double)
 TCL_REGISTER_CPU(Eigen::half)

@@ -1,4 +1,6 @@
-// Signatures and shape functions of the ops. Features are [B, D] here: Python flattens [..., D].
+// Registers the ops: their signatures and shape functions. The shape functions
+// report shape errors at trace time; the kernels (step_ops.h) check again what is unknown then.
+// Features are [B, D] here, because the Python package flattens [..., D].
 
 #include <string>
 #include <vector>
@@ -27,7 +29,8 @@ absl::Status Mismatch(InferenceContext* c, const char* name, ShapeHandle got,
       absl::StrCat(name, ": expected shape ", expected, ", got ", c->DebugString(got)));
 }
 
-// features [B, D] and labels [B] agree with each other and with centers [C, D] as far as known.
+// Checks that features [B, D] and labels [B] agree with each other and with centers [C, D], as far
+// as the shapes are known. `centers` < 0: the op has no such input.
 absl::Status CheckBatch(InferenceContext* c, int centers, int features, int labels,
                         BatchShape* out) {
   ShapeHandle feature_shape, label_shape;
@@ -61,8 +64,8 @@ absl::Status CheckBatch(InferenceContext* c, int centers, int features, int labe
   return absl::OkStatus();
 }
 
-// alpha [], loss_weight [] and sample_weight [B], as far as the op has them, are the inputs from
-// next on.
+// Checks the optional inputs alpha [], loss_weight [] and sample_weight [B], which begin at input
+// `next`.
 absl::Status CheckOptional(InferenceContext* c, int next, DimensionHandle batch) {
   const auto check = [&](const char* attr, const char* name, ShapeHandle expected) {
     std::vector<tensorflow::DataType> types;
@@ -103,14 +106,14 @@ absl::Status SetLossOutputs(InferenceContext* c, const BatchShape& shape) {
 
 #define TCL_REDUCTION_ATTR Attr("reduction: {'sum', 'mean', 'none'} = 'mean'")
 
-// The residual leaves the forward ops as the bits of its numbers, in the integer type of the same
-// width. TensorFlow makes a zero gradient of full size for every floating-point output that nobody
-// differentiates, in every backward pass; for an integer output it does not. Unsigned, because
-// TensorFlow takes every int32 of a function's results back to the host.
+// The forward ops output the residual bitcast to an integer type of the same width. In every
+// backward pass TensorFlow allocates a zero gradient of full size for each floating-point output
+// whose gradient is unused, but not for an integer output. The 32-bit type is unsigned, because
+// TensorFlow copies every int32 result of a function to the host.
 #define TCL_BITS_ATTR Attr("Tbits: {uint32, int64}")
 
-// What may be left out is a list of none or one, of the centers' type. A number that is known while
-// tracing stands in the op itself: a node less that runs in each step.
+// An optional input is a list of length 0 or 1, of the centers' type. A number that is known at
+// trace time is an attribute instead, which saves a graph node per step.
 #define TCL_OPTIONAL_ATTR(Name) Attr("T" Name ": list({float, double}) >= 0")
 #define TCL_ALPHA_ATTRS TCL_OPTIONAL_ATTR("alpha").Attr("constant_alpha: float = 0")
 #define TCL_WEIGHT_ATTRS                       \
@@ -118,16 +121,17 @@ absl::Status SetLossOutputs(InferenceContext* c, const BatchShape& shape) {
       .Attr("constant_loss_weight: float = 1") \
       .TCL_OPTIONAL_ATTR("sample_weight")
 
-// Only for a GPU, see CudaOptions::atomic.
+// Read by the GPU kernels only, see CudaOptions::atomic.
 #define TCL_ATOMIC_ATTR Attr("atomic: bool = false")
 
-// What a step comes after under XLA, which knows no order but that of data (xla_kernels.cc); no
-// kernel reads it.
+// Values that must be computed before the step. XLA orders operations by their data dependencies
+// alone, see xla_kernels.cc; the kernels do not read these inputs.
 #define TCL_AFTER Input("after: Tafter").Attr("Tafter: list(type) >= 0 = []")
 
 }  // namespace
 
-// Loss, residual, ||x_i - c_{y_i}||^2 and the step of the centers, in one pass over the batch.
+// Computes loss, residual and ||x_i - c_{y_i}||^2 and updates the centers, in one pass over the
+// batch.
 REGISTER_OP("TclCenterLossStep")
     .Input("centers: resource")
     .Input("features: T")
@@ -147,7 +151,7 @@ REGISTER_OP("TclCenterLossStep")
       return SetLossOutputs(c, shape);
     });
 
-// The same without the step; nothing is written.
+// Computes the same outputs and leaves the centers as they are.
 REGISTER_OP("TclCenterLoss")
     .Input("centers: resource")
     .Input("features: T")
@@ -165,8 +169,8 @@ REGISTER_OP("TclCenterLoss")
       return SetLossOutputs(c, shape);
     });
 
-// The step of the centers alone. With `from_residual`, features hold the residual x_i - c_{y_i} of
-// an earlier forward pass, and the centers as they are now do not enter it.
+// Updates the centers only. With `from_residual`, features hold the residual x_i - c_{y_i} of an
+// earlier forward pass, so the residual does not depend on the present centers.
 REGISTER_OP("TclUpdateCenters")
     .Input("centers: resource")
     .Input("features: T")
@@ -181,8 +185,8 @@ REGISTER_OP("TclUpdateCenters")
       return CheckOptional(c, 3, shape.batch);
     });
 
-// A table of zeros on large pages, which take up memory only when they are written. Stateful, so
-// that no optimizer makes a constant of it or shares one table among two variables.
+// Allocates a table of zeros on huge pages, which use memory only once they are written. The op is
+// stateful, so that Grappler neither folds it to a constant nor merges two of them into one table.
 REGISTER_OP("TclZeros")
     .Input("shape: int64")
     .Output("zeros: dtype")
@@ -195,11 +199,12 @@ REGISTER_OP("TclZeros")
       return absl::OkStatus();
     });
 
-// The backward pass: upstream, which is one where it is left out, times residual, in the features'
-// type. Where upstream is one and the types are the same, the residual's own buffer is the
-// gradient. The other inputs are not read: they are what the gradient of this op is taken to. A
-// list of handles may be empty, and other than an input of type resource it does not mark the op as
-// stateful, which could then not be left out.
+// The backward pass: gradient = upstream * residual, in the features' type; an absent upstream
+// is 1. If upstream is 1 and the types are equal, the gradient shares the residual's buffer.
+//
+// The kernels do not read the other inputs; second derivatives are taken with respect to them. The
+// centers are a list of handles, which may be empty. A plain resource input would make the op
+// stateful, and an unused stateful op is not pruned.
 REGISTER_OP("TclCenterLossBackward")
     .Input("residual_bits: Tbits")
     .Input("upstream: Tupstream")

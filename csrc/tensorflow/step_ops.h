@@ -1,12 +1,14 @@
-// The ops on TensorFlow's tensors, for any device: check, lock, pointers, launch, status.
+// The op kernels that the CPU and the GPU share: they check the inputs, lock the variable, allocate
+// the outputs, collect the pointers in StepArguments and launch the step. Nothing here is specific
+// to a device. kernels.cc and gpu_kernels.cc supply a Backend, which has
 //
-// A Backend says what a device does its own way. It has the types Element (TensorFlow's, of the
-// features), Label and Arguments (a StepArguments and whatever else Launch takes), and
-//
-//   SetLossWeight(tensor, arguments), SetAlpha(...)  a scalar of the centers' type that is an input
-//   Copy(context, table, copy)                   another buffer with the table's numbers
-//   Allocate(context, output, shape, tensor)     memory for that output
-//   Launch(context, arguments)                   does the step
+//   Element, Label                            the element types of features and labels
+//   Arguments                                 StepArguments and what else Launch needs
+//   SetLossWeight(tensor, arguments)          sets the loss weight from an input of shape []
+//   SetAlpha(tensor, arguments)               sets alpha from an input of shape []
+//   Copy(context, table, copy)                allocates a copy of the table
+//   Allocate(context, output, shape, tensor)  allocates the memory of an output
+//   Launch(context, arguments)                runs the step
 
 #ifndef TF_CENTER_LOSS_OP_CSRC_TENSORFLOW_STEP_OPS_H_
 #define TF_CENTER_LOSS_OP_CSRC_TENSORFLOW_STEP_OPS_H_
@@ -24,7 +26,7 @@
 
 namespace tcl {
 
-// TensorFlow's element type -> the kernels' (numeric_types.h); the 16-bit ones are layout twins.
+// Maps TensorFlow's element types to those of numeric_types.h, which have the same layout.
 template <typename T>
 struct FeatureOf {
   using type = T;
@@ -51,8 +53,9 @@ inline bool IsVector(const tensorflow::Tensor& tensor, int64_t size) {
   return tensor.dims() == 1 && tensor.dim_size(0) == size;
 }
 
-// All ops but the backward one: an op with a rule moves the centers, one with a reduction has a
-// loss. Shapes are checked here again because they may be unknown while tracing.
+// The kernel of all ops except the backward pass. An op with the attribute `rule` updates the
+// centers, and one with `reduction` computes a loss. Shapes are checked at run time again, because
+// they may be unknown at trace time.
 template <typename Backend>
 class StepOp : public tensorflow::OpKernel {
  public:
@@ -77,21 +80,20 @@ class StepOp : public tensorflow::OpKernel {
     if (options_.update_centers) {
       OP_REQUIRES_OK(context, context->GetAttr("rule", &name));
       OP_REQUIRES(context, ParseRule(name, &options_.rule),
-                  absl::InvalidArgumentError(absl::StrCat("rule: unknown rule '", name, "'")));
+                  absl::InvalidArgumentError(UnknownRule(name)));
       OP_REQUIRES_OK(context, context->GetAttr("constant_alpha", &constant));
       options_.alpha = constant;
-      OP_REQUIRES_OK(context, FindOptional(context, "Talpha", &alpha_));
+      OP_REQUIRES_OK(context, FindOptional("alpha", &alpha_));
     }
     has_loss_ = context->HasAttr("reduction");
     if (has_loss_) {
       OP_REQUIRES_OK(context, context->GetAttr("reduction", &name));
-      OP_REQUIRES(
-          context, ParseReduction(name, &options_.reduction),
-          absl::InvalidArgumentError(absl::StrCat("reduction: unknown reduction '", name, "'")));
+      OP_REQUIRES(context, ParseReduction(name, &options_.reduction),
+                  absl::InvalidArgumentError(UnknownReduction(name)));
       OP_REQUIRES_OK(context, context->GetAttr("constant_loss_weight", &constant));
       options_.loss_weight = constant;
-      OP_REQUIRES_OK(context, FindOptional(context, "Tloss_weight", &loss_weight_));
-      OP_REQUIRES_OK(context, FindOptional(context, "Tsample_weight", &sample_weight_));
+      OP_REQUIRES_OK(context, FindOptional("loss_weight", &loss_weight_));
+      OP_REQUIRES_OK(context, FindOptional("sample_weight", &sample_weight_));
     }
     if (context->HasAttr("from_residual")) {
       OP_REQUIRES_OK(context, context->GetAttr("from_residual", &from_residual_));
@@ -104,36 +106,36 @@ class StepOp : public tensorflow::OpKernel {
                                                     : WithReadableVariable(context, 0, run));
   }
 
-  // On the thread that made its inputs: handing a small step to another takes longer than the step,
-  // and a large one spreads over the threads by itself.
+  // The executor runs an inexpensive kernel on the current thread. Handing a small step to another
+  // thread takes longer than the step, and a large step uses several threads anyway.
   bool IsExpensive() override { return false; }
 
  private:
-  // The place of an input that may be left out, -1 where it is; in the order of the op's inputs.
-  absl::Status FindOptional(tensorflow::OpKernelConstruction* context, const char* attr,
-                            int* place) {
-    tensorflow::DataTypeVector types;
-    TF_RETURN_IF_ERROR(context->GetAttr(attr, &types));
-    if (!types.empty()) *place = next_input_;
-    for (; !types.empty(); types.pop_back(), ++next_input_) {
-      if (types.back() == tensorflow::DataTypeToEnum<Center>::v()) continue;
-      return absl::InvalidArgumentError(absl::StrCat(attr, ": expected the centers' type, got ",
-                                                     tensorflow::DataTypeString(types.back())));
-    }
-    return absl::OkStatus();
+  // Finds an optional input, which is a list of length 0 or 1. Its index stays -1 if it is absent.
+  absl::Status FindOptional(const char* name, int* index) {
+    int begin, end;
+    TF_RETURN_IF_ERROR(InputRange(name, &begin, &end));
+    if (begin == end) return absl::OkStatus();
+    *index = begin;
+    const tensorflow::DataType expected = tensorflow::DataTypeToEnum<Center>::v();
+    if (end == begin + 1 && input_type(begin) == expected) return absl::OkStatus();
+    const tensorflow::DataTypeSlice types(&input_types()[begin], end - begin);
+    return absl::InvalidArgumentError(absl::StrCat(name, ": expected one input of type ",
+                                                   tensorflow::DataTypeString(expected), ", got [",
+                                                   tensorflow::DataTypeSliceString(types), "]"));
   }
 
-  // Calls body(table) with the table locked for a step in place, in a buffer nobody else holds.
+  // Calls body(table) with the variable locked for writing and the table in a buffer of its own.
   template <typename Body>
   absl::Status WithWritableCenters(Context* context, Body body) {
-    const auto own = [&](Tensor* table) {
+    const auto unshare = [&](Tensor* table) {
       if (table->RefCountIsOne()) return absl::OkStatus();
       Tensor copy;
       TF_RETURN_IF_ERROR(backend_.Copy(context, *table, &copy));
       *table = copy;
       return absl::OkStatus();
     };
-    return WithWritableVariable(context, 0, own, body);
+    return WithWritableVariable(context, 0, unshare, body);
   }
 
   absl::Status Run(Context* context, const Tensor& centers) {
@@ -172,7 +174,7 @@ class StepOp : public tensorflow::OpKernel {
     step->classes = centers.dim_size(0);
     step->features = reinterpret_cast<const Feature*>(features.flat<T>().data());
     step->labels = labels.flat<Label>().data();
-    // Written only where options.update_centers says so, and then the variable is locked for it.
+    // Written only if options.update_centers, and then the variable is locked for writing.
     step->centers = const_cast<Center*>(centers.flat<Center>().data());
     step->features_are_residuals = from_residual_;
     step->options = options_;
@@ -195,7 +197,8 @@ class StepOp : public tensorflow::OpKernel {
     return absl::OkStatus();
   }
 
-  // Residual and distances only where somebody takes them; in eager mode somebody may.
+  // Allocates residual and distances only if they are used. In eager mode all outputs count as
+  // used.
   absl::Status AllocateOutputs(Context* context, Arguments* step) {
     const auto allocate = [&](int output, const TensorShape& shape, Center** memory) {
       Tensor tensor;
@@ -219,12 +222,11 @@ class StepOp : public tensorflow::OpKernel {
   StepOptions<Center> options_;
   bool has_loss_ = false;
   bool from_residual_ = false;
-  int next_input_ = 3;
-  int alpha_ = -1, loss_weight_ = -1, sample_weight_ = -1;
+  int alpha_ = -1, loss_weight_ = -1, sample_weight_ = -1;  // indices of optional inputs
   Backend backend_;
 };
 
-// What backward ops have in common: their inputs, checked.
+// The base class of the backward kernels: it finds their inputs and checks them.
 class BackwardOp : public tensorflow::OpKernel {
  public:
   explicit BackwardOp(tensorflow::OpKernelConstruction* context) : OpKernel(context) {
@@ -233,12 +235,12 @@ class BackwardOp : public tensorflow::OpKernel {
     has_upstream_ = !types.empty();
   }
 
-  bool IsExpensive() override { return false; }  // as StepOp
+  bool IsExpensive() override { return false; }  // as in StepOp
 
  protected:
   struct Inputs {
-    const tensorflow::Tensor* bits;      // [B, D]
-    const tensorflow::Tensor* upstream;  // [] or [B], null: one
+    const tensorflow::Tensor* bits;      // [B, D], the residual
+    const tensorflow::Tensor* upstream;  // [] or [B]; null: the upstream gradient is 1
 
     template <typename Center>
     const Center* factors() const {
@@ -258,7 +260,7 @@ class BackwardOp : public tensorflow::OpKernel {
     return Mismatch("upstream", *in->upstream, absl::StrCat("[] or [", batch, "]"));
   }
 
-  // Puts the residual's own buffer out as the gradient.
+  // Outputs the residual's buffer as the gradient, without a copy.
   template <typename T>
   static absl::Status SetGradient(tensorflow::OpKernelContext* context,
                                   const tensorflow::Tensor& bits) {
@@ -273,12 +275,14 @@ class BackwardOp : public tensorflow::OpKernel {
   bool has_upstream_;
 };
 
-// The tests run the kernels of a GPU beside those of the CPU, under a label.
+// The tests register the GPU kernels for the CPU, and a label distinguishes them from the CPU's
+// own.
 #if !defined(TCL_KERNEL_LABEL)
 #define TCL_KERNEL_LABEL ""
 #endif
 
-// Registers a kernel for the features' type T and a type of labels; the kernel in parentheses.
+// Registers one kernel for the features' type T and the labels' type L. The kernel is in
+// parentheses, because it may contain commas.
 #define TCL_UNPAREN(...) __VA_ARGS__
 #define TCL_REGISTER_KERNEL(OpName, device, Kernel, T, L)               \
   REGISTER_KERNEL_BUILDER(Name(OpName)                                  \

@@ -1,10 +1,11 @@
-// The step as an XLA custom call: what the lowering (xla_kernels.cc) and the handlers
-// (xla_cpu_call.cc, xla_gpu_call.cc) agree on.
+// The step as an XLA custom call: the interface between the lowering (xla_kernels.cc), which emits
+// the call, and its handlers (xla_cpu_call.cc, xla_gpu_call.cc), which run it. This file knows
+// XLA's FFI and StepArguments; it does not know TensorFlow.
 //
-// Operands: centers [C, D], features [B, D], labels [B], alpha [], loss_weight [], sample_weight
-// [B] where `weighted`, then any values that have to be computed before the step. Results: the
-// centers where `moves`, in the buffer of their operand; loss, residual [B, D] and squared_distance
-// [B] where `has_loss`; on a GPU, last, the kernel's workspace, in bytes.
+// Operands: centers [C, D], features [B, D], labels [B], alpha [], loss_weight [], then
+// sample_weight [B] if `weighted`, then any number of values that must be computed before the step.
+// Results: the centers if `moves`, in the buffer of their operand; loss, residual [B, D] and
+// squared_distance [B] if `has_loss`; on a GPU the workspace of the kernel, in bytes, as the last.
 
 #ifndef TF_CENTER_LOSS_OP_CSRC_TENSORFLOW_XLA_CALL_H_
 #define TF_CENTER_LOSS_OP_CSRC_TENSORFLOW_XLA_CALL_H_
@@ -20,20 +21,20 @@ namespace tcl {
 constexpr char kCpuTarget[] = "tf_center_loss_op.cpu";
 constexpr char kGpuTarget[] = "tf_center_loss_op.cuda";
 
-// The attributes of a call: what a step computes, apart from its arrays.
+// The attributes of a call.
 struct StepKind {
   Rule rule = Rule::kPaper;
   Reduction reduction = Reduction::kMean;
   bool has_ignore_class = false;
   int64_t ignore_class = 0;
-  bool moves = false;     // the centers
-  bool has_loss = false;  // and residual
-  bool from_residual = false;
-  bool weighted = false;  // by a sample_weight
+  bool moves = false;          // updates the centers
+  bool has_loss = false;       // computes loss, residual and squared_distance
+  bool from_residual = false;  // StepArguments::features_are_residuals
+  bool weighted = false;       // has a sample_weight
 };
 
-// Bytes of the workspace, -1 in a library without CUDA kernels. The library of the ops exports it
-// to the library of the lowerings.
+// The size of the workspace in bytes, -1 in a library without CUDA kernels. The op library exports
+// this function to the library of the lowerings.
 __attribute__((visibility("default"))) int64_t XlaWorkspaceBytes(int64_t batch, int64_t dim,
                                                                  int64_t center_size);
 
@@ -50,7 +51,8 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(tcl::StepKind, StructMember<tcl::Rule>("ru
                                       StructMember<bool>("weighted"));
 
 namespace xla::ffi {
-// Declared here because the header that declares it needs headers that the wheel does not bring.
+// Declared here, because the header that declares it includes headers that TensorFlow's wheel
+// lacks.
 const XLA_FFI_Api* GetXlaFfiApi();
 }  // namespace xla::ffi
 
@@ -58,11 +60,12 @@ namespace tcl {
 
 namespace ffi = xla::ffi;
 
-// What a handler is called with: its arguments, its results and a StepKind.
+// The signature of a handler: all arguments, all results and a StepKind.
 inline auto BindStep() {
   return ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs<StepKind>();
 }
 
+// Calls run(step, alpha, loss_weight) with the buffers of a call as StepArguments.
 template <typename Feature, typename Label, typename Run>
 ffi::Error RunStep(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
                    const StepKind& kind, const Run& run) {
@@ -97,8 +100,8 @@ ffi::Error RunStep(const ffi::RemainingArgs& args, const ffi::RemainingRets& ret
   return run(step, static_cast<const Center*>(operand(3)), static_cast<const Center*>(operand(4)));
 }
 
-// Returns run(step, alpha, loss_weight) of the types that a call's buffers have. alpha and
-// loss_weight are pointers, because a GPU's host cannot read them.
+// Calls run(step, alpha, loss_weight) with the types of the call's buffers. alpha and loss_weight
+// are pointers, because on a GPU the host cannot read them.
 template <typename Run>
 ffi::Error WithStep(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
                     const StepKind& kind, const Run& run) {

@@ -1,9 +1,10 @@
-// XLA calls the CUDA kernel, on its own stream, also while it captures a CUDA graph (XLA's command
-// buffers): nothing here allocates memory or waits for the device.
+// The handler of the XLA custom call on a GPU: it launches the CUDA kernel on XLA's stream. It
+// neither allocates memory nor waits for the device, so XLA can capture it in a CUDA graph (a
+// command buffer).
 //
-// The kernel's workspace is a result of the call, so XLA's buffer assignment gives each call one
-// that no concurrent step uses, in a graph's parallel branches too. Part of it is cleared before
-// each launch, because XLA keeps nothing in it from one execution to the next.
+// The workspace is a result of the call. XLA's buffer assignment therefore gives each call a
+// workspace that no concurrent step uses, also in parallel branches of a CUDA graph. XLA does not
+// preserve it between executions, so part of it is cleared before each launch.
 
 #include "csrc/tensorflow/xla_call.h"
 
@@ -49,8 +50,8 @@ XLA_FFI_DEFINE_HANDLER(kHandler, RunOnGpu, BindStep().Ctx<ffi::PlatformStream<vo
                        {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kGpuTarget, "CUDA", kHandler);
 #else
-// The tests run this file on the CPU, where XLA has no stream, with the launchers of
-// tests/emulator, which do one launch at a time.
+// The tests compile this file for the CPU, where XLA has no stream, with the emulated launchers of
+// tests/emulator, which run one launch at a time.
 ffi::Error RunEmulated(ffi::RemainingArgs args, ffi::RemainingRets rets, StepKind kind) {
   static absl::Mutex mutex(absl::kConstInit);
   const absl::MutexLock lock(mutex);

@@ -1,10 +1,11 @@
-// The ops under XLA (`jit_compile=True`): the step is a call of the device's kernel (xla_call.h),
-// the backward pass is HLO, so that XLA fuses it.
+// The lowerings of the ops to XLA (`jit_compile=True`). The step becomes a custom call of the
+// device's kernel (xla_call.h). The backward pass becomes HLO, which XLA can fuse. Nothing is
+// computed here.
 //
-// The centers move in the variable's own buffer. XLA orders operations by their data alone: where a
-// program reads the table in no order with the step, XLA gives the step a copy of it. So the call
-// takes, unused, what was computed from earlier reads: the op's inputs `after`, which reads_in_xla
-// in _native.py finds, and what AfterEarlierReads finds.
+// The step updates the centers in the variable's buffer. XLA orders operations by data dependencies
+// only, and copies the table for the step if a read of the table is not ordered with it. Therefore
+// the results of earlier reads are unused operands of the call: the op's inputs `after`, which the
+// Python package finds, and those that AddReadDependencies finds.
 
 #include <algorithm>
 #include <deque>
@@ -41,8 +42,8 @@ using tensorflow::XlaOpKernelContext;
 using xla::ShapeUtil;
 using xla::XlaOp;
 
-// The instructions of a program that is being built, for which XlaBuilder has no accessor; an
-// explicit instantiation may name a private member.
+// The instructions of a program under construction. They are a private member of XlaBuilder, which
+// has no accessor for them. An explicit instantiation may name a private member.
 std::deque<xla::HloInstructionProto>& InstructionsOf(xla::XlaBuilder& builder);
 template <std::deque<xla::HloInstructionProto> xla::XlaBuilder::* kMember>
 struct PrivateMember {
@@ -52,6 +53,7 @@ struct PrivateMember {
 };
 template struct PrivateMember<&xla::XlaBuilder::instructions_>;
 
+// True if the shape may contain the table.
 bool HoldsTable(const xla::ShapeProto& shape, int64_t elements) {
   if (shape.element_type() == xla::TUPLE) return true;
   int64_t size = 1;
@@ -64,13 +66,14 @@ bool IsDynamic(const xla::ShapeProto& shape) {
   return std::find(dynamic.begin(), dynamic.end(), true) != dynamic.end();
 }
 
-// Gives the last instruction, a step that overwrites its first operand, more operands: what earlier
-// instructions computed from that operand. The op's inputs lack them for a step in a `tf.function`
-// that is called from another, which TensorFlow traced apart from the reads there. (A control
-// dependency would do, but keeps passes from rewriting a gather that the code generator then cannot
-// take.) A value as large as the table, or of a size that XLA does not know, cannot be an operand:
-// what is computed from it is, such as the sum over the table or the result of a loop.
-void AfterEarlierReads(xla::XlaBuilder& builder, int64_t elements) {
+// Makes the last instruction, a step that overwrites its first operand, depend on the results of
+// earlier reads of that operand, by adding them as operands. The op's inputs `after` lack the reads
+// of a calling `tf.function`, which TensorFlow traces separately. (A control dependency would order
+// them too, but it prevents XLA from rewriting a gather that its code generator cannot compile.)
+//
+// A value as large as the table, or of dynamic size, is not added. It counts as a table itself, so
+// that values computed from it are added, such as the sum over the table or the result of a loop.
+void AddReadDependencies(xla::XlaBuilder& builder, int64_t elements) {
   std::deque<xla::HloInstructionProto>& program = InstructionsOf(builder);
   xla::HloInstructionProto& step = program.back();
   std::unordered_set<int64_t> tables = {step.operand_ids(0)};
@@ -90,7 +93,7 @@ void AfterEarlierReads(xla::XlaBuilder& builder, int64_t elements) {
   }
 }
 
-// The attributes, as a custom call carries them.
+// The attributes of the custom call in MLIR's syntax.
 std::string Attributes(const StepKind& kind) {
   const auto boolean = [](bool value) { return value ? "true" : "false"; };
   return absl::StrCat(
@@ -151,12 +154,13 @@ class StepLowering : public XlaOpKernel {
     for (; next < context->num_inputs(); ++next) {
       const auto shape = context->InputXlaShape(next);
       OP_REQUIRES_OK(context, shape.status());
-      // What is as large may be the table itself; of unknown size the call cannot take it.
+      // A value as large as the table may be the table itself, and the call cannot take a value of
+      // dynamic size.
       if (shape->is_static() && ShapeUtil::ElementsIn(*shape) < table.num_elements()) {
         operands.push_back(context->Input(next));
       }
     }
-    // The kernels take rows: without these layouts XLA for a GPU may choose others.
+    // The kernels need row-major arrays. Without these layouts XLA for a GPU may choose others.
     std::vector<xla::Shape> shapes;
     for (const XlaOp operand : operands) {
       const auto shape = builder->GetShape(operand);
@@ -186,13 +190,13 @@ class StepLowering : public XlaOpKernel {
 
     int64_t result = 0;
     if (kind_.moves) {
-      AfterEarlierReads(*builder, table.num_elements());
+      AddReadDependencies(*builder, table.num_elements());
       OP_REQUIRES_OK(context,
                      context->AssignVariable(0, type_, xla::GetTupleElement(call, result++)));
     }
     if (kind_.has_loss) {
       context->SetOutput(0, xla::GetTupleElement(call, result++));
-      // As numbers here and as numbers in the backward pass: the two conversions cancel out.
+      // The backward pass bitcasts back, and XLA eliminates both.
       context->SetOutput(1, xla::BitcastConvertType(xla::GetTupleElement(call, result++),
                                                     type == xla::F64 ? xla::S64 : xla::U32));
       context->SetOutput(2, xla::GetTupleElement(call, result));
@@ -200,8 +204,7 @@ class StepLowering : public XlaOpKernel {
   }
 
  private:
-  // Shapes, those of the call's operands, are checked here again because they may be unknown while
-  // tracing.
+  // Checks the shapes of the operands, which may be unknown at trace time.
   absl::Status CheckShapes(const std::vector<xla::Shape>& shapes) const {
     const auto table = shapes[0].dimensions(), features = shapes[1].dimensions();
     if (features.size() != 2) return Mismatch("features", features, "[B, D]");
@@ -220,7 +223,7 @@ class StepLowering : public XlaOpKernel {
     return absl::OkStatus();
   }
 
-  // Of the call, without a GPU's workspace.
+  // The results of the call, without a GPU's workspace.
   std::vector<xla::Shape> ResultShapes(const xla::Shape& table, int64_t batch) const {
     const auto type = table.element_type();
     const int64_t dim = table.dimensions(1);
@@ -244,7 +247,7 @@ class StepLowering : public XlaOpKernel {
 
   DataType type_;
   StepKind kind_;
-  tensorflow::DataTypeVector alpha_types_, loss_weight_types_;  // of none or one
+  tensorflow::DataTypeVector alpha_types_, loss_weight_types_;  // of length 0 or 1
   float constant_alpha_ = 0, constant_loss_weight_ = 1;
 };
 
@@ -266,7 +269,7 @@ class BackwardLowering : public XlaOpKernel {
     if (!upstream.empty()) {
       const auto residual = context->InputXlaShape(0);
       OP_REQUIRES_OK(context, residual.status());
-      // One number for all rows, or one for each.
+      // upstream is [] or [B].
       const std::vector<int64_t> along(static_cast<size_t>(shapes[0].dims()), 0);
       gradient = xla::BroadcastInDim(upstream[0], residual->dimensions(), along) * gradient;
     }
@@ -277,8 +280,9 @@ class BackwardLowering : public XlaOpKernel {
   DataType feature_type_, center_type_;
 };
 
-// Twice: what REGISTER_XLA_OP adds is looked at once, when the process first uses XLA, which may
-// have been before this library was loaded.
+// Each lowering is registered twice. TensorFlow reads the registrations of REGISTER_XLA_OP once,
+// when the process first uses XLA, which may be before this library is loaded; the kernels are
+// registered directly for that case.
 #define TCL_REGISTER_XLA(OpName, Lowering)                                                 \
   REGISTER_XLA_OP(Name(OpName), Lowering);                                                 \
   REGISTER_KERNEL_BUILDER(Name(OpName).Device(tensorflow::DEVICE_CPU_XLA_JIT).Priority(1), \

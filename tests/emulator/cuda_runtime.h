@@ -1,11 +1,10 @@
-// Stands in for CUDA's header of this name where cuda/*.cu is compiled for the host: the part of
-// CUDA that those files use, run by emulator.cc.
+// The emulator's version of CUDA's header of this name: the part of CUDA that cuda/ uses, so that a
+// C++ compiler can compile cuda/center_loss.cu for the host. emulator.cc implements it.
 //
-// Every thread of a launch is a fiber. One runs at a time; where it may lose the processor (at
-// barriers, warp functions, atomics, releases, acquires, accesses past the first-level cache) the
-// scheduler picks the next by the seed. Memory is sequentially consistent: what only a missing
-// release or acquire would show is not in the results, but the check of races (emulator.cc) finds
-// it.
+// Every thread of a launch is a fiber, and one fiber runs at a time. At barriers, warp functions,
+// atomics, releases, acquires and L2 accesses (__ldcg, __stcg), the scheduler may switch to another
+// fiber, chosen by the seed. Memory is sequentially consistent, so the results do not show a
+// missing release or acquire; the race check (emulator.cc) finds it.
 
 #ifndef TF_CENTER_LOSS_OP_TESTS_EMULATOR_CUDA_RUNTIME_H_
 #define TF_CENTER_LOSS_OP_TESTS_EMULATOR_CUDA_RUNTIME_H_
@@ -54,13 +53,13 @@ int SyncThreadsOr(int vote, const char* file, int line);
 void SyncWarp(const char* file, int line);
 void Release(const char* file, int line);
 void Acquire(const char* file, int line);
-void Spin();  // waits for another thread
-// Before a single access: an atomic (writes), or a load or store past the first-level cache.
-void Single(const void* address, size_t size, bool reads, bool writes, const void* code);
+void Spin();  // yields until another thread has written
+// Called before each synchronizing access: an atomic, or an L2 load or store.
+void Synchronizing(const void* address, size_t size, bool reads, bool writes, const void* code);
 unsigned char* SharedMemory();
 
-// Meets the other lanes of the warp in the same function; the bits that each of them brought.
-// `orders`: their memory, too.
+// Waits until all lanes of the warp have called it; returns the bits that each of them passed. With
+// `orders`, it also orders their memory accesses.
 const uint64_t* Exchange(const char* what, uint64_t bits, bool orders = false);
 int Lane();
 
@@ -84,28 +83,28 @@ T FromBits(uint64_t bits) {
 
 }  // namespace emulator
 
-// Those of the thread that runs.
+// Of the thread that is running.
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 using std::max;
 using std::min;
 
-// -fsanitize=thread leaves alone what is a single access.
-#define TCL_SINGLE __attribute__((no_sanitize("thread")))
+// Keeps -fsanitize=thread from reporting a synchronizing access as a plain one.
+#define TCL_SYNCHRONIZING __attribute__((no_sanitize("thread")))
 
 template <typename T>
-TCL_SINGLE T __ldcg(const T* address) {
-  ::emulator::Single(address, sizeof(T), true, false, __builtin_return_address(0));
+TCL_SYNCHRONIZING T __ldcg(const T* address) {
+  ::emulator::Synchronizing(address, sizeof(T), true, false, __builtin_return_address(0));
   return *address;
 }
 template <typename T>
-TCL_SINGLE void __stcg(T* address, T value) {
-  ::emulator::Single(address, sizeof(T), false, true, __builtin_return_address(0));
+TCL_SYNCHRONIZING void __stcg(T* address, T value) {
+  ::emulator::Synchronizing(address, sizeof(T), false, true, __builtin_return_address(0));
   *address = value;
 }
-// A value that is not used where another thread may write it meanwhile: no access that could race.
+// Not checked for races: cuda/ uses it for speculative loads only (Cache::kSpeculative).
 template <typename T>
-TCL_SINGLE T __ldca(const T* address) {
+TCL_SYNCHRONIZING T __ldca(const T* address) {
   return *address;
 }
 template <typename T>
@@ -125,15 +124,15 @@ inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 template <typename T>
-TCL_SINGLE T atomicAdd(T* address, T value) {
-  ::emulator::Single(address, sizeof(T), true, true, __builtin_return_address(0));
+TCL_SYNCHRONIZING T atomicAdd(T* address, T value) {
+  ::emulator::Synchronizing(address, sizeof(T), true, true, __builtin_return_address(0));
   const T before = *address;
   *address = before + value;
   return before;
 }
 template <typename T>
-TCL_SINGLE T atomicCAS(T* address, T expected, T value) {
-  ::emulator::Single(address, sizeof(T), true, true, __builtin_return_address(0));
+TCL_SYNCHRONIZING T atomicCAS(T* address, T expected, T value) {
+  ::emulator::Synchronizing(address, sizeof(T), true, true, __builtin_return_address(0));
   const T before = *address;
   if (before == expected) *address = value;
   return before;

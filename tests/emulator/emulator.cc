@@ -1,15 +1,15 @@
-// Fibers, their scheduler, what they meet at, and what orders their accesses to memory.
+// The emulator of CUDA launches: fibers, their scheduler, barriers and warp functions, and the race
+// check. cuda_runtime.h declares what the kernels call.
 //
-// Where the kernels are compiled with -fsanitize=thread (its run-time library is not linked: the
-// calls that it puts in arrive below), an access is an error unless barriers, or a release and an
-// acquire, order it after every conflicting one of another thread, whatever the schedule made of
-// it. By vector clocks:
-//   __syncthreads, __syncwarp  order the threads that meet there
-//   TCL_RELEASE                hands what came before to the reader of the next single access
-//   TCL_ACQUIRE                takes what this thread's last single access has read
+// The race check needs kernels compiled with -fsanitize=thread. Its run-time library is not linked;
+// this file defines the functions that the compiler calls at each access. Two accesses of different
+// threads to the same memory, one of them a write, are an error unless the following order them, in
+// whatever schedule. Vector clocks record that order:
+//   __syncthreads, __syncwarp  order all accesses before against all accesses after
+//   TCL_RELEASE                the thread's next synchronizing access carries its clock
+//   TCL_ACQUIRE                joins the clock that the thread's last synchronizing access read
 //   shuffles, votes            order nothing
-// Atomics, and loads and stores past the first-level cache, are single accesses, which do not
-// conflict with one another.
+// Synchronizing accesses are atomics and L2 loads and stores. They do not race with one another.
 
 #include <dlfcn.h>
 #include <setjmp.h>
@@ -25,8 +25,8 @@
 
 #include "cuda_runtime.h"
 
-// AddressSanitizer has to be told of every change of stacks, and knows swapcontext. Without it,
-// longjmp does the same without a system call.
+// AddressSanitizer must be told of every switch of stacks and supports swapcontext. Without it,
+// longjmp switches stacks without a system call.
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -44,21 +44,21 @@ struct Settings {
   std::string skipped;  // "file:line" of a barrier, release or acquire that is left out
 } settings;
 
-using Clock = std::vector<uint32_t>;  // for each thread, how much of it came before
+using Clock = std::vector<uint32_t>;  // vector clock: an entry for each thread
 
 struct Fiber;
 
 struct Warp {
   std::vector<Fiber*> waiting;
   int exited = 0;
-  int turn = 0;  // two turns' values are kept: a lane may read while others bring the next
+  int turn = 0;  // values are double-buffered: a lane may still read while others write the next
   const char* what = nullptr;
   uint64_t values[2][kWarp];
 };
 
 struct Block {
   std::vector<Fiber*> waiting;
-  bool votes[3] = {};  // of this turn, the one before and the next
+  bool votes[3] = {};  // of the current turn, the previous and the next one
   int exited = 0;
   std::vector<Warp> warps;
   std::unique_ptr<unsigned char[]> shared;
@@ -71,8 +71,8 @@ struct Fiber {
   int lane;
   uint32_t number;
   Clock now;       // of this thread
-  Clock released;  // what its next atomic or store hands on
-  Clock read;      // what its last atomic or load was handed
+  Clock released;  // carried by its next synchronizing write
+  Clock read;      // read by its last synchronizing access
   unsigned char* stack;
   ucontext_t context;
   jmp_buf point;
@@ -84,12 +84,12 @@ struct Fiber {
 
 struct Access {
   uint32_t fiber, clock;
-  bool single;  // an atomic, or past the first-level cache
+  bool synchronizing;  // whether it is a synchronizing access
   const void* code;
 };
 
-// What is known of four bytes of memory. The reads are those since the write that may matter, or
-// some of them: a read too many to keep replaces another.
+// The last accesses to four bytes of memory: the last write, and up to four reads since then that
+// are not ordered with each other. A fifth read replaces one of them.
 struct Cell {
   bool written = false;
   int reads = 0;
@@ -97,7 +97,7 @@ struct Cell {
   Access read[4];
 };
 
-// What the atomics and stores at an address hand on, and who was the last there.
+// The clock that synchronizing writes left at an address, and the thread of the last one.
 struct Handed {
   Clock clock;
   const Fiber* last = nullptr;
@@ -112,10 +112,10 @@ struct Run {
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Fiber*> ready;
-  std::vector<Fiber*> spinning;  // they look again once another thread has written
-  bool written = false;          // since all of them looked
+  std::vector<Fiber*> spinning;  // fibers in Spin; woken after a write
+  bool written = false;          // whether a write happened since all were woken
   size_t alive = 0;
-  Fiber* fiber = nullptr;  // the one that runs
+  Fiber* fiber = nullptr;  // the running one
   ucontext_t scheduler;
   jmp_buf scheduler_point;
   const void* scheduler_stack = nullptr;
@@ -197,7 +197,7 @@ void Join(Clock* clock, const Clock& other) {
   for (size_t k = 0; k < other.size(); ++k) (*clock)[k] = std::max((*clock)[k], other[k]);
 }
 
-// Those that wait and the one that runs have met: whatever they did comes before what they will do.
+// Orders all accesses so far of the waiting fibers and the running one before their later accesses.
 void Order(const std::vector<Fiber*>& waiting) {
   if (!settings.races) return;
   Clock all = run->fiber->now;
@@ -221,7 +221,7 @@ std::string Where(const void* code) {
 }
 
 void Check(const Access& before, const char* did, const Access& now, const char* does) {
-  if (before.fiber == now.fiber || (before.single && now.single)) return;
+  if (before.fiber == now.fiber || (before.synchronizing && now.synchronizing)) return;
   if (run->fiber->now[before.fiber] >= before.clock) return;
   const auto name = [](uint32_t fiber) {
     return "thread " + std::to_string(fiber % run->block) + " of block " +
@@ -231,12 +231,12 @@ void Check(const Access& before, const char* did, const Access& now, const char*
        name(before.fiber) + " " + did + " at " + Where(before.code));
 }
 
-void Note(const void* address, size_t size, bool writes, bool single, const void* code) {
+void Note(const void* address, size_t size, bool writes, bool synchronizing, const void* code) {
   if (run == nullptr || run->fiber == nullptr || !settings.races) return;
   Fiber* const fiber = run->fiber;
   const auto begin = reinterpret_cast<uintptr_t>(address);
   if (begin - reinterpret_cast<uintptr_t>(fiber->stack) < kStackBytes) return;
-  const Access now = {fiber->number, fiber->now[fiber->number], single, code};
+  const Access now = {fiber->number, fiber->now[fiber->number], synchronizing, code};
   for (uintptr_t at = begin / 4; at <= (begin + size - 1) / 4; ++at) {
     Cell& cell = run->cells[at];
     if (cell.written) Check(cell.write, "wrote", now, writes ? "writes" : "reads");
@@ -257,7 +257,7 @@ void Note(const void* address, size_t size, bool writes, bool single, const void
   }
 }
 
-// Waits with the others until the last of `all` comes, who wakes them and gets true.
+// A barrier of `all` fibers. Returns true in the last one to arrive, which wakes the others.
 bool Meet(std::vector<Fiber*>* waiting, size_t all) {
   if (waiting->size() + 1 < all) {
     waiting->push_back(run->fiber);
@@ -288,7 +288,7 @@ void StartBlock(unsigned index) {
   std::memset(block->shared.get(), 0xcd, run->shared);
   bool slow = false;
   for (unsigned t = 0; t < run->block; ++t) {
-    // One schedule in four has warps that hardly ever run, another one such threads.
+    // One schedule in four has warps that rarely run; another one has such threads.
     if (settings.seed % 4 == 1 && t % kWarp == 0) slow = run->random() % 4 == 0;
     if (settings.seed % 4 == 3) slow = run->random() % 64 == 0;
     auto fiber = std::make_unique<Fiber>();
@@ -350,7 +350,7 @@ void Acquire(const char* file, int line) {
   Join(&run->fiber->now, run->fiber->read);
 }
 
-void Single(const void* address, size_t size, bool reads, bool writes, const void* code) {
+void Synchronizing(const void* address, size_t size, bool reads, bool writes, const void* code) {
   MayYield();
   if (writes) {
     run->written = true;
@@ -363,7 +363,7 @@ void Single(const void* address, size_t size, bool reads, bool writes, const voi
   Handed& handed = run->handed[at];
   if (reads) fiber->read = handed.clock;
   if (!writes) return;
-  if (!reads) handed.clock.clear();  // what it held before is lost
+  if (!reads) handed.clock.clear();  // a store replaces the earlier clock
   Join(&handed.clock, fiber->released);
   handed.last = fiber;
   fiber->released.clear();
@@ -371,13 +371,13 @@ void Single(const void* address, size_t size, bool reads, bool writes, const voi
 
 void Plain(const void* address, size_t size, bool writes, const void* code) {
   if (run == nullptr || !settings.races) return;
-  // The thread that was the last at an atomic may set it: no other is to come.
-  bool single = false;
+  // The last thread to arrive at a counter may reset it by a plain store: no other access follows.
+  bool synchronizing = false;
   if (writes && (size == 4 || size == 8)) {
     const auto handed = run->handed.find(reinterpret_cast<uintptr_t>(address));
-    single = handed != run->handed.end() && handed->second.last == run->fiber;
+    synchronizing = handed != run->handed.end() && handed->second.last == run->fiber;
   }
-  Note(address, size, writes, single, code);
+  Note(address, size, writes, synchronizing, code);
 }
 
 void Spin() {
@@ -435,7 +435,7 @@ int Launch(unsigned grid, unsigned block, size_t shared, bool cooperative,
   run = &now;
   blockDim = dim3(block);
   gridDim = dim3(grid);
-  // Blocks that need not be resident together are not: two at a time, in an order by the seed.
+  // A cooperative launch has all blocks resident; another launch two at a time, in random order.
   std::vector<unsigned> waiting(grid);
   for (unsigned k = 0; k < grid; ++k) waiting[k] = grid - 1 - k;
   if (settings.seed != 0) std::shuffle(waiting.begin(), waiting.end(), now.random);
@@ -473,7 +473,7 @@ int Launch(unsigned grid, unsigned block, size_t shared, bool cooperative,
 }  // namespace emulator
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = emulator::settings.multiprocessors;  // one for each number of them: it is remembered
+  *device = emulator::settings.multiprocessors;  // the launcher caches the count for each device
   return cudaSuccess;
 }
 
@@ -488,14 +488,14 @@ const char* cudaGetErrorString(cudaError_t error) {
                                          : "invalid argument";
 }
 
-// seed 0: one thread after the other. Other seeds: by chance, odd ones with slow threads. `races`:
-// whether conflicting accesses are errors where nothing orders them.
+// With seed 0 the threads run in order, otherwise in random order; odd seeds slow some threads
+// down. `races` enables the race check. `skipped` is a barrier, release or acquire to leave out.
 extern "C" void tcl_emulator_configure(uint64_t seed, int multiprocessors, bool races,
                                        const char* skipped) {
   emulator::settings = {seed, multiprocessors, races, skipped};
 }
 
-// What -fsanitize=thread calls.
+// The functions that -fsanitize=thread calls.
 extern "C" {
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}

@@ -1,4 +1,4 @@
-// What Python calls: the launchers of cuda/, on host memory.
+// The C functions that tests/emulated.py calls: the launchers of cuda/, on host memory.
 
 #include <cstdint>
 
@@ -26,7 +26,8 @@ int Step(const Emulated& e) {
   step.options.has_ignore_class = e.has_ignore_class;
   step.options.ignore_class = e.ignore_class;
   step.options.update_centers = e.update_centers;
-  const Center alpha = static_cast<Center>(e.alpha), loss_weight = static_cast<Center>(e.loss_weight);
+  const Center alpha = static_cast<Center>(e.alpha),
+               loss_weight = static_cast<Center>(e.loss_weight);
   tcl::CudaOptions<Center> options;
   if (e.numbers_in_memory) {
     options.alpha = &alpha;
@@ -78,14 +79,14 @@ int64_t tcl_emulator_blocks(const tcl::CudaWorkspace* workspace, int64_t batch) 
   return tcl::CudaBlocks(*workspace, batch);
 }
 
-// The name of launch constant k, null where there is none, and its default.
+// Returns the name of launch constant k and sets its default; null if there is no constant k.
 const char* tcl_emulator_tuning(int k, int* value) {
   if (k >= tcl::kCudaTuningFields) return nullptr;
   *value = tcl::CudaTuning().*tcl::kCudaTuning[k].value;
   return tcl::kCudaTuning[k].name;
 }
 
-// The name of phase k, null where there is none.
+// Returns the name of phase k; null if there is none.
 const char* tcl_emulator_phase(int k) {
   return k < tcl::kCudaPhases ? tcl::kCudaPhaseNames[k] : nullptr;
 }

@@ -1,48 +1,60 @@
-"""Steps of two replicas beside ops with side effects; for test_distribute.py.
+"""Ops with side effects around the steps of two replicas; for test_distribute.py."""
 
-TensorFlow runs such ops in the order in which they were traced: those of the second replica after
-those of the first.
-"""
+import time
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import tf_center_loss_op as tcl
+from messages import with_words
 from replica_checks import C, D, batches, mirrored_table, sharded_table
 from replicas import mirrored, spread
 
 strategy = mirrored(2)
+features, ids = batches(2, 0)
 
 
-def step_beside_side_effects(centers, before, after):
-    """A step whose features an op with side effects computes, or whose loss one uses, or both."""
-
-    @tf.function(autograph=False)
-    def run(features, labels):
-        def step(features, labels):
-            if before:
-                check = tf.debugging.Assert(tf.reduce_all(labels >= 0), [labels])
-                with tf.control_dependencies([check]):
-                    features, labels = tf.identity(features), tf.identity(labels)
-            loss = tcl.center_loss(features, labels, centers)
-            if after:
-                tf.debugging.Assert(loss >= 0, [loss])
-                tf.print("loss", loss, output_stream="file:///dev/null")
-            return loss
-
-        return strategy.run(step, args=(features, labels))
-
-    features, ids = batches(2, 0)
-    return run(spread(strategy, features), spread(strategy, ids))
+def append(what, *numbers):
+    if what == b"before":
+        time.sleep(0.3)  # All later ops of the program must wait for it.
+    seen.append((what.decode(), *(float(number) for number in numbers)))
 
 
 for table in (mirrored_table, sharded_table):
     make, _ = table(strategy)
     centers = make(np.zeros([C, D], "f"))
-    step_beside_side_effects(centers, before=True, after=False)
-    step_beside_side_effects(centers, before=False, after=True)
-    # Both would wait for each other.
-    words = "strategy: expected features and labels that no op with side effects computes"
+    seen = []
+
+    @tf.function(autograph=False)
+    def in_program_order(features, labels):
+        def step(features, labels):
+            replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+            tf.numpy_function(append, ["before", replica], [])
+            loss = tcl.center_loss(features, labels, centers)  # noqa: B023
+            tf.numpy_function(append, ["after", replica, loss], [])
+
+        strategy.run(step, args=(features, labels))
+
+    in_program_order(spread(strategy, features), spread(strategy, ids))
+    assert [each[:2] for each in seen] == [
+        ("before", 0.0),
+        ("after", 0.0),
+        ("before", 1.0),
+        ("after", 1.0),
+    ], seen
+
+    @tf.function(autograph=False)
+    def waiting_for_each_other(features, labels):
+        def step(features, labels):
+            check = tf.debugging.Assert(tf.reduce_all(labels >= 0), [labels])
+            with tf.control_dependencies([check]):
+                features = tf.identity(features)
+            loss = tcl.center_loss(features, labels, centers)  # noqa: B023
+            tf.print("loss", loss)
+
+        strategy.run(step, args=(features, labels))
+
+    words = with_words("strategy: expected", "(Assert)", "(PrintV2)", "strategy.run")
     with pytest.raises(ValueError, match=words):
-        step_beside_side_effects(centers, before=True, after=True)
+        waiting_for_each_other(spread(strategy, features), spread(strategy, ids))

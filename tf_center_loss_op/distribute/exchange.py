@@ -47,6 +47,11 @@ class Exchange:
                 "got True"
             )
         if not self._eager:
+            if not tf.compat.v1.get_default_graph().building_function:
+                raise ValueError(
+                    "strategy: expected a tf.function where several replicas exchange their "
+                    "batches, got a graph of TensorFlow 1, whose sessions cannot run that exchange"
+                )
             _refuse_deadlock(inputs)
             launcher = private_apis.collective_launchers(self._context.strategy)[
                 variables.replica()
