@@ -189,7 +189,9 @@ class CenterLoss(private_apis.LossesByReplica, keras.layers.Layer):
             # Keras builds a loaded subclassed model by calling it on placeholders, all of floats.
             labels = tf.convert_to_tensor(labels)
             labels = tf.cast(labels, tf.int32) if labels.dtype.is_floating else labels
-        self.add_loss(self._loss(features, labels, sample_weight, bool(training)))
+        # As in BatchNormalization, a frozen layer keeps its weights in training, too.
+        moves = bool(training) and self.trainable
+        self.add_loss(self._loss(features, labels, sample_weight, moves))
         return features
 
     def apply_deferred_update(self) -> None:
@@ -305,7 +307,7 @@ class CenterLoss(private_apis.LossesByReplica, keras.layers.Layer):
             squared = result.squared_distance
             counts = tf.math.is_finite(squared)
             if self.ignore_class is not None:
-                counts &= tf.not_equal(result.labels, self.ignore_class)
+                counts &= tf.not_equal(tf.cast(result.labels, tf.int64), self.ignore_class)
             self.distance.update_state(tf.sqrt(tf.where(counts, squared, 0)), counts)
         loss = loss_for_keras(result.loss)
         # Keras adds it to losses of the type floatx.

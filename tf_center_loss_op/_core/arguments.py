@@ -17,10 +17,14 @@ import keras
 import tensorflow as tf
 
 from tf_center_loss_op._core import private_apis, variables
+from tf_center_loss_op._core.checks import with_shape
 
 RULES = ("paper", "mean", "sum", "batch_mean", "paper_batch_mean", "tutorial")
 REDUCTIONS = ("sum", "mean", "none")
 IMPLEMENTATIONS = ("auto", "native", "graph")
+
+# The label of a one-hot row that is all zero or not finite. No table has such a row.
+NO_CLASS_IN_ROW = -(2**63)
 
 _FEATURE_TYPES = (tf.float32, tf.float64, tf.float16, tf.bfloat16)
 _CLASS_TYPES = (tf.int32, tf.int64)
@@ -64,10 +68,17 @@ def check(
     ignore_class = _ignore_class(ignore_class)
     features = _features(features)
     centers = _centers(centers, features, update_centers)
+    # Where tracing does not know the width, it is checked when the op runs.
+    if features.shape[-1] is None:
+        features = tf.ensure_shape(
+            features, [*features.shape[:-1], centers.shape[1]], name="features_of_width_D"
+        )
     labels = _labels(labels, features, centers)
+    labels = _with_leading_shape_of(features, "labels", labels)
     dtype = centers.dtype
     if sample_weight is not None:
         sample_weight = _sample_weight(sample_weight, labels, dtype)
+        sample_weight = _with_leading_shape_of(features, "sample_weight", sample_weight)
     loss_shape = None if labels.shape.rank == 1 else tf.shape(labels)
     return Arguments(
         features=_flatten(features, [-1, centers.shape[1]], rank=2),
@@ -210,13 +221,31 @@ def _labels(
 
 
 def _argmax(rows: tf.Tensor, centers: tf.Variable | variables.TableLike) -> tf.Tensor:
-    if not (rows.shape[-1:].is_fully_defined() and centers.shape[:1].is_fully_defined()):
-        tf.debugging.assert_equal(
-            tf.shape(rows)[-1],
-            tf.raw_ops.VariableShape(input=centers.handle)[0],
-            message="labels: expected one-hot rows with one column for each row of centers",
-        )
-    return tf.argmax(rows, axis=-1)
+    """The class ids of one-hot rows; NO_CLASS_IN_ROW for a row without a largest number."""
+    if rows.dtype.is_bool:
+        rows = tf.cast(rows, tf.int8)
+    classes = centers.shape[0]
+    if classes is None:
+        classes = tf.raw_ops.VariableShape(input=centers.handle)[0]
+    if rows.shape[-1] is None or centers.shape[0] is None:
+        expected = tf.concat([tf.shape(rows)[:-1], [classes]], axis=0)
+        rows = with_shape("labels", rows, expected, "one-hot rows for the rows of centers")
+    names_a_class = tf.reduce_any(tf.not_equal(rows, 0), axis=-1)
+    if rows.dtype.is_floating:
+        names_a_class &= tf.reduce_all(tf.math.is_finite(rows), axis=-1)
+    return tf.where(names_a_class, tf.argmax(rows, axis=-1), NO_CLASS_IN_ROW)
+
+
+def _with_leading_shape_of(features: tf.Tensor, name: str, tensor: tf.Tensor) -> tf.Tensor:
+    """The tensor [...] for features [..., D], or an error where a dimension differs.
+
+    The implementations check a batch of rank 1: their kernels know its length.
+    """
+    batch_shape = features.shape[:-1]
+    known = batch_shape.is_fully_defined() and tensor.shape.is_fully_defined()
+    if known or batch_shape.rank == 1:
+        return tensor
+    return with_shape(name, tensor, tf.shape(features)[:-1], "features without [D]")
 
 
 def _sample_weight(sample_weight: Any, labels: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
@@ -249,8 +278,8 @@ def _ignore_class(ignore_class: Any) -> int | None:
         return None
     if isinstance(ignore_class, bool) or not isinstance(ignore_class, numbers.Integral):
         raise TypeError(f"ignore_class: expected None or an int, got {_describe(ignore_class)}")
-    if not -(2**63) <= ignore_class < 2**63:
-        raise ValueError(f"ignore_class: expected a 64-bit integer, got {ignore_class}")
+    if not NO_CLASS_IN_ROW < ignore_class < 2**63:
+        raise ValueError(f"ignore_class: expected an int in (-2**63, 2**63), got {ignore_class}")
     return int(ignore_class)
 
 

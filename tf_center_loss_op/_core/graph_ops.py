@@ -10,12 +10,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 
 import tensorflow as tf
 
 from tf_center_loss_op._core import xla
-from tf_center_loss_op._core.arguments import Arguments
+from tf_center_loss_op._core.arguments import NO_CLASS_IN_ROW, Arguments
+from tf_center_loss_op._core.checks import require, with_shape
 
 # Up to this batch size comparing all labels with all is the faster way to find the samples of a
 # class under XLA (measured on two cores; at 128 samples sorting is faster).
@@ -27,6 +27,7 @@ class GraphOps:
 
     def center_loss(self, a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
         """The loss and ||x_i - c_{y_i}||^2 [B]; the centers have moved where a.update_centers."""
+        a = with_equal_lengths(a)
         residual = residual_of(a)
         loss = loss_of(a, residual)
         squared_distance = tf.reduce_sum(residual * residual, axis=1)
@@ -34,6 +35,7 @@ class GraphOps:
 
     def sum_loss_and_residual(self, a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
         """The loss as a plain sum, and x_i - c_{y_i} [B, D]; the centers move as above."""
+        a = with_equal_lengths(a)
         residual = residual_of(a)
         one = tf.ones([], a.centers.dtype)
         plain = dataclasses.replace(a, reduction="sum", loss_weight=one, sample_weight=None)
@@ -42,6 +44,7 @@ class GraphOps:
 
     def update_centers(self, a: Arguments) -> tf.Operation | None:
         """The step of the centers alone."""
+        a = with_equal_lengths(a)
         return _move(a, residual_of(a))
 
     def update_from_residual(self, a: Arguments, residual: tf.Tensor) -> tf.Operation | None:
@@ -56,6 +59,17 @@ def _after_step(a: Arguments, residual: tf.Tensor, result: tf.Tensor) -> tf.Tens
         return result
     with tf.control_dependencies([_move(a, residual)]):
         return tf.identity(result)
+
+
+def with_equal_lengths(a: Arguments) -> Arguments:
+    """The arguments, or an error where labels or sample weights are not one for each sample."""
+    changes = {}
+    for name in ("labels", "sample_weight"):
+        tensor = getattr(a, name)
+        if tensor is not None and None in (*tensor.shape, a.features.shape[0]):
+            batch = tf.shape(a.features)[:1]
+            changes[name] = with_shape(name, tensor, batch, "the batch of features")
+    return dataclasses.replace(a, **changes)
 
 
 # ------------------------------------------------------------------------- loss and residual
@@ -235,10 +249,6 @@ def _check(a: Arguments) -> tf.Tensor | bool:
     if xla.in_xla():
         return True
     checks = [_initialized(a)]
-    for name in ("labels", "sample_weight"):
-        tensor = getattr(a, name)
-        if tensor is not None and None in (*tensor.shape, a.features.shape[0]):
-            checks.append(_same_length(name, tensor, a.features))
     if a.update_centers:
         checks.append(check_alpha(a))
     is_bad = outside(a)
@@ -266,8 +276,15 @@ def outside(a: Arguments) -> tf.Tensor:
 def first_outside(a: Arguments, is_outside: tf.Tensor) -> tf.Tensor:
     """The message about the first label that is outside the table."""
     position = tf.where(is_outside)[0, 0]
-    return tf.strings.format(
-        "labels[{}] = {} is outside [0, {})", (position, a.labels[position], _num_classes(a))
+    label = tf.cast(a.labels[position], tf.int64)
+    return tf.cond(
+        tf.equal(label, NO_CLASS_IN_ROW),
+        lambda: tf.strings.format(
+            "labels[{}]: expected a one-hot row, got one that is all zero or not finite", position
+        ),
+        lambda: tf.strings.format(
+            "labels[{}] = {} is outside [0, {})", (position, label, _num_classes(a))
+        ),
     )
 
 
@@ -281,22 +298,3 @@ def _initialized(a: Arguments) -> tf.Tensor | bool:
     return tf.cond(
         initialized, lambda: True, lambda: tf.math.is_finite(a.centers.read_value()[0, 0])
     )
-
-
-def _same_length(name: str, tensor: tf.Tensor, features: tf.Tensor) -> tf.Tensor:
-    length, batch = tf.shape(tensor)[0], tf.shape(features)[0]
-    return require(
-        tf.equal(length, batch),
-        lambda: tf.strings.format(name + ": expected shape [{}], got [{}]", (batch, length)),
-    )
-
-
-def require(condition: tf.Tensor, message: Callable[[], tf.Tensor]) -> tf.Tensor:
-    """True, or an error with the text message() where the condition does not hold."""
-    # A branch, so that the message is formatted only where it is needed.
-    return tf.cond(condition, lambda: True, lambda: _fail(message()))
-
-
-def _fail(message: tf.Tensor) -> tf.Tensor:
-    with tf.control_dependencies([tf.debugging.Assert(False, [message])]):
-        return tf.constant(False)

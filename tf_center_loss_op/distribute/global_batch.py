@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from tf_center_loss_op._core import graph_ops, variables
 from tf_center_loss_op._core.arguments import Arguments
+from tf_center_loss_op._core.checks import require
 from tf_center_loss_op.distribute.exchange import Exchange
 
 # The label of an ignored sample, and of the padding of a replica's batch.
@@ -29,7 +30,7 @@ class GlobalBatch:
     """The concatenated batch of all replicas, as the running replica sees it."""
 
     def __init__(self, a: Arguments):
-        self._a = a
+        self._a = a = graph_ops.with_equal_lengths(a)
         self.exchange = Exchange([a.features, a.labels])
         is_counted = graph_ops.counted(a)
         is_outside = graph_ops.outside(a)
@@ -116,7 +117,7 @@ class GlobalBatch:
                 ),
             )
 
-        checked = graph_ops.require(self.total(_OUTSIDE) == 0, message)
+        checked = require(self.total(_OUTSIDE) == 0, message)
         return checked & graph_ops.check_alpha(a) if a.update_centers else checked
 
 
