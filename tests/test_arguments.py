@@ -194,11 +194,8 @@ def test_a_wrong_width_is_refused_at_run_time(impl, width):
     if width == 3:
         assert step(tf.ones([2, 3]), [0, 1]) == 1.5
         return
-    # The words of the graph are TensorFlow's.
-    words = {
-        "native": rf"centers: expected shape \[C, {width}\], got \[10,3\]",
-        "graph": rf"Incompatible shapes: \[2,{width}\] vs. \[2,3\]",
-    }[impl]
+    # The error is TensorFlow's; the name of its op says what was expected.
+    words = with_words("features_of_width_D", f"[2,{width}]", "[?,3]")
     with pytest.raises((ValueError, tf.errors.OpError), match=words):
         step(tf.ones([2, width]), [0, 1])
     assert not centers.numpy().any()
@@ -222,9 +219,7 @@ def test_wrong_lengths_are_refused_at_run_time(impl, labels, weights):
 
     step(tf.zeros([2, 3]), [0, 1], [1.0, 1.0])
     wrong, count = ("sample_weight", 3) if weights else ("labels", len(labels))
-    words = rf"{wrong}: expected shape \[2\], got \[{count}\]"
-    if impl == "graph":  # or TensorFlow's words
-        words += "|must be broadcastable|Incompatible shapes"
+    words = rf"{wrong}: expected shape \[2\].*, got \[{count}\]"
     with pytest.raises((ValueError, tf.errors.OpError), match=words):
         step(tf.ones([2, 3]), tf.constant(labels, tf.int32), weights or [1.0, 1.0])
     assert not centers.numpy().any()

@@ -3,9 +3,11 @@
 import time
 
 import numpy as np
+import pytest
 import tensorflow as tf
 
 import tf_center_loss_op as tcl
+from messages import with_words
 from replica_checks import C, D, batches, mirrored_table, sharded_table
 from replicas import mirrored, spread
 
@@ -15,7 +17,7 @@ features, ids = batches(2, 0)
 
 def append(what, *numbers):
     if what == b"before":
-        time.sleep(0.3)  # What comes after it in the program must wait all the same.
+        time.sleep(0.3)  # All later ops of the program must wait for it.
     seen.append((what.decode(), *(float(number) for number in numbers)))
 
 
@@ -53,10 +55,6 @@ for table in (mirrored_table, sharded_table):
 
         strategy.run(step, args=(features, labels))
 
-    try:
+    words = with_words("strategy: expected", "(Assert)", "(PrintV2)", "strategy.run")
+    with pytest.raises(ValueError, match=words):
         waiting_for_each_other(spread(strategy, features), spread(strategy, ids))
-    except ValueError as error:
-        for words in ("strategy: expected", "(Assert)", "(PrintV2)", "strategy.run"):
-            assert words in str(error), error
-    else:
-        raise AssertionError("a program that waits for itself was accepted")

@@ -245,7 +245,7 @@ def _with_leading_shape_of(features: tf.Tensor, name: str, tensor: tf.Tensor) ->
     known = batch_shape.is_fully_defined() and tensor.shape.is_fully_defined()
     if known or batch_shape.rank == 1:
         return tensor
-    return with_shape(name, tensor, tf.shape(features)[:-1], "features without [D]")
+    return with_shape(name, tensor, tf.shape(features)[:-1], "features without D")
 
 
 def _sample_weight(sample_weight: Any, labels: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
