@@ -190,7 +190,7 @@ def test_one_launch_needs_only_the_first_bytes_zero(sizes, atomic):
 
 
 def must_be_zero(memory, batch, dim, atomic):
-    """What has to be zero between launches; the places are those of PlaceArrays in workspace.cuh."""
+    """What must be zero between launches; PlaceArrays in workspace.cuh determines the places."""
     chunk, tiles, slots = 32, 128, hash_slots(batch)
     levels = 1
     while chunk ** (levels + 1) < batch:

@@ -44,8 +44,8 @@ DIM = 70  # three slices of columns
 
 
 def built(*changes, **options):
-    """The kernels with `changes`. A block adds up several segments of losses, and the hash of a label
-    is its low 6 bits, so that labels share slots."""
+    """The kernels with `changes`. A block adds up several segments of losses, and the hash of a
+    label is its low 6 bits, so that labels share slots."""
     few = ("kLossSegment = 4096;", "kLossSegment = 64;")
     crowded = ("0x9e3779b97f4a7c15u", "uint64_t{1} << 58")
     return emulated.build(kernels=emulated.changed(few, crowded, *changes), **options)
