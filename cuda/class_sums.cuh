@@ -34,7 +34,7 @@ struct Chunk {
   int chunk = 0;              // index among them
   int count = 0;              // samples of this chunk
   int first_partial_sum = 0;  // row of the class's first partial sum, for a multi-chunk class
-  bool all_finite = false;    // whether all features of the chunk are finite
+  bool all_finite = false;    // all features are finite; false: unknown, so every row is checked
 };
 
 // kLoads rows are loaded before the first of them is used, to hide the latency of memory.

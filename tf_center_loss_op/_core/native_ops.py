@@ -288,7 +288,7 @@ def _center_loss_forward(attributes: tuple, inputs: list, outputs: list, tangent
     factor = _factor(op, labels, [*loss_weight, *sample_weight])[:, tf.newaxis]
     tangent = _residual_tangent(tangents[1], labels, [tangents[0]], dtype)
     residual = tf.cast(features, dtype) - rows
-    products = tf.where(tf.equal(factor, 0), 0, factor * residual * tangent)
+    products = tf.where(tf.not_equal(factor, 0), factor * residual * tangent, 0)
     return _loss_outputs(op, products, outputs)
 
 
