@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from tf_center_loss_op._core import native, private_apis, xla
 from tf_center_loss_op._core.arguments import Arguments
+from tf_center_loss_op._core.graph_ops import GraphOps
 
 
 class NativeOps:
@@ -17,6 +18,9 @@ class NativeOps:
 
     def center_loss(self, a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
         """The loss and ||x_i - c_{y_i}||^2 [B]; the centers have moved where a.update_centers."""
+        if not a.update_centers and private_apis.in_forward_mode([a.features, a.centers.handle]):
+            # TensorFlow's own ops have forward modes of any order, also inside a tf.function.
+            return GraphOps().center_loss(a)
         out = _forward(a)
         return out.loss, out.squared_distance
 

@@ -129,8 +129,20 @@ _forward_mode_rules: dict[str, Callable] = _imported(
 )
 
 
+_pack_tangents = _imported(
+    "tensorflow.python.eager.forwardprop_util",
+    "pack_tangents",
+    "to know whether a forward accumulator differentiates a call",
+)
+
+
 # The attribute that tf.function gives to an op that `run_independently` was called for.
 _INDEPENDENT = "_independent_side_effects"
+
+
+def in_forward_mode(tensors: list[tf.Tensor]) -> bool:
+    """Whether a `tf.autodiff.ForwardAccumulator` has a tangent of one of these tensors."""
+    return bool(_pack_tangents(tensors).tangents)
 
 
 def register_forward_mode(
