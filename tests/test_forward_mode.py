@@ -93,7 +93,8 @@ def check(function, dtype, traced, options):
     for impl in ("native", "graph"):
         problem = Problem(dtype, impl, **options)
         run = tf.function(function, autograph=False) if traced else function
-        results.append([value.numpy().astype("float64") for value in run(problem)])
+        values = [tf.convert_to_tensor(value).numpy() for value in run(problem)]
+        results.append([value.astype("float64") for value in values])
     tolerance = 1e-2 if dtype == "float16" else 1e-5
     for mine, plain in zip(*results, strict=True):
         assert np.abs(plain).max() > 0

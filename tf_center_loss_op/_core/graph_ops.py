@@ -139,7 +139,7 @@ def _move(a: Arguments, residual: tf.Tensor) -> tf.Operation | None:
     """c_j += s_j * sum of the residuals of class j."""
     residual = tf.stop_gradient(residual)
     is_counted = counted(a)
-    is_finite = tf.reduce_all(tf.math.is_finite(a.features), axis=1)
+    is_finite = tf.reduce_all(tf.math.is_finite(tf.stop_gradient(a.features)), axis=1)
     sums_by_class = _sums_by_class_in_xla if xla.in_xla() else _sums_by_class
     labels, n, total = sums_by_class(a, is_counted & _in_table(a) & is_finite, residual)
 
