@@ -26,9 +26,8 @@ absl::Status StepOnCpu(const StepArguments<Feature, Label>& step, const Parallel
   if (invalid < 0) return absl::OkStatus();
   // Python gives this label to a one-hot row without a largest number (NO_CLASS_IN_ROW).
   if (static_cast<int64_t>(step.labels[invalid]) == std::numeric_limits<int64_t>::min()) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("labels[", invalid,
-                     "]: expected a one-hot row, got one that is all zero or not finite"));
+    return absl::InvalidArgumentError(absl::StrCat(
+        "labels[", invalid, "]: expected a one-hot row, got one that is all zero or not finite"));
   }
   return absl::InvalidArgumentError(absl::StrCat("labels[", invalid, "] = ", step.labels[invalid],
                                                  " is outside [0, ", step.classes, ")"));

@@ -140,6 +140,7 @@ class GpuBackwardOp : public BackwardOp {
   using BackwardOp::BackwardOp;
 
   void Compute(OpKernelContext* context) override {
+    const ProfiledKernel profiled(*this, *context);
     Inputs in;
     OP_REQUIRES_OK(context, Find(context, &in));
     const Tensor& bits = *in.bits;

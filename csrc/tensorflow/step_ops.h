@@ -23,6 +23,7 @@
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/register_types.h"
 #include "tensorflow/core/framework/tensor.h"
+#include "tsl/profiler/lib/traceme.h"
 
 namespace tcl {
 
@@ -52,6 +53,18 @@ inline absl::Status Mismatch(const char* name, const tensorflow::Tensor& got,
 inline bool IsVector(const tensorflow::Tensor& tensor, int64_t size) {
   return tensor.dims() == 1 && tensor.dim_size(0) == size;
 }
+
+// Records a kernel in a profile while it runs. TensorFlow leaves inexpensive kernels out at the
+// default level of detail.
+class ProfiledKernel {
+ public:
+  ProfiledKernel(const tensorflow::OpKernel& kernel, const tensorflow::OpKernelContext& context)
+      : trace_([&] { return kernel.TraceString(context, /*verbose=*/false); },
+               tsl::profiler::TraceMeLevel::kInfo) {}
+
+ private:
+  tsl::profiler::TraceMe trace_;
+};
 
 // The kernel of all ops except the backward pass. An op with the attribute `rule` updates the
 // centers, and one with `reduction` computes a loss. Shapes are checked at run time again, because
@@ -101,6 +114,7 @@ class StepOp : public tensorflow::OpKernel {
   }
 
   void Compute(Context* context) override {
+    const ProfiledKernel profiled(*this, *context);
     const auto run = [&](const Tensor* centers) { return Run(context, *centers); };
     OP_REQUIRES_OK(context, options_.update_centers ? WithWritableCenters(context, run)
                                                     : WithReadableVariable(context, 0, run));

@@ -150,7 +150,9 @@ def zeros(shape: tuple[int, ...], dtype: tf.DType) -> tf.Tensor:
         return tf.zeros(shape, dtype)
     lazy = native.usable()
     check_room(shape, dtype, TOTAL if lazy else AVAILABLE)
-    return native.ops().tcl_zeros(shape=shape, dtype=dtype) if lazy else tf.zeros(shape, dtype)
+    if not lazy:
+        return tf.zeros(shape, dtype)
+    return native.ops().tcl_zeros(shape=tf.constant(shape, tf.int64), dtype=dtype)
 
 
 def check_room(shape: tuple[int, ...], dtype: tf.DType, fields: tuple[str, ...]) -> None:
