@@ -47,9 +47,9 @@ class HashedLabels {
       owner = FindOrInsert(label, i);
       const int owns = owner == i;
       const int duplicates = __popc(same) - owns;
-      // The duplicates of a class are numbered from 0. These lanes get the next `duplicates` numbers,
-      // in the order of the lanes. An owner is no duplicate: its lane gets the number before them,
-      // which is not used.
+      // The duplicates of a class are numbered from 0. These lanes get the next `duplicates`
+      // numbers, in the order of the lanes. An owner is no duplicate: its lane gets the number
+      // before them, which is not used.
       if (duplicates > 0) number = atomicAdd(&duplicates_[owner], duplicates) - owns;
     }
     owner = __shfl_sync(kAllLanes, owner, leader);
