@@ -186,7 +186,7 @@ MUTATIONS = {
     ),
     "a mailbox is not emptied": ("Empty(&mailboxes[i]);", ""),
     # From one launch to the next.
-    "the tables are not exchanged": ("p.header->parity = 1 - parity;", ""),
+    "the sets are not exchanged": ("p.header->parity = 1 - parity;", ""),
     "the next counters of the barriers are not cleared": (
         "counters.labels_counted.value = counters.centers_read.value = 0;",
         "",
@@ -196,7 +196,7 @@ MUTATIONS = {
         "",
     ),
     "the next tickets are not cleared": ("counters.tickets.value = 0;", ""),
-    "the next table is not cleared": (
+    "the next hash table is not cleared": (
         "for (int k = thread; k < slots; k += threads) p.table[parity][k] = 0;",
         "",
     ),
