@@ -339,9 +339,9 @@ __device__ __forceinline__ Arrivals Arrive(Arrivals* counter, Arrivals arrival) 
   return before;
 }
 
-// Arrives once for the whole warp. Returns whether the warp is the last of `arrivals`. If so, `sum`
-// becomes the total over the arrivals, the writes of the other warps are visible to all lanes, and
-// the counter is zero again, ready for the next launch.
+// Arrives once for the whole warp. Returns whether the warp is the last to arrive of `arrivals`. If
+// so, `sum` becomes the total over the arrivals, the writes of the other warps are visible to all
+// lanes, and the counter is zero again, ready for the next launch.
 __device__ __forceinline__ bool LastWarpToArrive(Arrivals* counter, int arrivals, int* sum) {
   __syncwarp();  // orders the other lanes' writes before the arrival
   bool last = false;
