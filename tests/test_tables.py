@@ -42,10 +42,53 @@ def test_two_tables_do_not_share_memory():
     assert not second.numpy().any()
 
 
-@pytest.mark.parametrize("wrong", [dict(num_classes=0), dict(dim=2.0), dict(dtype="float16")])
-def test_wrong_sizes_are_refused(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+@pytest.mark.parametrize(
+    "error, wrong",
+    [
+        (ValueError, dict(num_classes=0)),
+        (ValueError, dict(dim=np.int64(-1))),
+        (ValueError, dict(dtype="float16")),
+        (TypeError, dict(dim=2.0)),
+        (TypeError, dict(num_classes=True)),
+        (TypeError, dict(num_classes="7")),
+    ],
+)
+def test_wrong_sizes_are_refused(error, wrong):
+    with pytest.raises(error, match=f"{next(iter(wrong))}: expected"):
         tcl.tables.create(**dict(num_classes=C, dim=D) | wrong)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
+def test_integers_of_numpy_count(kind):
+    seeds = [tcl.tables.RandomNormal(seed=seed) for seed in (kind(5), 5)]
+    tables = [tcl.tables.create(kind(C), kind(D), initializer=seed).numpy() for seed in seeds]
+    assert np.array_equal(*tables)
+    json.dumps(seeds[0].get_config())
+    centers = tcl.tables.create(C, D)
+    batch = np.ones([2, D], np.float32), np.array([3, 1])
+    counts = tcl.tables.from_dataset([batch], centers, ignore_class=kind(3), progress=False)
+    assert np.flatnonzero(counts).tolist() == [1]
+    assert tcl.nearest.predict(tf.ones([1, D]), centers, k=kind(2), block=kind(9))[0].shape == (1, 2)
+    assert tcl.distribute.ShardedCenters(kind(C), kind(D)).shape == (C, D)
+
+
+@pytest.mark.parametrize("error, seed", [(TypeError, 1.0), (TypeError, True), (ValueError, 2**63)])
+def test_a_wrong_seed_is_refused(error, seed):
+    with pytest.raises(error, match="seed: expected an int"):
+        tcl.tables.RandomNormal(seed=seed)
+
+
+@pytest.mark.parametrize("wrong", ["1", 1.5, 255.0, True])
+def test_a_wrong_class_to_ignore_is_refused(centers, wrong):
+    batch = np.ones([2, D], np.float32), np.array([3, 1])
+    with pytest.raises(TypeError, match="ignore_class: expected an int"):
+        tcl.tables.from_dataset([batch], centers, ignore_class=wrong, progress=False)
+
+
+@pytest.mark.parametrize("initializer", ["ones", "random_normal", lambda shape, dtype: 1 / 0])
+def test_a_table_of_any_initializer_is_compared_with_the_memory(initializer):
+    with pytest.raises(MemoryError, match=r"got 1000000000000 x 256 float32, 1024000.0 GB"):
+        tcl.tables.create(10**12, 256, initializer=initializer)
 
 
 @pytest.mark.parametrize("initializer", ["zeros", tcl.tables.RandomNormal()])
