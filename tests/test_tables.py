@@ -204,6 +204,71 @@ def test_a_write_that_fails_leaves_the_old_file(centers, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["centers.npy"]
 
 
+BAD_HEADERS = {
+    "parentheses": "((((((((",
+    "many parentheses": "(" * 9000,
+    "a bool as size": "{'descr': '<f4', 'fortran_order': False, 'shape': (37, True), }",
+    "one row": "{'descr': '<f4', 'fortran_order': False, 'shape': (True, 5), }",
+    "a text as size": "{'descr': '<f4', 'fortran_order': False, 'shape': ('37', 5), }",
+    "no shape": "{'descr': '<f4', 'fortran_order': False, 'shape': 37, }",
+    "negative": "{'descr': '<f4', 'fortran_order': False, 'shape': (-37, -5), }",
+    "huge": f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({10**30}, {10**30}), }}",
+    "no dtype": "{'descr': 'what', 'fortran_order': False, 'shape': (37, 5), }",
+    "a list as dtype": "{'descr': [('', 5)], 'fortran_order': False, 'shape': (37, 5), }",
+    "objects": "{'descr': '|O', 'fortran_order': False, 'shape': (37, 5), }",
+    "no order": "{'descr': '<f4', 'fortran_order': 3, 'shape': (37, 5), }",
+    "a list": "[1, 2]",
+    "nothing": "",
+    "bytes": "\x00\xff",
+    "a call": "exit()",
+    "half": "{'descr': '<f4', 'fortran_order'",
+    "unhashable": "{[]: 1}",
+}
+
+
+def npy(header, numbers, version=1):
+    text = header.encode("latin1") + b"\n"
+    length = len(text).to_bytes(2 if version == 1 else 4, "little")
+    return b"\x93NUMPY" + bytes([version, 0]) + length + text + numbers.tobytes()
+
+
+@pytest.mark.parametrize("what", BAD_HEADERS)
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("shape", [(C, D), (C, 1), (1, D)])
+def test_a_malformed_header_is_a_value_error(what, version, shape, tmp_path):
+    centers = tf.Variable(tf.zeros(shape))
+    path = tmp_path / "centers.npy"
+    path.write_bytes(npy(BAD_HEADERS[what], np.ones([C, D], "f"), version))
+    with pytest.raises(ValueError, match=r"path: expected .*centers\.npy'"):
+        tcl.tables.load(centers, path)
+    assert not centers.numpy().any()
+
+
+@pytest.mark.parametrize("head", [b"\x93NUMPY\x02\x00\xff\xff\xff\xff", b"\x93NUMPY\x09\x00"])
+def test_a_file_of_another_version_or_length_is_a_value_error(centers, head, tmp_path):
+    (tmp_path / "centers.npy").write_bytes(head + b"{}")
+    with pytest.raises(ValueError, match="path: expected a complete .npy file"):
+        tcl.tables.load(centers, tmp_path / "centers.npy")
+
+
+@pytest.mark.parametrize("shape", [(C, 1), (1, D)])
+def test_one_row_or_column_has_no_order(shape, tmp_path):
+    numbers = np.asfortranarray(np.arange(max(shape), dtype="f").reshape(shape))
+    header = f"{{'descr': '<f4', 'fortran_order': True, 'shape': {shape}, }}"
+    (tmp_path / "centers.npy").write_bytes(npy(header, numbers))
+    centers = tf.Variable(tf.zeros(shape))
+    tcl.tables.load(centers, tmp_path / "centers.npy")
+    assert np.array_equal(centers.numpy(), numbers)
+
+
+@pytest.mark.parametrize("wrong", [np.ones([C, D], "f"), 3, None, ["a"]], ids=str)
+@pytest.mark.parametrize("call", [tcl.tables.load, tcl.tables.save])
+def test_something_else_than_a_path_is_refused(centers, call, wrong):
+    words = rf"path: expected a path \(str, bytes or os.PathLike\), got {type(wrong).__name__}"
+    with pytest.raises(TypeError, match=words):
+        call(centers, wrong)
+
+
 def bad_files(path, numbers):
     np.save(path / "shape.npy", numbers[:, :4])
     np.save(path / "classes.npy", numbers[:-1])
