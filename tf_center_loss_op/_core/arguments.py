@@ -120,6 +120,15 @@ def positive(name: str, value: Any) -> int:
     return int(value)
 
 
+def integer(name: str, value: Any) -> int:
+    """Raises unless value is an int of 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected an int, got {_describe(value)}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: expected an int in [-2**63, 2**63), got {value}")
+    return int(value)
+
+
 def require_no_recomputation() -> None:
     """Raises inside tf.recompute_grad, which runs the code again for its gradient."""
     if private_apis.inside_recompute_grad():
