@@ -1,5 +1,7 @@
 """The guide docs/variants.md: variants equal the implementations that it names, in float64."""
 
+import runpy
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -16,14 +18,18 @@ def batch(seed):
     return rng.normal(size=(B, D)), rng.integers(0, C - 1, B), rng.normal(size=(C, D))
 
 
-def guide(name, **values):
-    """The names that the block of the guide that defines `name` defines; values come first."""
-    (source,) = (b for b in blocks(ROOT / "docs" / "variants.md").values() if f"def {name}(" in b)
-    start = source.index(f"def {name}(")
-    start = source.rfind("\n\n", 0, start)
-    names = {"tf": tf, "np": np, "tcl": tcl} | values
-    exec(source[start : source.index("\n\n\n", start + 3)].replace("@tf.function\n", ""), names)
-    return names[name]
+@pytest.fixture
+def guide(tmp_path):
+    """A function that the guide defines, by name; runs the block that defines it."""
+
+    def find(name):
+        sources = blocks(ROOT / "docs" / "variants.md").values()
+        (source,) = (source for source in sources if f"def {name}(" in source)
+        program = tmp_path / "snippet.py"  # a file, because AutoGraph reads the source
+        program.write_text(source)
+        return runpy.run_path(str(program))[name]
+
+    return find
 
 
 def radius_layer(x, y, c, radius, rate):
@@ -43,7 +49,7 @@ def radius_layer(x, y, c, radius, rate):
 
 
 @pytest.mark.parametrize("radius", [0.0, 1.5, 3.0, 100.0])
-def test_the_radius(impl, radius):
+def test_the_radius(impl, guide, radius):
     radius_loss = guide("radius_loss")
     x, y, c = batch(0)
     x[3] = c[y[3]]  # a sample in its center
@@ -61,10 +67,10 @@ def test_the_radius(impl, radius):
 
 
 @pytest.mark.parametrize("rule", ["paper", "mean"])
-def test_momentum_and_decay_as_in_caffes_solver(rule):
+def test_momentum_and_decay_as_in_caffes_solver(guide, rule):
     _, _, c = batch(0)
     centers, velocity = tf.Variable(c), tf.Variable(np.zeros([C, D]))
-    step = guide("momentum_step", centers=centers, velocity=velocity)
+    step = guide("momentum_step")
     rate, momentum, decay = 0.1, 0.9, 0.01
     history = np.zeros([C, D])
     for seed in range(5):
@@ -74,19 +80,20 @@ def test_momentum_and_decay_as_in_caffes_solver(rule):
         np.add.at(gradient, y, c[y] - x)
         gradient /= np.maximum(count, 1)
         history = momentum * history + rate * (gradient + decay * c)
-        step(tf.constant(x), y, alpha=rate, momentum=momentum, decay=decay, rule=rule)
+        options = {"alpha": rate, "momentum": momentum, "decay": decay, "rule": rule}
+        step(tf.constant(x), tf.constant(y), centers, velocity, **options)
         c = c - history
         np.testing.assert_allclose(centers, c, rtol=1e-12, atol=1e-14)
 
 
-def test_the_cosine_form():
+def test_the_cosine_form(guide):
     x, y, c = batch(0)
     c /= np.linalg.norm(c, axis=1, keepdims=True)
     centers, features = tf.Variable(c), tf.constant(x)
-    cosine_loss = guide("cosine_loss", centers=centers)
+    cosine_loss = guide("cosine_loss")
     with tf.GradientTape() as tape:
         tape.watch(features)
-        loss = cosine_loss(features, tf.constant(y))
+        loss = cosine_loss(features, tf.constant(y), centers)
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     cosine = np.sum(unit * c[y], axis=1, keepdims=True)
     np.testing.assert_allclose(loss, np.mean(1 - cosine), rtol=1e-12)

@@ -40,17 +40,17 @@ CONVENTIONS: Mapping[str, Convention] = MappingProxyType(
             rule="paper",
             reduction="mean",
             step_name="base_lr * lr_mult",
-            note="loss_weight does not enter the step. This holds for a solver without momentum and "
-            "weight decay; their own solvers have momentum 0.9, and decay_mult 2 for faces.",
+            note="loss_weight does not enter the step. This holds for a solver without momentum "
+            "and weight decay; their own solvers have momentum 0.9, and decay_mult 2 for faces.",
         ),
         "authors-2019": Convention(
             source="Wen et al., IJCV 2019, the authors' code (ydwen/centerloss)",
             rule="mean",
             reduction="mean",
             step_name="base_lr * lr_mult",
-            note="There is no alpha, and loss_weight does not enter the step. This holds for a solver "
-            "without momentum and weight decay; their own solvers have base_lr 0.1, momentum 0.9 "
-            "and decay_mult 1.",
+            note="There is no alpha, and loss_weight does not enter the step. This holds for a "
+            "solver without momentum and weight decay; their own solvers have base_lr 0.1, "
+            "momentum 0.9 and decay_mult 1.",
         ),
         "EncodeTS": Convention(
             source="EncodeTS/TensorFlow_Center_Loss, get_center_loss",
@@ -113,8 +113,8 @@ CONVENTIONS: Mapping[str, Convention] = MappingProxyType(
             rule="paper",
             reduction="mean",
             step_name="alpha",
-            note="Its gradient is scale * d_i / N, that of the mean, since 2016-11-22; before, it was "
-            "scale * d_i, that of the sum.",
+            note="Its gradient is scale * d_i / N, that of the mean, since 2016-11-22; before, it "
+            "was scale * d_i, that of the sum.",
         ),
     }
 )
