@@ -75,7 +75,7 @@ def features_shape_of(shapes: Any) -> Any:
     Keras passes the shapes of a list or dict of inputs in the same structure.
     """
     if isinstance(shapes, dict):
-        return shapes.get("features")
+        return inputs_of(shapes).features
     if shapes and isinstance(shapes[0], (tuple, list)):
         return shapes[0]
     return shapes
