@@ -145,6 +145,8 @@ class CenterLoss(private_apis.LossesByReplica, private_apis.SavedState, keras.la
                     f"{name}: expected a number or variable in a layer that was built without a "
                     f"schedule and does not count its steps, got {type(value).__name__}"
                 )
+            if old is not None and tf.executing_eagerly():
+                self.forget_losses_of_functions()
             self._compiled.require_none(name, old)
         super().__setattr__(name, value)
 

@@ -88,16 +88,16 @@ class CompiledReaders:
             gc.collect()  # A function and its graph refer to each other.
         if not graphs:
             return
-        remedy = "assign to a variable that the layer is made with"
         if isinstance(old, tf.Variable):
-            got, remedy = "a variable", f"layer.{name}.assign(value)"
-        elif isinstance(old, LearningRateSchedule):
-            got = f"a {type(old).__name__}"
+            kept, remedy = "a variable", f"assign to it, layer.{name}.assign(value)"
         else:
-            got = str(old)
-            remedy += f", CenterLoss({name}=keras.Variable({old}, trainable=False))"
+            number = isinstance(old, float)
+            kept, start = (str(old), old) if number else (f"a {type(old).__name__}", "...")
+            remedy = (
+                "a variable can change between calls, "
+                f"CenterLoss({name}=keras.Variable({start}, trainable=False))"
+            )
         raise ValueError(
-            f"{name}: expected to be set before a function is compiled, got a new value for "
-            f"compiled functions that keep {got}: {remedy}; or call model.compile() before, which "
-            "discards the functions of fit and evaluate"
+            f"{name}: expected to be set before a function is compiled that calls the layer, got "
+            f"another value for compiled functions that keep {kept}: {remedy}"
         )

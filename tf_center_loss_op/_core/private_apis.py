@@ -300,6 +300,11 @@ class LossesByReplica:
         # Not an attribute of Keras's: a layer would track the lists.
         self.__dict__["_losses_of"] = collections.defaultdict(list, {running_replica(): losses})
 
+    def forget_losses_of_functions(self) -> None:
+        """Forgets losses that calls inside a tf.function added: they keep its graph alive."""
+        for losses in self._losses_of.values():
+            losses[:] = [loss for loss in losses if not tf.is_symbolic_tensor(loss)]
+
 
 class SavedState:
     """Mixin of a layer: what its calls use beside its weights goes into a SavedModel.
