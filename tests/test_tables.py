@@ -68,7 +68,10 @@ def test_integers_of_numpy_count(kind):
     batch = np.ones([2, D], np.float32), np.array([3, 1])
     counts = tcl.tables.from_dataset([batch], centers, ignore_class=kind(3), progress=False)
     assert np.flatnonzero(counts).tolist() == [1]
-    assert tcl.nearest.predict(tf.ones([1, D]), centers, k=kind(2), block=kind(9))[0].shape == (1, 2)
+    assert tcl.nearest.predict(tf.ones([1, D]), centers, k=kind(2), block=kind(9))[0].shape == (
+        1,
+        2,
+    )
     assert tcl.distribute.ShardedCenters(kind(C), kind(D)).shape == (C, D)
 
 

@@ -165,7 +165,9 @@ def test_a_relative_path(centers, tmp_path, monkeypatch):
     assert np.array_equal(np.load(tmp_path / "centers.npy"), NUMBERS)
 
 
-@pytest.mark.parametrize("path", ["", ".", "folder", "folder/", "none/c.npy", "file/c.npy", "n" * 256])
+@pytest.mark.parametrize(
+    "path", ["", ".", "folder", "folder/", "none/c.npy", "file/c.npy", "n" * 256]
+)
 def test_a_path_that_cannot_be_a_file_changes_nothing(centers, path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
