@@ -94,6 +94,23 @@ def test_gradient_made_behind_the_update_uses_the_centers_before_it(session):
     assert session.run(gradient).tolist() == [[2.0], [6.0]]
 
 
+@pytest.mark.parametrize("fetched", ["loss", "gradient", "update"])
+def test_a_fetched_result_of_center_loss_moves_the_centers(session, impl, fetched):
+    # Nothing but the fetched tensor keeps the step in a graph of TensorFlow 1.
+    centers = tf.Variable(tf.zeros([2, 2]), trainable=False)
+    features = tf.constant([[2.0, 4.0]])
+    if fetched == "update":
+        result = tcl.update_centers(features, [1], centers, impl=impl)
+    else:
+        result = tcl.center_loss(features, [1], centers, impl=impl)
+    if fetched == "gradient":
+        result = tf1.gradients(result, features)[0]
+    initialise(session)
+    value = session.run(result)
+    assert np.array_equal(value, {"loss": 10, "gradient": [[2, 4]], "update": None}[fetched])
+    assert session.run(centers).tolist() == [[0, 0], [0.5, 1]]
+
+
 def test_the_variable_is_that_of_the_tutorial(session):
     features, label = tf1.placeholder(tf.float32, [None, 8]), tf1.placeholder(tf.float32, [None, 5])
     _, centers, _ = ours(features, label)
