@@ -234,7 +234,7 @@ __device__ __forceinline__ void Sleep(int nanoseconds) {
 }
 
 // Programmatic dependent launch (sm_90): with CudaTuning::overlap the blocks of this launch may be
-// scheduled while the launch before it drains. They wait for its end before they access memory.
+// scheduled while the previous launch drains. They wait for its end before they access memory.
 __device__ __forceinline__ void OverlapLaunches() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();

@@ -164,8 +164,8 @@ MUTATIONS = {
         "LastWarpToArrive(counter, children, finite);",
     ),
     "the center moves before the last sample has read it": (
-        "return static_cast<int>(now & 0xffffffff) == members;",
-        "return static_cast<int>(now & 0xffffffff) == members - 1;",
+        "return static_cast<int>(now & 0xffffffff) == samples;",
+        "return static_cast<int>(now & 0xffffffff) == samples - 1;",
     ),
     "every atomic adder takes itself for the last": (
         "if (!LastWarpToArrive(p_.arrivals + row, count, &finite)) return;",
@@ -173,7 +173,7 @@ MUTATIONS = {
     ),
     "the counter at a node is not set back": ("if (last) *counter = 0;", ""),
     "the counter at a chunk is not set back": (
-        "if (static_cast<int>(now & 0xffffffff) == members) *counter = 0;",
+        "if (static_cast<int>(now & 0xffffffff) == samples) *counter = 0;",
         "",
     ),
     "slices share a counter": ("* slices + slice;", "* slices;"),
@@ -213,8 +213,8 @@ MUTATIONS = {
     # Classes, chunks and ranks.
     "a slot with another label is taken": ("if (entered >> 32 == own >> 32 && (", "if ((true || "),
     "the owner is counted among its duplicates": (
-        "place = atomicAdd(&duplicates_[owner], duplicates) - owns;",
-        "place = atomicAdd(&duplicates_[owner], duplicates);",
+        "number = atomicAdd(&duplicates_[owner], duplicates) - owns;",
+        "number = atomicAdd(&duplicates_[owner], duplicates);",
     ),
     "scanned classes share partial sums": (
         "own.first_partial_sum = offset / kSamplesPerPartialSum;",
