@@ -278,15 +278,11 @@ def first_outside(a: Arguments, is_outside: tf.Tensor) -> tf.Tensor:
     """The message about the first label that is outside the table."""
     position = tf.where(is_outside)[0, 0]
     label = tf.cast(a.labels[position], tf.int64)
-    return tf.cond(
-        tf.equal(label, NO_CLASS_IN_ROW),
-        lambda: tf.strings.format(
-            "labels[{}]: expected a one-hot row, got one that is all zero or not finite", position
-        ),
-        lambda: tf.strings.format(
-            "labels[{}] = {} is outside [0, {})", (position, label, _num_classes(a))
-        ),
+    text = tf.strings.format(
+        "labels[{}] = {} is outside [0, {})", (position, label, _num_classes(a))
     )
+    no_class = ": the label of a one-hot row that is all zero or not finite"
+    return text + tf.where(tf.equal(label, NO_CLASS_IN_ROW), no_class, "")
 
 
 def _initialized(a: Arguments) -> tf.Tensor | bool:
