@@ -22,6 +22,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <thread>
 #include <vector>
@@ -67,6 +68,12 @@ AlignedArray<T> NewAlignedArray(int64_t size) {
   return AlignedArray<T>(
       static_cast<T*>(operator new(static_cast<size_t>(size) * sizeof(T), kCacheLine)));
 }
+// As above; null where there is no memory.
+template <typename T>
+AlignedArray<T> TryNewAlignedArray(int64_t size) {
+  return AlignedArray<T>(static_cast<T*>(operator new(static_cast<size_t>(size) * sizeof(T),
+                                                      kCacheLine, std::nothrow)));
+}
 
 // Up to kChunkSamples samples of one segment: [begin, end) of the sorted positions.
 struct Chunk {
@@ -103,15 +110,15 @@ class Step {
         step_.dim * static_cast<int64_t>(sizeof(Feature) + 3 * sizeof(Center));
     parallel_for_(step_.batch, row_bytes, [this](int64_t begin, int64_t end) {
       Prepare();
-      if (invalid_label_ >= 0) return;
+      if (status_ != kStepDone) return;
       RunChunks(begin, end);
       ZeroIgnored(begin, end);
     });
     Prepare();  // For an empty batch parallel_for may not call the body at all.
-    if (invalid_label_ >= 0) return invalid_label_;
+    if (status_ != kStepDone) return status_;
     AddPartialSums();
     ReduceLoss();
-    return -1;
+    return kStepDone;
   }
 
  private:
@@ -127,19 +134,34 @@ class Step {
       }
       return;
     }
-    const StepOptions<Center>& options = step_.options;
-    invalid_label_ = segments_.Build(step_.labels, step_.batch, step_.classes,
-                                     options.has_ignore_class, options.ignore_class);
-    if (invalid_label_ < 0) {
-      // With alpha = 0 no center moves, so the table is not written.
-      moves_centers_ = options.update_centers && options.alpha != 0;
-      sample_scale_ = ReductionScale(options.reduction, options.loss_weight, segments_.counted());
-      FindHeavySegments();
-      if (step_.loss != nullptr && options.reduction != Reduction::kNone) {
-        sample_loss_.reset(new Center[static_cast<size_t>(step_.batch)]);
-      }
+    // This may be a thread of a pool, whose functions no exception may leave. All memory is
+    // allocated here, before any thread writes to the centers.
+    try {
+      SortAndAllocate();
+    } catch (const std::bad_alloc&) {
+      status_ = kStepOutOfMemory;
     }
     prepared_.store(true, std::memory_order_release);
+  }
+
+  void SortAndAllocate() {
+    const StepOptions<Center>& options = step_.options;
+    const int64_t invalid = segments_.Build(step_.labels, step_.batch, step_.classes,
+                                            options.has_ignore_class, options.ignore_class);
+    if (invalid >= 0) {
+      status_ = invalid;
+      return;
+    }
+    // With alpha = 0 no center moves, so the table is not written.
+    moves_centers_ = options.update_centers && options.alpha != 0;
+    sample_scale_ = ReductionScale(options.reduction, options.loss_weight, segments_.counted());
+    FindHeavySegments();
+    if (step_.loss != nullptr && options.reduction != Reduction::kNone) {
+      sample_loss_.reset(new Center[static_cast<size_t>(step_.batch)]);
+    }
+    if (moves_centers_ && step_.dim > kColumnBlock) {
+      shared_sum_ = NewAlignedArray<Center>(step_.dim);
+    }
   }
 
   void FindHeavySegments() {
@@ -189,8 +211,18 @@ class Step {
     Chunk chunk = ChunkFrom(segments_.SegmentAt(begin), begin);
     if (chunk.begin >= end) return;
     alignas(64) Center inline_sum[kColumnBlock];
+    Center* sum = inline_sum;
     AlignedArray<Center> heap_sum;
-    if (moves_centers_ && step_.dim > kColumnBlock) heap_sum = NewAlignedArray<Center>(step_.dim);
+    std::unique_lock<std::mutex> shared_sum_lock;
+    if (shared_sum_ != nullptr) {
+      heap_sum = TryNewAlignedArray<Center>(step_.dim);
+      sum = heap_sum.get();
+      if (sum == nullptr) {
+        // Other threads may have moved centers already, so the step must be completed.
+        shared_sum_lock = std::unique_lock<std::mutex>(shared_sum_mutex_);
+        sum = shared_sum_.get();
+      }
+    }
     RowArguments<Feature> rows;
     rows.features = step_.features;
     rows.sample_weight = step_.sample_weight;
@@ -207,9 +239,7 @@ class Step {
       rows.rows = chunk.end - chunk.begin;
       rows.positions = segments_.positions() + chunk.begin;
       rows.centers = CenterOf(chunk);
-      rows.sum = chunk.partial >= 0    ? partial_sums_.get() + chunk.partial * step_.dim
-                 : heap_sum != nullptr ? heap_sum.get()
-                                       : inline_sum;
+      rows.sum = chunk.partial >= 0 ? partial_sums_.get() + chunk.partial * step_.dim : sum;
       SetPrefetch(&ahead, end, &rows);
       RunChunk(chunk, rows);
       chunk = ChunkFrom(chunk.segment, chunk.end);
@@ -347,13 +377,17 @@ class Step {
   const int64_t prefetch_distance_;
   std::atomic<bool> preparing_{false}, prepared_{false};
   LabelSegments segments_;
-  int64_t invalid_label_ = -1;
+  int64_t status_ = kStepDone;  // what Run returns
   bool moves_centers_ = false;
   Center sample_scale_ = 0;
   std::vector<HeavySegment> heavy_segments_;
   AlignedArray<Center> partial_sums_;  // [partials, D]
   std::unique_ptr<int64_t[]> partial_counts_;
   std::unique_ptr<Center[]> sample_loss_;  // [B], null if no loss is reduced
+  // [D], for threads that find no memory for a sum of their own, one after another. Null if a sum
+  // fits into their stacks.
+  AlignedArray<Center> shared_sum_;
+  std::mutex shared_sum_mutex_;
 };
 
 }  // namespace
