@@ -1,4 +1,4 @@
-"""A saved file replaces the old one as a whole, and keeps what is the user's: mode, link, others."""
+"""A saved file replaces the old one as a whole, and keeps its mode, links and neighbours."""
 
 import os
 import signal
@@ -165,7 +165,9 @@ def test_a_relative_path(centers, tmp_path, monkeypatch):
     assert np.array_equal(np.load(tmp_path / "centers.npy"), NUMBERS)
 
 
-@pytest.mark.parametrize("path", ["", ".", "folder", "folder/", "none/c.npy", "file/c.npy", "n" * 256])
+@pytest.mark.parametrize(
+    "path", ["", ".", "folder", "folder/", "none/c.npy", "file/c.npy", "n" * 256]
+)
 def test_a_path_that_cannot_be_a_file_changes_nothing(centers, path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()

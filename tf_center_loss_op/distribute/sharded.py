@@ -14,6 +14,7 @@ from tf_center_loss_op._core import arguments, private_apis, variables
 from tf_center_loss_op.distribute import sharded_files
 from tf_center_loss_op.distribute.exchange import Exchange
 from tf_center_loss_op.distribute.strategies import require_supported_strategy
+from tf_center_loss_op.tables import h5
 from tf_center_loss_op.tables.blocks import blocks, write_rows
 from tf_center_loss_op.tables.initializers import initial_rows
 
@@ -117,7 +118,7 @@ class ShardedCenters(variables.TableLike, private_apis.StoredInParts):
         """The part of this replica."""
         return self._variables[self._indices.index(self.own_index())]
 
-    def save(self, folder: str | os.PathLike) -> None:
+    def save(self, folder: str | bytes | os.PathLike) -> None:
         """Writes the table to a folder that all workers see: one NumPy file for each part.
 
         Call it on every worker, outside of ``strategy.run``. A save counts when all parts are
@@ -137,18 +138,29 @@ class ShardedCenters(variables.TableLike, private_apis.StoredInParts):
             save.complete(self.shape, self.dtype)
         self._wait_for_all()
 
-    def load(self, folder: str | os.PathLike) -> None:
+    def load(self, folder: str | bytes | os.PathLike, *, grow: bool = False) -> None:
         """Reads what `save` wrote, on any number of replicas, into this process's parts.
+
+        A table gets more classes by a save of the smaller table and a load into a larger one:
+
+            smaller.save(folder)
+            larger = ShardedCenters(num_classes, dim, initializer=initializer)
+            larger.load(folder, grow=True)
 
         Args:
           folder: that `save` was given.
+          grow: whether the save may be of a table of fewer classes. Its rows become the first ones
+            of this table, and the others stay as they are.
 
         Raises:
           FileNotFoundError: there is no complete save in the folder.
           ValueError: it is of a table of another shape or type, or a file is not whole. Parts may
             have been written then.
         """
-        self._fill(sharded_files.parts(folder, self.shape, self.dtype))
+        if not isinstance(grow, bool):
+            raise TypeError(f"grow: expected True or False, got {grow!r}")
+        rows, parts = sharded_files.saved(folder, self.shape, self.dtype, fewer_rows=grow)
+        self._fill(parts, rows)
 
     def save_own_variables(self, store: Any) -> None:
         """Keras's `save` and `save_weights`, where one process has all parts."""
@@ -163,7 +175,12 @@ class ShardedCenters(variables.TableLike, private_apis.StoredInParts):
 
     def load_own_variables(self, store: Any) -> None:
         """As `save_own_variables`, on any number of replicas."""
-        self._fill(np.asarray(store[key]) for key in sorted(store.keys(), key=int))
+        group = h5.h5_group(store)
+
+        def part(key: str) -> np.ndarray:
+            return np.asarray(store[key] if group is None else h5.whole_dataset(group, key))
+
+        self._fill(map(part, sorted(store.keys(), key=int)), self.shape[0])
 
     def checkpoint_slices(self, name: str) -> list[Any]:
         """Slices of one tensor, which tf.train.Checkpoint restores onto any other slices."""
@@ -174,8 +191,8 @@ class ShardedCenters(variables.TableLike, private_apis.StoredInParts):
             found.append(private_apis.ResourceVariableSaveable(variable, part.spec, name))
         return found
 
-    def _fill(self, parts: Iterable[np.ndarray]) -> None:
-        """Writes arrays that together are the table, in order, to the rows of this process."""
+    def _fill(self, parts: Iterable[np.ndarray], expected: int) -> None:
+        """Writes arrays that together are the first rows, in order, to those of this process."""
         first = 0
         for rows in parts:
             for begin, variable in self.shards:
@@ -186,8 +203,8 @@ class ShardedCenters(variables.TableLike, private_apis.StoredInParts):
                         block = np.array(rows[low - first : high - first])
                         write_rows(variable, low - begin, high - begin, block)
             first += len(rows)
-        if first != self.shape[0]:
-            raise ValueError(f"centers: expected {self.shape[0]} rows, got {first}")
+        if first != expected:
+            raise ValueError(f"centers: expected {expected} rows, got {first}")
 
     def _wait_for_all(self) -> None:
         """Waits until every worker has come here."""

@@ -76,7 +76,9 @@ def whole_dataset(group: h5py.Group, key: str) -> h5py.Dataset:
             )
         return rows
     in_file = rows.id.get_num_chunks()
-    count = math.prod(-(-size // chunk) for size, chunk in zip(rows.shape, rows.chunks, strict=True))
+    count = math.prod(
+        -(-size // chunk) for size, chunk in zip(rows.shape, rows.chunks, strict=True)
+    )
     if in_file < count:
         raise ValueError(
             f"centers: expected all {count} chunks of an array in the file, got {in_file}: {name}"
