@@ -33,7 +33,8 @@ int64_t CenterLossOnCpu(const StepArguments<Feature, Label>& step, const Paralle
                         Isa isa);
 
 // Runs the backward pass: gradient[i, :] = upstream[i] * residual[i, :], rounded to the features'
-// type. If `per_sample` is false, upstream[0] is used for every row.
+// type. `residual` holds the scaled residuals of the step. If `per_sample` is false, upstream[0] is
+// used for every row.
 template <typename Feature>
 void BackwardOnCpu(const CenterType<Feature>* upstream, bool per_sample,
                    const CenterType<Feature>* residual, Feature* gradient, int64_t batch,

@@ -220,3 +220,9 @@ def test_a_device_without_kernels_gets_the_graph_and_a_warning(
     (warning,) = result["warnings"]
     assert f"the centers lie on a {kind}, and it was" in warning
     assert "'native' cannot run: the centers lie on" in result["error"]
+
+
+def test_the_warning_points_to_the_callers_line(tmp_path):
+    copy_package(tmp_path)
+    out = run_program("warning_of_the_fallback", cwd=tmp_path, paths=[tmp_path])
+    assert out == "True\nTrue\n"

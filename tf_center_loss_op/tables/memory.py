@@ -159,7 +159,9 @@ def zeros(shape: tuple[int, ...], dtype: tf.DType) -> tf.Tensor:
     lazy = native.usable()
     check_room(shape, dtype, TOTAL if lazy else AVAILABLE)
     with out_of_memory(shape, dtype):
-        return native.ops().tcl_zeros(shape=shape, dtype=dtype) if lazy else tf.zeros(shape, dtype)
+        if not lazy:
+            return tf.zeros(shape, dtype)
+        return native.ops().tcl_zeros(shape=tf.constant(shape, tf.int64), dtype=dtype)
 
 
 @contextlib.contextmanager
