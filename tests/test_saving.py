@@ -328,6 +328,8 @@ def test_sharded_centers_with_a_missing_chunk_are_refused(tmp_path):
         for name in found:
             del file[name]
             file.create_dataset(name, (C, D), "f4", chunks=(5, D))[:5] = 2
-    with pytest.raises(ValueError, match="(?s)expected all 3 chunks of an array in the file, got 1"):
+    with pytest.raises(
+        ValueError, match="(?s)expected all 3 chunks of an array in the file, got 1"
+    ):
         model.load_weights(path)
     assert len(found) == 1 and layer.centers.shards[0][1].numpy().max() == 1
