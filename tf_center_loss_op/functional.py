@@ -118,6 +118,7 @@ class Result(NamedTuple):
     squared_distance: tf.Tensor  # [B] ||x_i - c_{y_i}||^2, without a gradient
     features: tf.Tensor  # [B, D]
     labels: tf.Tensor  # [B] class ids
+    ignore_class: int | None  # also the label of masked samples
 
 
 def loss_and_squared_distance(
@@ -139,7 +140,8 @@ def loss_and_squared_distance(
         loss, squared_distance = implementation(impl, a.centers).center_loss(a)
         if a.reduction == "none" and a.loss_shape is not None:
             loss = tf.reshape(loss, a.loss_shape)
-        return Result(loss, tf.stop_gradient(squared_distance), a.features, a.labels)
+        squared_distance = tf.stop_gradient(squared_distance)
+        return Result(loss, squared_distance, a.features, a.labels, a.ignore_class)
 
 
 def update_centers(
@@ -200,4 +202,5 @@ def update_centers(
         in_program_order = (
             tf.executing_eagerly() or tf.compat.v1.get_default_graph().building_function
         )
-        return None if in_program_order else step
+        # Plain TensorFlow gives a variable, a read of the table after the step.
+        return None if in_program_order else getattr(step, "op", step)

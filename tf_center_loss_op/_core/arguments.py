@@ -26,6 +26,9 @@ IMPLEMENTATIONS = ("auto", "native", "graph")
 # The label of a one-hot row that is all zero or not finite. No table has such a row.
 NO_CLASS_IN_ROW = -(2**63)
 
+# The label of a masked sample where no label is ignored otherwise. No table has such a row.
+MASKED = -(2**63) + 1
+
 _FEATURE_TYPES = (tf.float32, tf.float64, tf.float16, tf.bfloat16)
 _CLASS_TYPES = (tf.int32, tf.int64)
 
@@ -59,13 +62,18 @@ def check(
     sample_weight: Any = None,
     ignore_class: int | None = None,
     update_centers: bool = True,
+    mask: Any = None,
 ) -> Arguments:
-    """Checks and converts the arguments of one call."""
+    """Checks and converts the arguments of one call.
+
+    mask: True for the samples that count, a tensor in the shape of class ids, or None. The others
+    get the label `ignore_class`.
+    """
     one_of("rule", rule, RULES)
     one_of("reduction", reduction, REDUCTIONS)
     if not isinstance(update_centers, bool):
         raise TypeError(f"update_centers: expected True or False, got {_describe(update_centers)}")
-    ignore_class = _ignore_class(ignore_class)
+    ignore_class = class_to_ignore(ignore_class)
     features = _features(features)
     centers = _centers(centers, features, update_centers)
     # Where tracing does not know the width, it is checked when the op runs.
@@ -75,6 +83,10 @@ def check(
         )
     labels = _labels(labels, features, centers)
     labels = _with_leading_shape_of(features, "labels", labels)
+    if mask is not None:
+        mask = _with_leading_shape_of(features, "mask", _mask(mask, labels))
+        ignore_class = MASKED if ignore_class is None else ignore_class
+        labels = tf.where(mask, tf.cast(labels, tf.int64), ignore_class)
     dtype = centers.dtype
     if sample_weight is not None:
         sample_weight = _sample_weight(sample_weight, labels, dtype)
@@ -118,6 +130,26 @@ def positive(name: str, value: Any) -> int:
     if value < 1:
         raise ValueError(f"{name}: expected an int >= 1, got {value}")
     return int(value)
+
+
+def integer(name: str, value: Any) -> int:
+    """Raises unless value is an int of 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected an int, got {_describe(value)}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: expected an int in [-2**63, 2**63), got {value}")
+    return int(value)
+
+
+def class_to_ignore(ignore_class: Any) -> int | None:
+    """Raises unless it is None or an int."""
+    if ignore_class is None:
+        return None
+    if isinstance(ignore_class, bool) or not isinstance(ignore_class, numbers.Integral):
+        raise TypeError(f"ignore_class: expected None or an int, got {_describe(ignore_class)}")
+    if not NO_CLASS_IN_ROW < ignore_class < 2**63:
+        raise ValueError(f"ignore_class: expected an int in (-2**63, 2**63), got {ignore_class}")
+    return int(ignore_class)
 
 
 def require_no_recomputation() -> None:
@@ -172,11 +204,12 @@ def _centers(centers: Any, features: tf.Tensor, moves: bool) -> tf.Variable | va
         raise variables.wrong_kind(centers)
     if variable.dtype not in (tf.float32, tf.float64):
         raise TypeError(f"centers: expected dtype float32 or float64, got {variable.dtype.name}")
-    expected = tf.float64 if features.dtype == tf.float64 else tf.float32
-    if variable.dtype != expected:
+    if (features.dtype == tf.float64) != (variable.dtype == tf.float64):
+        float64 = variable.dtype == tf.float64
+        expected = "float64" if float64 else "float32, float16 or bfloat16"
         raise TypeError(
-            f"centers: expected dtype {expected.name} for {features.dtype.name} features, "
-            f"got {variable.dtype.name}"
+            f"features: expected dtype {expected} for {variable.dtype.name} centers, "
+            f"got {features.dtype.name}"
         )
     if variable.shape.rank != 2 or variable.shape[1] is None:
         raise ValueError(f"centers: expected shape [C, D], got {variable.shape}")
@@ -204,12 +237,16 @@ def _labels(
     if not rows and labels.dtype not in _CLASS_TYPES:
         raise TypeError(
             f"labels: expected class ids of dtype int32 or int64, got {labels.dtype.name}; "
-            "cast them with tf.cast(labels, tf.int32)"
+            + _advice(labels.dtype)
         )
     if not labels.shape.is_compatible_with(batch_shape + [classes] if rows else batch_shape):
+        hint = ""
+        if rows and labels.shape[-1] == 1:
+            remedy = "reshape(labels, [-1])" if labels.shape.rank == 2 else "squeeze(labels, -1)"
+            hint = f"; a column of class ids needs tf.{remedy}"
         raise ValueError(
             f"labels: expected shape {expected} for features of shape {features.shape}, "
-            f"got {labels.shape}"
+            f"got {labels.shape}{hint}"
         )
     if rows:
         if not (labels.dtype.is_floating or labels.dtype.is_integer or labels.dtype.is_bool):
@@ -218,6 +255,13 @@ def _labels(
             )
         labels = _argmax(labels, centers)
     return labels
+
+
+def _advice(dtype: tf.DType) -> str:
+    """How labels of a wrong type become class ids."""
+    if dtype == tf.string:
+        return "tf.keras.layers.StringLookup or tf.lookup.StaticHashTable makes them from strings"
+    return "cast them with tf.cast(labels, tf.int32)"
 
 
 def _argmax(rows: tf.Tensor, centers: tf.Variable | variables.TableLike) -> tf.Tensor:
@@ -261,6 +305,17 @@ def _sample_weight(sample_weight: Any, labels: tf.Tensor, dtype: tf.DType) -> tf
     return tf.stop_gradient(tf.cast(weights, dtype))
 
 
+def _mask(mask: Any, labels: tf.Tensor) -> tf.Tensor:
+    mask = _tensor("mask", mask)
+    if not mask.dtype.is_bool:
+        raise TypeError(f"mask: expected dtype bool, got {mask.dtype.name}")
+    if not mask.shape.is_compatible_with(labels.shape):
+        raise ValueError(
+            f"mask: expected shape {labels.shape}, one for each sample, got {mask.shape}"
+        )
+    return mask
+
+
 def _alpha(alpha: Any, dtype: tf.DType) -> tf.Tensor:
     if isinstance(alpha, keras.Variable):
         alpha = alpha.value
@@ -271,16 +326,6 @@ def _alpha(alpha: Any, dtype: tf.DType) -> tf.Tensor:
     if not alpha.shape.is_compatible_with([]):
         raise ValueError(f"alpha: expected a scalar, got shape {alpha.shape}")
     return tf.cast(tf.stop_gradient(alpha), dtype)
-
-
-def _ignore_class(ignore_class: Any) -> int | None:
-    if ignore_class is None:
-        return None
-    if isinstance(ignore_class, bool) or not isinstance(ignore_class, numbers.Integral):
-        raise TypeError(f"ignore_class: expected None or an int, got {_describe(ignore_class)}")
-    if not NO_CLASS_IN_ROW < ignore_class < 2**63:
-        raise ValueError(f"ignore_class: expected an int in (-2**63, 2**63), got {ignore_class}")
-    return int(ignore_class)
 
 
 def _flatten(tensor: tf.Tensor, shape: list[int], rank: int) -> tf.Tensor:

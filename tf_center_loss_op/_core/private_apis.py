@@ -65,6 +65,11 @@ ShardedVariable = _imported(
     "ShardedVariable",
     "to recognise a variable that a partitioner has split over several servers",
 )
+PartitionedVariable = _imported(
+    "tensorflow.python.ops.variables",
+    "PartitionedVariable",
+    "to say what to use in place of a variable of TensorFlow 1 that a partitioner has split",
+)
 is_op_determinism_enabled: Callable[[], bool] = _imported(
     "tensorflow.python.framework.config",
     "is_op_determinism_enabled",
@@ -299,6 +304,47 @@ class LossesByReplica:
     def _losses(self, losses: list[Any]) -> None:
         # Not an attribute of Keras's: a layer would track the lists.
         self.__dict__["_losses_of"] = collections.defaultdict(list, {running_replica(): losses})
+
+    def forget_losses_of_functions(self) -> None:
+        """Forgets losses that calls inside a tf.function added: they keep its graph alive."""
+        for losses in self._losses_of.values():
+            losses[:] = [loss for loss in losses if not tf.is_symbolic_tensor(loss)]
+
+
+class SavedState:
+    """Mixin of a layer: what its calls use beside its weights goes into a SavedModel.
+
+    TensorFlow refuses to save a function that uses a variable of no saved object. A checkpoint
+    holds none of these.
+    """
+
+    def state_for_saved_model(self) -> dict[str, Any]:
+        """Variables by name."""
+        raise NotImplementedError
+
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
+        """Called by tf.saved_model.save and tf.train.Checkpoint."""
+        children = super()._trackable_children(save_type, **kwargs)
+        if save_type == "savedmodel":
+            children |= self.state_for_saved_model()
+        return children
+
+
+class WeightOnVariable(keras.Variable):
+    """A keras.Variable around a variable that exists, of any device.
+
+    Keras makes a variable of its own, which under a strategy has a copy on each replica.
+    """
+
+    def __init__(self, variable: tf.Variable, name: str):
+        self._given = variable
+        super().__init__(
+            "zeros", variable.shape, variable.dtype.name, trainable=False, autocast=False, name=name
+        )
+
+    def _initialize_with_initializer(self, initializer: object) -> None:
+        """Called by Keras to make the variable."""
+        self._initialize(self._given)
 
 
 class StoredInParts(Trackable, KerasSaveable):

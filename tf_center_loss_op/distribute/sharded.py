@@ -41,6 +41,7 @@ class ShardedCenters(variables.TableLike, private_apis.StoredInParts):
     Attributes:
       shape, dtype: of the whole table.
       shards: this process's parts, as pairs (first row, ``tf.Variable``).
+      weights: the same parts as ``keras.Variable``, which a layer lists among its weights.
 
     Raises:
       ValueError: an argument is not one of these, or the strategy is not supported.
@@ -92,6 +93,7 @@ class ShardedCenters(variables.TableLike, private_apis.StoredInParts):
                         rows(*self.range_of(index)), trainable=False, name="centers"
                     )
                 self._variables.append(part)
+        self.weights = [private_apis.WeightOnVariable(v, "centers") for v in self._variables]
 
     @property
     def shards(self) -> list[tuple[int, tf.Variable]]:
