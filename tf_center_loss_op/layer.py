@@ -192,7 +192,7 @@ class CenterLoss(private_apis.LossesByReplica, private_apis.SavedState, keras.la
         inputs = layer_inputs.inputs_of(features, labels, sample_weight)
         layer_inputs.require_labels(inputs)
         mask = layer_inputs.mask_of(inputs, mask)
-        if private_apis.in_symbolic_scope():
+        if private_apis.on_placeholders():
             inputs = inputs._replace(labels=layer_inputs.labels_of_placeholders(inputs.labels))
         # As in BatchNormalization, a frozen layer keeps its weights in training, too.
         moves = bool(training) and self.trainable
