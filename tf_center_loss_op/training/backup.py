@@ -13,6 +13,7 @@ import keras
 import tensorflow as tf
 
 from tf_center_loss_op._core import arguments, private_apis
+from tf_center_loss_op._core.keras_backend import require_keras_on_tensorflow
 from tf_center_loss_op._core.variables import unwrap
 from tf_center_loss_op.layer import CenterLoss
 from tf_center_loss_op.training import backup_files
@@ -71,6 +72,7 @@ class AtomicBackup(keras.callbacks.BackupAndRestore):
         double_checkpoint: bool = False,
         delete_checkpoint: bool = True,
     ):
+        require_keras_on_tensorflow("AtomicBackup")
         super().__init__(os.fspath(backup_dir), save_freq, double_checkpoint, delete_checkpoint)
         if save_freq != "epoch" and save_freq is not False:
             arguments.positive("save_freq", save_freq)

@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_center_loss_op._core import arguments, private_apis
+from tf_center_loss_op._core.keras_backend import require_keras_on_tensorflow
 from tf_center_loss_op.layer import CenterLoss
 from tf_center_loss_op.training.measurements import (
     DISTANCES,
@@ -103,6 +104,7 @@ class CentersMonitor(keras.callbacks.Callback):
         max_samples: int = 10_000,
         max_classes: int = 4096,
     ):
+        require_keras_on_tensorflow("CentersMonitor")
         super().__init__()
         if dataset is not None and (
             isinstance(dataset, tuple)
