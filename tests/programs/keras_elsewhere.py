@@ -32,4 +32,4 @@ for name, make in OBJECTS.items():
 centers = tf.Variable(tf.zeros([10, 2]), trainable=False)
 loss = tcl.center_loss(tf.constant([[1.0, 2.0], [3.0, 4.0]]), [7, 7], centers, alpha=0.6)
 tcl.update_centers(tf.ones([1, 2]), [1], centers)
-print(float(loss), centers[7].numpy().round(3).tolist())
+print(float(loss), [round(float(c), 3) for c in centers[7]])
