@@ -58,7 +58,7 @@ def test_results_by_hand(session):
     assert session.run(loss) == 68.0
     # The loss alone moves nothing; the update moves by 1/2 * 1/2 over 1 + count.
     assert not session.run(centers).any()
-    session.run(update)
+    assert session.run(update) is None  # an operation, not a copy of the table
     np.testing.assert_allclose(session.run(centers), [[0.5, 1], [0, 0], [0, 0.75]], rtol=1e-6)
     # The step uses the residual of the same run, not of an earlier one.
     session.run(update)
@@ -92,6 +92,26 @@ def test_gradient_made_behind_the_update_uses_the_centers_before_it(session):
         gradient = tf1.gradients(loss, features)[0]
     initialise(session)
     assert session.run(gradient).tolist() == [[2.0], [6.0]]
+
+
+@pytest.mark.parametrize("fetched", ["loss", "gradient", "update"])
+def test_a_fetched_result_of_center_loss_moves_the_centers(session, impl, fetched):
+    # Nothing but the fetched tensor keeps the step in a graph of TensorFlow 1.
+    centers = tf.Variable(tf.zeros([2, 2]), trainable=False)
+    features = tf.constant([[2.0, 4.0]])
+    if fetched == "update":
+        result = tcl.update_centers(features, [1], centers, impl=impl)
+    else:
+        result = tcl.center_loss(features, [1], centers, impl=impl)
+    if fetched == "gradient":
+        result = tf1.gradients(result, features)[0]
+    initialise(session)
+    value = session.run(result)
+    if fetched == "update":
+        assert value is None
+    else:
+        assert np.array_equal(value, 10 if fetched == "loss" else [[2, 4]])
+    assert session.run(centers).tolist() == [[0, 0], [0.5, 1]]
 
 
 def test_the_variable_is_that_of_the_tutorial(session):

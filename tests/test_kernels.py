@@ -159,6 +159,32 @@ def test_views_are_read_correctly_or_refused(kernels):
         assert np.array_equal(centers, expected)
 
 
+@pytest.mark.parametrize("batch", [5, 64, 100, 5000])
+def test_labels_that_collide_in_the_last_slot(kernels, batch):
+    # The hash table of csrc/label_segments.cc has at least four slots a sample, and the high bits
+    # of label * 2^64 / golden ratio are a label's slot. After the last slot comes the first.
+    bits = 1
+    while 2**bits < 4 * batch:
+        bits += 1
+    distinct = min(batch, 100)
+    candidates = np.arange(distinct * 2 ** (bits + 1), dtype=np.uint64)
+    slots = (candidates * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(64 - bits)
+    labels = candidates[slots == 2**bits - 1].astype(np.int64)[:distinct]
+    assert len(labels) == distinct and len(candidates) > 2**bits
+    labels = np.resize(labels, batch)
+    features = np.random.default_rng(0).normal(size=(batch, 2))
+    centers = np.zeros([len(candidates), 2])
+    # A step before leaves its numbers in the memory that this one uses.
+    kernels.center_loss_step(features, labels[::-1].copy(), centers.copy())
+    loss, residual = kernels.center_loss_step(features, labels, centers, rule="mean", alpha=1.0)
+    np.testing.assert_allclose(residual, features / batch, rtol=1e-12)
+    np.testing.assert_allclose(loss, (features**2).sum() / 2 / batch, rtol=1e-12)
+    sums = np.zeros_like(centers)
+    np.add.at(sums, labels, features)
+    counts = np.bincount(labels, minlength=len(centers))[:, np.newaxis]
+    np.testing.assert_allclose(centers, sums / np.maximum(counts, 1), rtol=1e-12, atol=1e-14)
+
+
 def test_more_numbers_than_32_bits_count(kernels, tmp_path):
     # C * D > 2^31, and byte offsets beyond 2^33. A sparse file costs only the pages touched.
     rows, dim = 2**22 + 5, 513

@@ -155,7 +155,11 @@ def test_wrong_inputs_fail_when_the_model_is_built(what):
 
 @pytest.mark.parametrize("dtype", ["float16", "float64", "bfloat16"])
 def test_other_right_inputs_pass(dtype):
-    for labels in (keras.Input([], dtype="int64"), keras.Input([C]), keras.Input([C], dtype="bool")):
+    for labels in (
+        keras.Input([], dtype="int64"),
+        keras.Input([C]),
+        keras.Input([C], dtype="bool"),
+    ):
         out = tcl.CenterLoss(C)(keras.Input([D], dtype=dtype), labels)
         assert out.shape == (None, D) and out.dtype == dtype
 
@@ -198,9 +202,7 @@ def test_masked_samples_count_nowhere_and_move_nothing(impl, ignored, label_type
         tape.watch(x)
         layer(x, given, mask=mask, training=True)
         loss = layer.losses[0]
-    truth = oracle.center_loss(
-        features[mask], labels[mask], np.zeros([C, D]), ignore_class=ignored
-    )
+    truth = oracle.center_loss(features[mask], labels[mask], np.zeros([C, D]), ignore_class=ignored)
     assert_close(loss, truth.loss, "float32", "loss")
     assert_close(layer.centers.numpy(), truth.centers, "float32", "centers")
     gradient = tape.gradient(loss, x).numpy()

@@ -166,3 +166,34 @@ def test_mixed_derivative_of_the_sum_is_minus_one(impl, features, centers):
     # Each sample takes 1 from every number of its center: classes seen 2, 1, 3 and 0 times.
     gradient = dense(outer.gradient(total, centers))
     np.testing.assert_allclose(gradient, -np.array([[2.0], [1.0], [3.0], [0.0]]) * np.ones(5))
+
+
+@pytest.mark.parametrize("ignored", [1, -1], ids=["a class", "no class"])
+@pytest.mark.parametrize("update", [True, False], ids=["moving", "reading"])
+@pytest.mark.parametrize("reduction, factor", [("sum", 1.0), ("mean", 0.5), ("none", 3.0)])
+def test_an_ignored_sample_has_no_second_derivative(impl, ignored, update, reduction, factor):
+    # The outer gradient is not zero at the ignored sample, whose first gradient is.
+    features = tf.constant([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], tf.float64)
+    centers = tf.Variable(tf.zeros([2, 2], tf.float64))
+    outward = tf.constant([[1.0, 2.0], [4.0, 8.0], [16.0, 32.0]], tf.float64)
+    upstream = tf.constant([3.0, 3.0, 3.0] if reduction == "none" else 1.0, tf.float64)
+    with tf.GradientTape() as outer:
+        outer.watch(features)
+        with tf.GradientTape() as inner:
+            inner.watch(features)
+            loss = tcl.center_loss(
+                features,
+                [0, ignored, 0],
+                centers,
+                reduction=reduction,
+                ignore_class=ignored,
+                update_centers=update,
+                impl=impl,
+            )
+        total = tf.reduce_sum(outward * inner.gradient(loss, features, upstream))
+    to_features, to_centers = outer.gradient(total, [features, centers])
+    expected = np.array([[1, 2], [0, 0], [16, 32]]) * factor
+    np.testing.assert_allclose(to_features, expected, rtol=1e-12)
+    if not update:
+        expected = np.array([[-17, -34], [0, 0]]) * factor
+        np.testing.assert_allclose(dense(to_centers), expected, rtol=1e-12)

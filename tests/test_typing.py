@@ -1,6 +1,9 @@
 """The public interface: names, signatures, annotations, docstrings, py.typed."""
 
 import inspect
+import json
+import re
+import sys
 from importlib import resources
 
 import pytest
@@ -119,3 +122,16 @@ def test_an_import_prints_nothing(tmp_path):
     done = run_program("import_the_package", cwd=tmp_path, check=False)
     assert (done.returncode, done.stdout) == (0, "")
     assert "Warning" not in done.stderr
+
+
+def test_the_import_brings_only_what_functions_and_layer_need(tmp_path):
+    modules = json.loads(run_program("modules_of_the_import", cwd=tmp_path).splitlines()[-1])
+    own = {name for name in modules if name.startswith("tf_center_loss_op")}
+    assert "tf_center_loss_op.layer" in own
+    for name in ("training", "nearest", "plots", "compat"):
+        assert not any(each.startswith(f"tf_center_loss_op.{name}") for each in own)
+    others = {name.split(".")[0] for name in set(modules) - own}
+    # TensorFlow makes a module of the ops of a library and names it by a hash.
+    others = {name for name in others if not re.fullmatch("[0-9a-f]{40}", name)}
+    # TensorFlow and Keras import parts of themselves when they are first used.
+    assert others <= {"tensorflow", "keras", *sys.stdlib_module_names}

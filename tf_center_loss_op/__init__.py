@@ -6,6 +6,7 @@ import importlib
 from types import ModuleType
 
 from tf_center_loss_op import distribute, tables
+from tf_center_loss_op._core import native as _native
 from tf_center_loss_op._core.native import build_info
 from tf_center_loss_op.conventions import CONVENTIONS
 from tf_center_loss_op.functional import center_loss, update_centers
@@ -24,6 +25,9 @@ __all__ = [
     "training",
     "update_centers",
 ]
+
+# Loading the library registers the ops, so that a graph or a SavedModel that holds them loads.
+_native.usable()
 
 # The functions and the layer do not need these modules: they are imported when they are first used.
 _IMPORTED_ON_USE = ("compat", "nearest", "plots", "training")

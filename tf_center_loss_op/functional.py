@@ -202,4 +202,5 @@ def update_centers(
         in_program_order = (
             tf.executing_eagerly() or tf.compat.v1.get_default_graph().building_function
         )
-        return None if in_program_order else step
+        # Plain TensorFlow gives a variable, a read of the table after the step.
+        return None if in_program_order else getattr(step, "op", step)

@@ -137,6 +137,7 @@ class CpuBackwardOp : public BackwardOp {
   using BackwardOp::BackwardOp;
 
   void Compute(OpKernelContext* context) override {
+    const ProfiledKernel profiled(*this, *context);
     Inputs in;
     OP_REQUIRES_OK(context, Find(context, &in));
     const Tensor& bits = *in.bits;

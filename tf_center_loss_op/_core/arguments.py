@@ -132,6 +132,15 @@ def positive(name: str, value: Any) -> int:
     return int(value)
 
 
+def integer(name: str, value: Any) -> int:
+    """Raises unless value is an int of 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected an int, got {_describe(value)}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: expected an int in [-2**63, 2**63), got {value}")
+    return int(value)
+
+
 def class_to_ignore(ignore_class: Any) -> int | None:
     """Raises unless it is None or an int."""
     if ignore_class is None:
@@ -195,11 +204,12 @@ def _centers(centers: Any, features: tf.Tensor, moves: bool) -> tf.Variable | va
         raise variables.wrong_kind(centers)
     if variable.dtype not in (tf.float32, tf.float64):
         raise TypeError(f"centers: expected dtype float32 or float64, got {variable.dtype.name}")
-    expected = tf.float64 if features.dtype == tf.float64 else tf.float32
-    if variable.dtype != expected:
+    if (features.dtype == tf.float64) != (variable.dtype == tf.float64):
+        float64 = variable.dtype == tf.float64
+        expected = "float64" if float64 else "float32, float16 or bfloat16"
         raise TypeError(
-            f"centers: expected dtype {expected.name} for {features.dtype.name} features, "
-            f"got {variable.dtype.name}"
+            f"features: expected dtype {expected} for {variable.dtype.name} centers, "
+            f"got {features.dtype.name}"
         )
     if variable.shape.rank != 2 or variable.shape[1] is None:
         raise ValueError(f"centers: expected shape [C, D], got {variable.shape}")
@@ -230,9 +240,13 @@ def _labels(
             + _advice(labels.dtype)
         )
     if not labels.shape.is_compatible_with(batch_shape + [classes] if rows else batch_shape):
+        hint = ""
+        if rows and labels.shape[-1] == 1:
+            remedy = "reshape(labels, [-1])" if labels.shape.rank == 2 else "squeeze(labels, -1)"
+            hint = f"; a column of class ids needs tf.{remedy}"
         raise ValueError(
             f"labels: expected shape {expected} for features of shape {features.shape}, "
-            f"got {labels.shape}"
+            f"got {labels.shape}{hint}"
         )
     if rows:
         if not (labels.dtype.is_floating or labels.dtype.is_integer or labels.dtype.is_bool):
@@ -246,9 +260,7 @@ def _labels(
 def _advice(dtype: tf.DType) -> str:
     """How labels of a wrong type become class ids."""
     if dtype == tf.string:
-        return (
-            "tf.keras.layers.StringLookup or tf.lookup.StaticHashTable makes them from strings"
-        )
+        return "tf.keras.layers.StringLookup or tf.lookup.StaticHashTable makes them from strings"
     return "cast them with tf.cast(labels, tf.int32)"
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import warnings
+from pathlib import Path
 from typing import Protocol
 
 import tensorflow as tf
@@ -94,5 +96,14 @@ def _warn_once(reason: str) -> None:
         "tf_center_loss_op: no native library, computing with plain TensorFlow ops instead, with "
         f"the same results but slower: {reason}. To rebuild it: {native.REBUILD}",
         RuntimeWarning,
-        stacklevel=6,
+        stacklevel=_stacklevel_of_the_caller(),
     )
+
+
+def _stacklevel_of_the_caller() -> int:
+    """How many frames above `_warn_once` the first one outside of the package is."""
+    package = str(Path(__file__).parent.parent)
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_code.co_filename.startswith(package):
+        frame, level = frame.f_back, level + 1
+    return level

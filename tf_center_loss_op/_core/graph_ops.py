@@ -28,19 +28,16 @@ class GraphOps:
     def center_loss(self, a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
         """The loss and ||x_i - c_{y_i}||^2 [B]; the centers have moved where a.update_centers."""
         a = with_equal_lengths(a)
-        residual = residual_of(a)
-        loss = loss_of(a, residual)
-        squared_distance = tf.reduce_sum(residual * residual, axis=1)
-        return _after_step(a, residual, loss), squared_distance
+        residual = _after_step(a, residual_of(a))
+        return loss_of(a, residual), tf.reduce_sum(residual * residual, axis=1)
 
     def sum_loss_and_residual(self, a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
         """The loss as a plain sum, and x_i - c_{y_i} [B, D]; the centers move as above."""
         a = with_equal_lengths(a)
-        residual = residual_of(a)
+        residual = _after_step(a, residual_of(a))
         one = tf.ones([], a.centers.dtype)
         plain = dataclasses.replace(a, reduction="sum", loss_weight=one, sample_weight=None)
-        loss = loss_of(plain, residual)
-        return loss, _after_step(a, residual, tf.stop_gradient(residual))
+        return loss_of(plain, residual), tf.stop_gradient(residual)
 
     def update_centers(self, a: Arguments) -> tf.Operation | None:
         """The step of the centers alone."""
@@ -53,12 +50,16 @@ class GraphOps:
         return _move(dataclasses.replace(a, alpha=tf.where(checked, a.alpha, 0)), residual)
 
 
-def _after_step(a: Arguments, residual: tf.Tensor, result: tf.Tensor) -> tf.Tensor:
-    """The result, once the centers have moved where a.update_centers."""
+def _after_step(a: Arguments, residual: tf.Tensor) -> tf.Tensor:
+    """The residual, once the centers have moved where a.update_centers.
+
+    In a graph of TensorFlow 1 the step runs only because another op needs it. What is computed from
+    this residual does, the gradient of the loss included.
+    """
     if not a.update_centers:
-        return result
+        return residual
     with tf.control_dependencies([_move(a, residual)]):
-        return tf.identity(result)
+        return tf.identity(residual)
 
 
 def with_equal_lengths(a: Arguments) -> Arguments:
@@ -277,15 +278,11 @@ def first_outside(a: Arguments, is_outside: tf.Tensor) -> tf.Tensor:
     """The message about the first label that is outside the table."""
     position = tf.where(is_outside)[0, 0]
     label = tf.cast(a.labels[position], tf.int64)
-    return tf.cond(
-        tf.equal(label, NO_CLASS_IN_ROW),
-        lambda: tf.strings.format(
-            "labels[{}]: expected a one-hot row, got one that is all zero or not finite", position
-        ),
-        lambda: tf.strings.format(
-            "labels[{}] = {} is outside [0, {})", (position, label, _num_classes(a))
-        ),
+    text = tf.strings.format(
+        "labels[{}] = {} is outside [0, {})", (position, label, _num_classes(a))
     )
+    no_class = ": the label of a one-hot row that is all zero or not finite"
+    return text + tf.where(tf.equal(label, NO_CLASS_IN_ROW), no_class, "")
 
 
 def _initialized(a: Arguments) -> tf.Tensor | bool:

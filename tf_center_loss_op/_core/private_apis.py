@@ -65,6 +65,11 @@ ShardedVariable = _imported(
     "ShardedVariable",
     "to recognise a variable that a partitioner has split over several servers",
 )
+PartitionedVariable = _imported(
+    "tensorflow.python.ops.variables",
+    "PartitionedVariable",
+    "to say what to use in place of a variable of TensorFlow 1 that a partitioner has split",
+)
 is_op_determinism_enabled: Callable[[], bool] = _imported(
     "tensorflow.python.framework.config",
     "is_op_determinism_enabled",

@@ -81,6 +81,11 @@ def wrong_kind(centers: Any) -> TypeError:
     got = type(centers).__name__
     if isinstance(centers, tf.Variable):
         got += ", a reference variable: create it with use_resource=True"
+    if isinstance(centers, private_apis.PartitionedVariable):
+        got += (
+            ", which a partitioner has split: create it without one, or use "
+            "tf_center_loss_op.distribute.ShardedCenters"
+        )
     return TypeError(
         "centers: expected a tf.Variable (a resource variable) or a keras.Variable around one, "
         f"got {got}"

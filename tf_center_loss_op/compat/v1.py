@@ -90,4 +90,6 @@ def center_loss(
         )
         run = implementation("auto", a.centers)
         loss, residual = run.sum_loss_and_residual(dataclasses.replace(a, update_centers=False))
-        return loss, centers, run.update_from_residual(a, residual)
+        step = run.update_from_residual(a, residual)
+        # Plain TensorFlow gives a variable, a read of the table after the step.
+        return loss, centers, getattr(step, "op", step)

@@ -8,9 +8,10 @@ the others arrive, and Keras would mix up the lists in which it collects the los
 from __future__ import annotations
 
 import contextlib
+import weakref
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -21,8 +22,6 @@ _FIRST_KEY = 2**30
 
 # Rows are padded to one of these lengths, so that few shapes occur; at most a sixteenth is padding.
 _LENGTHS = sorted({step << k for step in range(32) for k in range(27)})
-
-_COLLECTIVES = ("CollectiveGatherV2", "CollectiveReduceV2")
 
 
 class Exchange:
@@ -52,11 +51,12 @@ class Exchange:
                     "strategy: expected a tf.function where several replicas exchange their "
                     "batches, got a graph of TensorFlow 1, whose sessions cannot run that exchange"
                 )
-            _refuse_deadlock(inputs)
-            launcher = private_apis.collective_launchers(self._context.strategy)[
-                variables.replica()
-            ]
-            self._launcher = private_apis.CollectiveLauncher(launcher)
+            graph, self._replica = tf.compat.v1.get_default_graph(), variables.replica()
+            made = [made for made in _MADE.get(graph, []) if made.replica == self._replica]
+            self._number = 1 + max((made.exchange for made in made), default=-1)
+            _refuse_deadlock(inputs, self._replica, self._number)
+            launchers = private_apis.collective_launchers(self._context.strategy)
+            self._launcher = private_apis.CollectiveLauncher(launchers[self._replica])
 
     def numbers(self, own: tf.Tensor) -> tf.Tensor:
         """[R, K] of every replica's [K]."""
@@ -75,9 +75,10 @@ class Exchange:
             return self._context.all_reduce(tf.distribute.ReduceOp.SUM, rows)
         length = _length_index(tf.shape(rows)[0] // variables.replicas())
         with tf.device(self._launcher.device):
-            return tf.raw_ops.CollectiveReduceV2(
+            added = tf.raw_ops.CollectiveReduceV2(
                 input=rows, merge_op="Add", final_op="Id", **self._options("add", rows, length)
             )
+        return self._recorded(added)
 
     def _gather(self, rows: tf.Tensor, length: tf.Tensor | int) -> tf.Tensor:
         if rows.dtype == tf.bfloat16:
@@ -89,7 +90,12 @@ class Exchange:
             gathered = tf.raw_ops.CollectiveGatherV2(
                 input=rows, **self._options("gather", rows, length)
             )
-        return tf.ensure_shape(gathered, [None, *rows.shape[1:]])
+        return tf.ensure_shape(self._recorded(gathered), [None, *rows.shape[1:]])
+
+    def _recorded(self, result: tf.Tensor) -> tf.Tensor:
+        made = _Made(self._replica, self._number, result.op.name)
+        _MADE.setdefault(result.graph, []).append(made)
+        return result
 
     def _options(self, what: str, rows: tf.Tensor, length: tf.Tensor | int) -> dict[str, Any]:
         launcher = self._launcher
@@ -127,15 +133,33 @@ def out_of_program_order() -> Iterator[None]:
     private_apis.run_out_of_program_order(graph, graph.get_operations()[first:])
 
 
-def _refuse_deadlock(inputs: list[tf.Tensor]) -> None:
-    """Raises where program order makes this exchange wait for one that waits for it.
+class _Made(NamedTuple):
+    """A collective op, by the exchange that it belongs to."""
 
-    That is so where an op in program order computes what this replica exchanges, and an earlier op
-    in program order depends on the exchange of another replica: the first waits for the second.
+    replica: int
+    exchange: int  # counted for each replica, in program order
+    op_name: str
+
+
+# The collective ops that the replicas of this process have made in a graph.
+_MADE: weakref.WeakKeyDictionary[tf.Graph, list[_Made]] = weakref.WeakKeyDictionary()
+
+
+def _refuse_deadlock(inputs: list[tf.Tensor], replica: int, exchange: int) -> None:
+    """Raises where program order would make this exchange wait for one that waits for it.
+
+    That is so where op B, in program order, computes what this replica exchanges, and op A, before
+    it in program order, depends on this or a later exchange of another replica: A waits for that
+    exchange, which waits for this one, which waits for B, which waits for A.
     """
     graph = tf.compat.v1.get_default_graph()
     ops = graph.get_operations()  # In the order in which they were made: inputs come first.
-    waiting = _descendants(ops, [op for op in ops if op.type in _COLLECTIVES])
+    others = {
+        made.op_name
+        for made in _MADE.get(graph, [])
+        if made.replica != replica and made.exchange >= exchange
+    }
+    waiting = _descendants(ops, others)
     if not waiting:
         return
     computed = _ancestors([tensor.op for tensor in inputs if tensor.graph is graph])
@@ -153,9 +177,9 @@ def _refuse_deadlock(inputs: list[tf.Tensor]) -> None:
             earlier = op
 
 
-def _descendants(ops: list[tf.Operation], of: list[tf.Operation]) -> set[str]:
+def _descendants(ops: list[tf.Operation], names: set[str]) -> set[str]:
     """The names of these ops and of all that depend on them."""
-    found = {op.name for op in of}
+    found = set(names)
     if found:
         for op in ops:
             if any(before.name in found for before in _direct_inputs(op)):
