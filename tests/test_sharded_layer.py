@@ -49,7 +49,7 @@ def test_set_weights(batch):
     model.fit([*batch], verbose=0)
     other.set_weights(model.get_weights())
     centers = other.get_layer("centers").centers
-    (first, part), = centers.shards
+    ((first, part),) = centers.shards
     assert first == 0 and part.numpy().any()
     assert np.array_equal(part.numpy(), model.get_layer("centers").get_weights()[0])
     one = model_of()
@@ -62,12 +62,11 @@ def test_early_stopping_restores_the_best_centers(batch):
     layer = model.get_layer("centers")
     watch = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: (
-            seen.append(layer.get_weights()[0]), logs.update(score=float(epoch))
+            seen.append(layer.get_weights()[0]),
+            logs.update(score=float(epoch)),
         )
     )
-    stop = keras.callbacks.EarlyStopping(
-        "score", patience=2, mode="min", restore_best_weights=True
-    )
+    stop = keras.callbacks.EarlyStopping("score", patience=2, mode="min", restore_best_weights=True)
     model.fit([*batch], epochs=5, verbose=0, callbacks=[watch, stop])
     assert len(seen) == 3 and not np.array_equal(seen[0], seen[1])
     assert np.array_equal(layer.get_weights()[0], seen[0])
