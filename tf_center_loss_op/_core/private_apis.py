@@ -288,6 +288,18 @@ get_object_name = _imported(
 )
 
 
+def on_placeholders() -> bool:
+    """Whether Keras calls a subclassed model on placeholders, of whose types it knows nothing.
+
+    It does so to build a loaded model, and for the signature "serving_default" that
+    tf.saved_model.save asks for (`_default_save_signature` of a model).
+    """
+    if in_symbolic_scope():
+        return True
+    graph = tf.compat.v1.get_default_graph()
+    return graph.building_function and graph.name == "serving_default"
+
+
 class LossesByReplica:
     """Mixin of a layer that keeps the losses of `add_loss` apart for the replicas of a process.
 
@@ -326,7 +338,9 @@ class SavedState:
         """Called by tf.saved_model.save and tf.train.Checkpoint."""
         children = super()._trackable_children(save_type, **kwargs)
         if save_type == "savedmodel":
-            children |= self.state_for_saved_model()
+            # The parts of a sharded table are variables like others there.
+            whole = {k: v for k, v in children.items() if not isinstance(v, StoredInParts)}
+            return whole | self.state_for_saved_model()
         return children
 
 

@@ -1,6 +1,6 @@
 """The files of a sharded table: one NumPy file for each shard, and a file that names the shards.
 
-A save counts when that file names its parts: it is replaced when all parts are on the disk, so a
+A save counts when that file names its shards: it is replaced once all shards are on the disk, so a
 job killed meanwhile leaves the save before it.
 """
 

@@ -12,6 +12,7 @@ import keras
 import tensorflow as tf
 
 from tf_center_loss_op._core import arguments, private_apis
+from tf_center_loss_op._core.keras_backend import require_keras_on_tensorflow
 from tf_center_loss_op._core.variables import unwrap
 from tf_center_loss_op.layer import CenterLoss
 from tf_center_loss_op.tables import whole_files
@@ -72,6 +73,7 @@ class AtomicBackup(keras.callbacks.BackupAndRestore):
         double_checkpoint: bool = False,
         delete_checkpoint: bool = True,
     ):
+        require_keras_on_tensorflow("AtomicBackup")
         backup_dir = whole_files.checked_path("backup_dir", backup_dir)
         if save_freq is not False and not (isinstance(save_freq, str) and save_freq == "epoch"):
             save_freq = arguments.positive("save_freq", save_freq)
