@@ -1,7 +1,7 @@
 """Searches the k nearest centers of a batch of samples, block of rows by block of rows.
 
 A matrix product gives the closeness 2 x.c - |c|^2 of all samples and rows of a block. Its rounding
-error is bounded, and only the rows that it cannot rule out are compared exactly (`_limits`).
+error is bounded, and only the rows that it cannot rule out are compared exactly (`_errors`).
 """
 
 from __future__ import annotations
@@ -24,9 +24,17 @@ class _Queries(NamedTuple):
     origin: tf.Tensor  # [D], is subtracted from samples and centers
     shifted: tf.Tensor  # whether the origin is not zero
     factors: tf.Tensor  # [n, D], 2 (x - origin); zero where that is too large to be squared
-    squares: tf.Tensor  # [n], |x - origin|^2
-    unbounded: tf.Tensor  # [n], whether x is too large: every row is compared exactly
     finite: tf.Tensor  # [n], whether x is finite: otherwise no row is compared
+    errors: _Errors
+
+
+class _Errors(NamedTuple):
+    """Numbers in the bounds of the rounding errors of each sample, see `_errors`."""
+
+    upper: tf.Tensor  # [n], infinite where every row is compared exactly
+    shrink: tf.Tensor
+    lower: tf.Tensor  # [n], -infinite where every row is compared exactly
+    grow: tf.Tensor
 
 
 class _Block(NamedTuple):
@@ -100,12 +108,16 @@ def _all_distances(x: tf.Tensor, table: CenterRows, start: tf.Tensor, block: int
     return tf.where(~tf.math.is_nan(exact) & (row < table.count()), exact, math.inf)
 
 
+def _largest_square(dtype: tf.DType) -> float:
+    """Below this, |c|^2 - 2 x.c and its partial sums cannot overflow."""
+    return float(np.finfo(dtype.as_numpy_dtype).max) / 16
+
+
 def _too_large(squares: tf.Tensor) -> tf.Tensor:
-    """Which squares are NaN, or so large that |c|^2 - 2 x.c or a partial sum could overflow."""
-    largest = float(np.finfo(squares.dtype.as_numpy_dtype).max) / 16
+    """Which squares are too large for `_largest_square`, or NaN."""
     # Not `~(squares <= largest)`: TensorFlow's graph optimizer makes `squares > largest` of it,
     # which is false for a NaN.
-    return (squares > largest) | tf.math.is_nan(squares)
+    return (squares > _largest_square(squares.dtype)) | tf.math.is_nan(squares)
 
 
 def _median(values: tf.Tensor) -> tf.Tensor:
@@ -133,7 +145,7 @@ def _queries(x: tf.Tensor, finite: tf.Tensor) -> _Queries:
     squares = tf.reduce_sum(moved * moved, 1)
     unbounded = _too_large(squares)
     factors = tf.where(unbounded[:, tf.newaxis], tf.zeros_like(x), 2 * moved)
-    return _Queries(x, origin, shifted, factors, squares, unbounded, finite)
+    return _Queries(x, origin, shifted, factors, finite, _errors(x, squares, unbounded))
 
 
 def _read(
@@ -141,41 +153,29 @@ def _read(
 ) -> _Block:
     """The rows [start, stop) of the table, and how close the samples are to them."""
     rows = table.block(start, stop)
-    moved = tf.cond(queries.shifted, lambda: rows - queries.origin, lambda: rows)
-    squares = tf.reduce_sum(tf.square(moved), 1)
-    too_large = _too_large(squares)
+    squares = tf.reduce_sum(tf.square(rows), 1)
 
-    def without_too_large() -> tuple[tf.Tensor, tf.Tensor]:
+    def usual() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        return rows, -squares, tf.zeros_like(squares, tf.bool)
+
+    def unusual() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        moved = rows - queries.origin
+        squares = tf.reduce_sum(tf.square(moved), 1)
+        too_large = _too_large(squares)
         finite = tf.reduce_all(tf.math.is_finite(rows), axis=1)
-        return tf.where(too_large[:, tf.newaxis], tf.zeros_like(moved), moved), too_large & finite
-
-    moved, unbounded = tf.cond(
-        tf.reduce_any(too_large), without_too_large, lambda: (moved, too_large)
-    )
-    left_out = too_large | _surplus_zeros(rows, k)
-    closeness = tf.nn.bias_add(
-        tf.matmul(queries.factors, moved, transpose_b=True),
-        tf.where(~left_out, -squares, -math.inf),
-    )
-    return _Block(rows, start, closeness, unbounded)
-
-
-def _surplus_zeros(rows: tf.Tensor, k: int) -> tf.Tensor:
-    """Which rows [m] are zero and come after k other rows of zeros.
-
-    They are not among the k nearest, because the lower labels win. A table in its first epoch is
-    mostly zeros, and all of them would be candidates.
-    """
-    # A few columns show that most tables have no such rows.
-    some = rows[:, :: tf.maximum(1, width(rows) // 8)]
-    maybe = tf.reduce_all(some == 0, axis=1)
-
-    def surplus() -> tf.Tensor:
+        moved = tf.where(too_large[:, tf.newaxis], tf.zeros_like(moved), moved)
+        # Rows of zeros after k others are not among the k nearest, because the lower labels win. A
+        # table in its first epoch is mostly zeros, and all of them would be candidates.
         zero = tf.reduce_all(rows == 0, axis=1)
-        return zero & (tf.cumsum(tf.cast(zero, tf.int32)) > k)
+        surplus = zero & (tf.cumsum(tf.cast(zero, tf.int32)) > k)
+        return moved, tf.where(~(too_large | surplus), -squares, -math.inf), too_large & finite
 
-    none = tf.zeros_like(maybe)
-    return tf.cond(tf.reduce_sum(tf.cast(maybe, tf.int32)) > k, surplus, lambda: none)
+    # One branch for all: each tensor that a branch takes is passed on by an op of its own.
+    zeros = tf.math.count_nonzero(squares == 0, dtype=tf.int32)
+    is_usual = tf.reduce_all(squares <= _largest_square(rows.dtype)) & (zeros <= k)
+    moved, bias, unbounded = tf.cond(is_usual & ~queries.shifted, usual, unusual)
+    closeness = tf.nn.bias_add(tf.matmul(queries.factors, moved, transpose_b=True), bias)
+    return _Block(rows, start, closeness, unbounded)
 
 
 def _search_block(
@@ -185,7 +185,7 @@ def _search_block(
     # Most blocks have no row that comes near to what was found before, for most samples.
     closest = tf.reduce_max(block.closeness, 1)
     bounds = tf.square(distances[:, -1])
-    candidates = (closest >= _limits(queries, bounds)) | tf.reduce_any(block.unbounded)
+    candidates = (closest >= _limits(queries.errors, bounds)) | tf.reduce_any(block.unbounded)
     samples = tf.where(candidates & queries.finite)[:, 0]
 
     def with_block() -> tuple[tf.Tensor, tf.Tensor]:
@@ -226,17 +226,17 @@ def _exact(
       In ascending order of the labels, filled with infinite distances: w is the largest number of
       candidates of a sample.
     """
-    queries = queries._replace(
-        squares=tf.gather(queries.squares, samples),
-        unbounded=tf.gather(queries.unbounded, samples),
+    errors = queries.errors
+    errors = errors._replace(
+        upper=tf.gather(errors.upper, samples), lower=tf.gather(errors.lower, samples)
     )
     closeness = tf.gather(block.closeness, samples)
     if k > 1:
         m = tf.shape(closeness)[1]
         closest = tf.math.top_k(closeness, tf.minimum(k, m)).values[:, -1]
         closest = tf.where(m >= k, closest, -math.inf)
-    bounds = tf.minimum(bounds, _bounds(queries, closest))
-    limits = _limits(queries, bounds)
+    bounds = tf.minimum(bounds, _bounds(errors, closest))
+    limits = _limits(errors, bounds)
     pairs = tf.where((closeness >= limits[:, tf.newaxis]) | block.unbounded)
     sample, row = pairs[:, 0], pairs[:, 1]
     exact = pair_distances(
@@ -257,44 +257,44 @@ def _exact(
     )
 
 
-def _rounding(queries: _Queries) -> tuple[tf.Tensor, tf.Tensor]:
-    """The relative error p of the closeness, and what products lose that underflow.
+def _errors(x: tf.Tensor, squares: tf.Tensor, unbounded: tf.Tensor) -> _Errors:
+    """Bounds of the rounding errors for samples [n, D] with these squared norms.
 
-    The computed closeness differs from |x|^2 - |x - c|^2 by at most p (|x| + |c|)^2 plus the second
-    number; the origin is subtracted from both. This holds for D below a million.
+    The computed closeness differs from |x|^2 - |x - c|^2 by at most p (|x| + |c|)^2, and by what
+    products lose that underflow; the origin is subtracted from both. With |c| <= |x| + d, the
+    distance d to a row fulfils
+
+        d^2 <= |x|^2 - closeness + p (2 |x| + d)^2,  (2 |x| + d)^2 <= 8 |x|^2 + 2 d^2
+
+    and the same with signs reversed. So the norm of the row is not needed, and no other row
+    matters, however large it is. This holds for D below a million.
     """
-    dtype = queries.x.dtype
-    d = tf.cast(width(queries.x), dtype)
-    limits = np.finfo(dtype.as_numpy_dtype)
+    limits = np.finfo(x.dtype.as_numpy_dtype)
+    d = tf.cast(width(x), x.dtype)
     # D products and sums, and 10 more roundings for the shift of the origin and the rest. `eps` is
     # twice the error of one rounding.
-    rounding = (d + 10) * float(limits.eps)
-    if dtype == tf.float32 and tf.config.list_physical_devices("GPU"):
+    p = (d + 10) * float(limits.eps)
+    if x.dtype == tf.float32 and tf.config.list_physical_devices("GPU"):
         # A GPU's matmul uses TensorFloat-32 by default, which keeps ten bits of the factors.
         tf32 = tf.config.experimental.tensor_float_32_execution_enabled()
-        rounding += 2.0**-9 if tf32 else 0.0
-    return rounding, 4 * d * float(limits.tiny)
+        p += 2.0**-9 if tf32 else 0.0
+    underflow = 4 * d * float(limits.tiny)
+    # 9 and 3: the bounds themselves are rounded. Distances that differ by less than a rounding are
+    # rounded to the same number, and then the lower label wins: p is larger than that, too.
+    error = 9 * p * squares + underflow
+    return _Errors(
+        upper=tf.where(~unbounded, squares + error, math.inf),
+        shrink=1 / (1 - 2 * p),
+        lower=tf.where(~unbounded, squares - error, -math.inf),
+        grow=1 + 3 * p,
+    )
 
 
-def _bounds(queries: _Queries, closeness: tf.Tensor) -> tf.Tensor:
-    """Squares that the distance does not exceed, to rows of at least this closeness.
-
-    With |c| <= |x| + d, the distance d to a row fulfils
-    d^2 <= |x|^2 - closeness + p (2 |x| + d)^2, and (2 |x| + d)^2 <= 8 |x|^2 + 2 d^2. So the norm of
-    the row is not needed, and no other row matters, however large it is.
-    """
-    p, underflow = _rounding(queries)
-    squares = queries.squares
-    bounds = (squares - closeness + 9 * p * squares + underflow) / (1 - 2 * p)
-    return tf.where(~queries.unbounded, tf.maximum(bounds, 0), math.inf)
+def _bounds(errors: _Errors, closeness: tf.Tensor) -> tf.Tensor:
+    """Squares that the distances to rows of at least this closeness do not exceed."""
+    return tf.maximum((errors.upper - closeness) * errors.shrink, 0)
 
 
-def _limits(queries: _Queries, bounds: tf.Tensor) -> tf.Tensor:
-    """Rows of a smaller closeness are farther away than the square roots of these bounds.
-
-    By the inequality in `_bounds`. Distances that differ by less than a rounding are rounded to the
-    same number, and then the lower label wins: p is larger than that, too.
-    """
-    p, underflow = _rounding(queries)
-    limits = queries.squares - (1 + 3 * p) * bounds - 9 * p * queries.squares - underflow
-    return tf.where(~queries.unbounded, limits, -math.inf)
+def _limits(errors: _Errors, bounds: tf.Tensor) -> tf.Tensor:
+    """Rows of a smaller closeness are farther away than the square roots of these bounds."""
+    return errors.lower - errors.grow * bounds
