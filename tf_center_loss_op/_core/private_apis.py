@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import h5py
@@ -95,6 +96,12 @@ _op_is_stateful = _imported(
     "tensorflow.python.framework.auto_control_deps",
     "op_is_stateful",
     "to know which ops tf.function runs in program order",
+)
+stop_recording: Callable[[], AbstractContextManager] = _imported(
+    "tensorflow.python.eager.record",
+    "stop_recording",
+    "to keep a function without gradients off the tapes that watch the variables it reads: they "
+    "would trace it again, to differentiate it",
 )
 _tape_set_is_stopped = _imported(
     "tensorflow.python.pywrap_tfe",
