@@ -239,7 +239,9 @@ def expected(case, arrays, bad=()):
         features[bad], ids[bad] = np.nan, case.classes
         centers = np.concatenate([centers, np.zeros([1, case.dim])])
     count = len(ids) if arrays.ignore_class is None else int((ids != arrays.ignore_class).sum())
-    weights = np.ones(len(ids)) if arrays.sample_weight is None else arrays.sample_weight.reshape(-1)
+    weights = (
+        np.ones(len(ids)) if arrays.sample_weight is None else arrays.sample_weight.reshape(-1)
+    )
     up = np.float64(1) if arrays.upstream is None else arrays.upstream.astype(np.float64)
     with np.errstate(all="ignore"):
         truth = oracle.center_loss(

@@ -66,9 +66,7 @@ def outcome(case, arrays, impl, jit=None):
     elif case.mode == "static":
         call = tf.function(call, jit_compile=jit, autograph=False)
     try:
-        loss, gradient, to_centers = call(
-            tf.constant(arrays.features), tf.constant(arrays.labels)
-        )
+        loss, gradient, to_centers = call(tf.constant(arrays.features), tf.constant(arrays.labels))
     except Exception:
         assert np.array_equal(centers.numpy(), arrays.centers), "an error, and yet it has written"
         raise
