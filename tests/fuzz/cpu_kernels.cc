@@ -283,6 +283,10 @@ class Case {
         (*features_)[random_->Below(batch_ * dim_)] = tcl::Round<Feature>(bad);
       }
     }
+    if (batch_ * dim_ > 0 && random_->OneIn(8)) {  // finite, but its square is not
+      const Center huge = static_cast<Center>(std::is_same_v<Center, float> ? 1e30 : 1e200);
+      (*features_)[random_->Below(batch_ * dim_)] = tcl::Round<Feature>(huge);
+    }
     features_->MakeReadOnly();
     centers_ = New<Center>(random_, classes_ * dim_, 0);
     for (int64_t k = 0; k < classes_ * dim_; ++k) {
@@ -392,6 +396,9 @@ class Case {
         for (int64_t d = 0; d < dim_ && has_residual_; ++d) {
           Near(double(out.residual->data()[i * dim_ + d]), 0, 0, "ignored residual" + at);
         }
+      }
+      if (square > double(std::numeric_limits<Center>::max())) {
+        square = std::numeric_limits<double>::infinity();
       }
       const double bound = (double(dim_) + 8) * unit * std::abs(weight) * size;
       if (failed || !has_squares_) {
