@@ -5,6 +5,7 @@ ops. tf_center_loss_op/_build.json records what was built, or why nothing was.
 TF_CENTER_LOSS_BUILD=require makes a failed build an error, TF_CENTER_LOSS_BUILD=off skips it.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -80,6 +81,18 @@ def build():
     return {"tensorflow": tensorflow[1], "native": True, "reason": None, **built}
 
 
+def fingerprints(package):
+    """Size and SHA-256 of each library in a folder. The package loads no other file of that name."""
+    found = {}
+    for library in sorted(package.glob("*.so")):
+        content = library.read_bytes()
+        found[library.name] = {
+            "size": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+    return found
+
+
 class CMakeBuild(build_ext):
     def run(self):
         try:
@@ -103,6 +116,7 @@ class CMakeBuild(build_ext):
             stale.unlink()
         if record["native"]:
             run(find_tool("cmake"), "--install", str(BUILD), "--prefix", str(package))
+        record["libraries"] = fingerprints(package)
         (package / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
 
 

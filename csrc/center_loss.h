@@ -39,9 +39,10 @@ struct StepOptions {
 
 // The arrays of a step are dense and row-major. An array that is written must not overlap another.
 //
-// The arithmetic is done in the centers' type, which is also the type of the residual. For 16-bit
-// features the backward pass rounds the residual, after it has multiplied it by the upstream
-// gradient; rounding before that would lose small gradients under a loss scale.
+// The arithmetic is done in the centers' type, which is also the type of `residual`: the scaled
+// residual, which is d_i times its factors in the gradient of the loss. For 16-bit features the
+// backward pass rounds it, after it has multiplied it by the upstream gradient; rounding before
+// that would lose small gradients under a loss scale.
 //
 // If `features_are_residuals`, `features` holds d_i from an earlier forward pass, and the centers
 // are updated without being read for the residual.
@@ -57,7 +58,7 @@ struct StepArguments {
   const Center* sample_weight = nullptr;  // [B], or null: all one
   Center* centers = nullptr;              // [C, D], written only if options.update_centers
   Center* loss = nullptr;                 // [], or [B] for Reduction::kNone; null: not wanted
-  Center* residual = nullptr;             // [B, D] d(loss)/d(features); null: not wanted
+  Center* residual = nullptr;             // [B, D] scaled: d(loss)/d(features); null: not wanted
   Center* squared_distance = nullptr;     // [B] ||d_i||^2, 0 if ignored; null: not wanted
   bool features_are_residuals = false;
   StepOptions<Center> options;

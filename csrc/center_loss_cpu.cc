@@ -1,17 +1,19 @@
 // The CPU kernel of the center loss step.
 //
 // The labels are sorted into segments (label_segments.h), and each segment is cut into chunks of at
-// most kChunkSamples samples. Threads share the chunks by the number of samples. For each chunk a
-// thread reads the features and the center once, writes the residuals and sums them in batch order.
-// If the segment is a single chunk, its center moves at once, while features and center are in the
-// first-level cache. A heavy segment has several chunks, each of which stores a partial sum. When
-// all chunks are done, the partial sums are added in order, in parallel over segments and column
-// blocks, so that a batch of one label uses all threads too.
+// most kChunkSamples samples. A thread gets ranges of the sorted samples and runs the chunks that
+// begin in them. For each chunk it reads the features and the center from memory once, writes the
+// scaled residuals, and adds up the residuals in batch order. If the segment is a single chunk, its
+// center moves at once, while center and sum are in a cache. A heavy segment has several chunks,
+// each of which stores a partial sum. When all chunks are done, the partial sums are added in
+// order, in parallel over segments and column blocks, so that a batch of one label uses all threads
+// too.
 //
-// If all labels are distinct, the step moves B D (features + center read + center written +
-// residual) numbers.
+// If all labels are distinct, the step reads or writes 4 B D numbers in memory: features, scaled
+// residuals, and each center twice.
 //
-// The threads are started before the labels are sorted, which hides the time they take to wake up.
+// Up to kMaxOverlappedBatch samples, the threads are woken before the labels are sorted, so that
+// they wake up during the sort.
 //
 // Results are deterministic: the labels alone determine which sums are computed and in which order.
 
@@ -20,6 +22,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <thread>
 #include <vector>
@@ -33,24 +36,27 @@
 namespace tcl {
 namespace {
 
-// Large enough that writing the partial sums costs 1/64 of reading the features, small enough that
-// several threads share a batch of a few hundred samples of one label.
+// Large enough that writing the partial sums costs only 1/64 of reading the features, small enough
+// that several threads share a batch of a few hundred samples of one label.
 constexpr int64_t kChunkSamples = 64;
 
-// Larger batches are sorted before the threads are started: the threads would wait for the sort
+// Larger batches are sorted before the threads are woken: the threads would wait for the sort
 // longer than they take to wake up.
 constexpr int64_t kMaxOverlappedBatch = 8192;
 
-// The prefetch distance in bytes of centers, and its limit in chunks. With short rows the next
-// chunk alone would arrive too late; with long rows more would evict each other from the
-// first-level cache. Measured for D = 16 to 1024.
+// How far ahead chunks are prefetched: as many chunks as have kPrefetchBytes of centers, at least
+// one and at most kMaxPrefetchChunks. If rows are short, prefetching only the next chunk is too
+// late; if they are long, several prefetched chunks evict each other from the first-level cache.
+// Measured for D = 16 to 1024.
 constexpr int64_t kPrefetchBytes = 2048;
 constexpr int64_t kMaxPrefetchChunks = 8;
 
-// Partial sums are added in column blocks, which are whole cache lines.
+// Partial sums are added in blocks of this many columns. A block's size is a multiple of the cache
+// line, so that two threads share no more than the line at the boundary of their blocks.
 constexpr int64_t kColumnBlock = 256;
 
-// Rows are aligned to cache lines, because a vector access that crosses two takes twice as long.
+// Arrays of sums start on a cache line, because a vector access that crosses from one line to the
+// next takes twice as long. Later rows start on one only if the size of a row is a multiple of it.
 constexpr std::align_val_t kCacheLine{64};
 struct AlignedDelete {
   void operator()(void* memory) const { operator delete(memory, kCacheLine); }
@@ -61,6 +67,12 @@ template <typename T>
 AlignedArray<T> NewAlignedArray(int64_t size) {
   return AlignedArray<T>(
       static_cast<T*>(operator new(static_cast<size_t>(size) * sizeof(T), kCacheLine)));
+}
+// As above; null where there is no memory.
+template <typename T>
+AlignedArray<T> TryNewAlignedArray(int64_t size) {
+  return AlignedArray<T>(static_cast<T*>(operator new(static_cast<size_t>(size) * sizeof(T),
+                                                      kCacheLine, std::nothrow)));
 }
 
 // Up to kChunkSamples samples of one segment: [begin, end) of the sorted positions.
@@ -78,6 +90,7 @@ struct HeavySegment {
   int64_t partials;
 };
 
+// One call of CenterLossOnCpu. The threads of parallel_for share it.
 template <typename Feature, typename Label>
 class Step {
  public:
@@ -97,19 +110,20 @@ class Step {
         step_.dim * static_cast<int64_t>(sizeof(Feature) + 3 * sizeof(Center));
     parallel_for_(step_.batch, row_bytes, [this](int64_t begin, int64_t end) {
       Prepare();
-      if (invalid_label_ >= 0) return;
+      if (status_ != kStepDone) return;
       RunChunks(begin, end);
       ZeroIgnored(begin, end);
     });
-    Prepare();  // An empty batch may have no range.
-    if (invalid_label_ >= 0) return invalid_label_;
+    Prepare();  // For an empty batch parallel_for may not call the body at all.
+    if (status_ != kStepDone) return status_;
     AddPartialSums();
     ReduceLoss();
-    return -1;
+    return kStepDone;
   }
 
  private:
-  // Sorts the labels on the first thread that calls it. The other threads wait for the result.
+  // Sorts the labels, and computes and allocates what depends on them, on the first thread that
+  // calls it. The other threads wait for the result.
   // std::call_once would put them to sleep, and waking up takes longer than sorting a small batch.
   void Prepare() {
     if (prepared_.load(std::memory_order_acquire)) return;
@@ -120,19 +134,34 @@ class Step {
       }
       return;
     }
-    const StepOptions<Center>& options = step_.options;
-    invalid_label_ = segments_.Build(step_.labels, step_.batch, step_.classes,
-                                     options.has_ignore_class, options.ignore_class);
-    if (invalid_label_ < 0) {
-      // With alpha = 0 no center moves, so the table is not written.
-      moves_centers_ = options.update_centers && options.alpha != 0;
-      sample_scale_ = ReductionScale(options.reduction, options.loss_weight, segments_.counted());
-      FindHeavySegments();
-      if (step_.loss != nullptr && options.reduction != Reduction::kNone) {
-        sample_loss_.reset(new Center[static_cast<size_t>(step_.batch)]);
-      }
+    // This may be a thread of a pool, whose functions no exception may leave. All memory is
+    // allocated here, before any thread writes to the centers.
+    try {
+      SortAndAllocate();
+    } catch (const std::bad_alloc&) {
+      status_ = kStepOutOfMemory;
     }
     prepared_.store(true, std::memory_order_release);
+  }
+
+  void SortAndAllocate() {
+    const StepOptions<Center>& options = step_.options;
+    const int64_t invalid = segments_.Build(step_.labels, step_.batch, step_.classes,
+                                            options.has_ignore_class, options.ignore_class);
+    if (invalid >= 0) {
+      status_ = invalid;
+      return;
+    }
+    // With alpha = 0 no center moves, so the table is not written.
+    moves_centers_ = options.update_centers && options.alpha != 0;
+    sample_scale_ = ReductionScale(options.reduction, options.loss_weight, segments_.counted());
+    FindHeavySegments();
+    if (step_.loss != nullptr && options.reduction != Reduction::kNone) {
+      sample_loss_.reset(new Center[static_cast<size_t>(step_.batch)]);
+    }
+    if (moves_centers_ && step_.dim > kColumnBlock) {
+      shared_sum_ = NewAlignedArray<Center>(step_.dim);
+    }
   }
 
   void FindHeavySegments() {
@@ -164,8 +193,8 @@ class Step {
     return chunk;
   }
 
-  // The first chunk that begins at index `begin` of the sorted positions or later; `begin` is in
-  // the segment or at its end. Returns an empty chunk after the last segment.
+  // Returns the first chunk that begins at or after index `begin` of the sorted positions, or an
+  // empty chunk after the last segment. `begin` must lie in the segment or at its end.
   Chunk ChunkFrom(int64_t segment, int64_t begin) const {
     const int64_t k = (begin - segments_.begin(segment) + kChunkSamples - 1) / kChunkSamples;
     if (segments_.begin(segment) + k * kChunkSamples < segments_.begin(segment + 1)) {
@@ -182,13 +211,25 @@ class Step {
     Chunk chunk = ChunkFrom(segments_.SegmentAt(begin), begin);
     if (chunk.begin >= end) return;
     alignas(64) Center inline_sum[kColumnBlock];
+    Center* sum = inline_sum;
     AlignedArray<Center> heap_sum;
-    if (moves_centers_ && step_.dim > kColumnBlock) heap_sum = NewAlignedArray<Center>(step_.dim);
+    std::unique_lock<std::mutex> shared_sum_lock;
+    if (shared_sum_ != nullptr) {
+      heap_sum = TryNewAlignedArray<Center>(step_.dim);
+      sum = heap_sum.get();
+      if (sum == nullptr) {
+        // Other threads may have moved centers already, so the step must be completed.
+        shared_sum_lock = std::unique_lock<std::mutex>(shared_sum_mutex_);
+        sum = shared_sum_.get();
+      }
+    }
     RowArguments<Feature> rows;
     rows.features = step_.features;
     rows.sample_weight = step_.sample_weight;
     rows.scale = sample_scale_;
     rows.residual = step_.residual;
+    // The first chunks are prefetched here; then each chunk, while it runs, prefetches the one that
+    // is prefetch_distance_ chunks ahead of it.
     Chunk ahead = chunk;
     for (int64_t k = 0; k < prefetch_distance_; ++k) {
       SetPrefetch(&ahead, end, &rows);
@@ -198,17 +239,16 @@ class Step {
       rows.rows = chunk.end - chunk.begin;
       rows.positions = segments_.positions() + chunk.begin;
       rows.centers = CenterOf(chunk);
-      rows.sum = chunk.partial >= 0    ? partial_sums_.get() + chunk.partial * step_.dim
-                 : heap_sum != nullptr ? heap_sum.get()
-                                       : inline_sum;
+      rows.sum = chunk.partial >= 0 ? partial_sums_.get() + chunk.partial * step_.dim : sum;
       SetPrefetch(&ahead, end, &rows);
       RunChunk(chunk, rows);
       chunk = ChunkFrom(chunk.segment, chunk.end);
     }
   }
 
-  // Sets the chunk to prefetch and advances to the next one. The last chunk of the range stays set,
-  // because another thread may be writing the centers of the following chunks.
+  // Makes *chunk the one to prefetch and advances *chunk to the next one. Past the end of the
+  // thread's range it changes nothing, so the last chunk is prefetched again: other threads may be
+  // writing the centers of the following chunks, and a prefetch would take these cache lines away.
   void SetPrefetch(Chunk* chunk, int64_t end, RowArguments<Feature>* rows) const {
     if (chunk->begin >= end) return;
     rows->prefetch_rows =
@@ -223,6 +263,8 @@ class Step {
     return step_.centers + segments_.label(chunk.segment) * step_.dim;
   }
 
+  // Writes the outputs of the chunk's samples and adds up their residuals in rows.sum. Then moves
+  // the center, or leaves the sum as the chunk's partial sum.
   void RunChunk(const Chunk& chunk, const RowArguments<Feature>& rows) {
     Center squares[kChunkSamples];
     loops_.residual(rows, moves_centers_ ? SumMode::kStart : SumMode::kNone, step_.dim, squares);
@@ -247,7 +289,7 @@ class Step {
   // Recomputes the chunk's sum without the samples that hold a NaN or an infinity.
   void SumFiniteSamples(const RowArguments<Feature>& rows) {
     std::fill_n(rows.sum, step_.dim, Center{0});
-    RowArguments<Feature> row = rows;
+    RowArguments<Feature> row = rows;  // one sample at a time
     row.rows = 1;
     row.residual = nullptr;
     for (; row.positions < rows.positions + rows.rows; ++row.positions) {
@@ -313,7 +355,7 @@ class Step {
     }
   }
 
-  // Adds the losses in batch order, in double, so that the result is rounded once.
+  // Adds the losses in batch order, in double; only the result is converted to Center.
   void ReduceLoss() {
     if (sample_loss_ == nullptr) return;
     double sum = 0;
@@ -335,13 +377,17 @@ class Step {
   const int64_t prefetch_distance_;
   std::atomic<bool> preparing_{false}, prepared_{false};
   LabelSegments segments_;
-  int64_t invalid_label_ = -1;
+  int64_t status_ = kStepDone;  // what Run returns
   bool moves_centers_ = false;
   Center sample_scale_ = 0;
   std::vector<HeavySegment> heavy_segments_;
   AlignedArray<Center> partial_sums_;  // [partials, D]
   std::unique_ptr<int64_t[]> partial_counts_;
   std::unique_ptr<Center[]> sample_loss_;  // [B], null if no loss is reduced
+  // [D], for threads that find no memory for a sum of their own, one after another. Null if a sum
+  // fits into their stacks.
+  AlignedArray<Center> shared_sum_;
+  std::mutex shared_sum_mutex_;
 };
 
 }  // namespace

@@ -20,15 +20,21 @@ using ParallelFor = std::function<void(int64_t total, int64_t bytes, const Work&
 // With less memory traffic than this, a second thread costs more time than it saves.
 constexpr int64_t kMinBytesPerThread = int64_t{1} << 19;
 
-// Runs one step. Returns -1, or the position of the first label that is neither in [0, C) nor
-// ignored; in that case nothing is written. The bits of the results depend neither on the number of
-// threads nor on the instruction set. Scratch memory is O(B + D) per thread and independent of C.
+// What CenterLossOnCpu returns where it is not the position of a label.
+constexpr int64_t kStepDone = -1;
+constexpr int64_t kStepOutOfMemory = -2;  // there is no memory for the scratch arrays
+
+// Runs one step. Returns kStepDone; or kStepOutOfMemory, or the position of the first label that is
+// neither in [0, C) nor ignored: then nothing is written. The bits of the results depend neither on
+// the number of threads nor on the instruction set. Scratch memory is O(B + D) per thread and
+// independent of C.
 template <typename Feature, typename Label>
 int64_t CenterLossOnCpu(const StepArguments<Feature, Label>& step, const ParallelFor& parallel_for,
                         Isa isa);
 
 // Runs the backward pass: gradient[i, :] = upstream[i] * residual[i, :], rounded to the features'
-// type. If `per_sample` is false, upstream[0] is used for every row.
+// type. `residual` holds the scaled residuals of the step. If `per_sample` is false, upstream[0] is
+// used for every row.
 template <typename Feature>
 void BackwardOnCpu(const CenterType<Feature>* upstream, bool per_sample,
                    const CenterType<Feature>* residual, Feature* gradient, int64_t batch,

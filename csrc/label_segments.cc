@@ -35,14 +35,15 @@ int64_t LabelSegments::Build(const Label* labels, int64_t batch, int64_t classes
   const int64_t slots = direct ? classes : int64_t{1} << bits;
   const int64_t mask = slots - 1;
 
-  // One allocation holds all arrays and is not cleared beforehand.
+  // One allocation holds all arrays and is not cleared beforehand: three arrays of 8-byte numbers
+  // (positions, label_of, begin) and two of 4-byte numbers (segment_of, table).
   const int64_t needed = 3 * batch + 1 + (batch + slots + 1) / 2;
   if (needed > kInlineSize) heap_buffer_.reset(new int64_t[static_cast<size_t>(needed)]);
   int64_t* const positions = needed > kInlineSize ? heap_buffer_.get() : inline_buffer_;
   int64_t* const label_of = positions + batch;
   int64_t* const begin = label_of + batch;
   uint32_t* const segment_of = reinterpret_cast<uint32_t*>(begin + batch + 1);
-  uint32_t* const table = segment_of + batch;  // [slots]: segment + 1, 0 if empty
+  uint32_t* const table = segment_of + batch;  // hash table, [slots]: segment + 1, 0 if empty
   std::fill_n(table, slots, 0);
 
   uint32_t size = 0;
@@ -77,8 +78,8 @@ int64_t LabelSegments::Build(const Label* labels, int64_t batch, int64_t classes
     begin[s] = offset;
     offset += samples;
   }
-  // Writing advances begin[s] to the end of segment s, which is the begin of segment s + 1; the
-  // loop after it shifts the offsets back.
+  // Writing a position advances begin[s]. At the end begin[s] is the end of segment s, which is the
+  // beginning of segment s + 1, so the second loop below shifts the offsets back by one segment.
   int64_t next_ignored = offset;
   for (int64_t i = 0; i < batch; ++i) {
     const uint32_t segment = segment_of[i];

@@ -35,7 +35,7 @@ class LabelSegments {
   int64_t SegmentAt(int64_t index) const;
 
  private:
-  // Batches up to 64 use this inline buffer.
+  // Holds the arrays of every batch of up to 72 samples, which saves the allocation.
   static constexpr int64_t kInlineSize = 512;
   int64_t inline_buffer_[kInlineSize];
   std::unique_ptr<int64_t[]> heap_buffer_;

@@ -29,7 +29,7 @@ struct RowArguments {
   const Feature* features = nullptr;      // [B, D]
   const Center* sample_weight = nullptr;  // [B], or null: all one
   Center scale = 1;                       // multiplies the residual, as does the sample's weight
-  Center* residual = nullptr;             // [B, D]; null: not wanted
+  Center* residual = nullptr;             // [B, D] scaled residual; null: not wanted
   const Center* centers = nullptr;        // [D], the class's; null: the features are the residual
   Center* sum = nullptr;                  // [D]
   // Samples of a later class, which are prefetched during the last of these rows.
@@ -46,7 +46,8 @@ template <typename Feature>
 struct RowLoops {
   using Center = CenterType<Feature>;
 
-  // With d = features - centers of each row r: squares[r] = sum of d^2 and residual = scale * d.
+  // With d = features - centers of each row r: squares[r] = sum of d^2, and the scaled residual
+  // residual = weight * scale * d.
   // The mode says whether sum += d starts, continues or is left out; rows are added in order.
   void (*residual)(const RowArguments<Feature>& rows, SumMode mode, int64_t dim, Center* squares);
 

@@ -1,34 +1,46 @@
 // The kernels and their launchers (center_loss_cuda.h is the interface). One launch does a whole
-// step: it reads features, labels and centers, and writes residuals, loss and moved centers.
+// step: it reads features, labels and centers, and writes scaled residuals, loss and moved centers.
+// The backward pass is a small kernel of its own. CONTRIBUTING.md defines the terms.
 //
-// One warp processes each sample (warp_step.cuh). A center may move only when all samples of its
-// class have read it. If a sample is alone in its class, its warp moves the center at once. A pair
-// is processed by one warp, which does the same. The center of a large class (three samples or
-// more) moves later, by a sum of residuals that needs all its samples processed (class_sums.cuh).
+// One warp processes each sample, or both samples of a pair (warp_step.cuh). A center may move only
+// when all samples of its class have read it. If no other warp has a sample of the class, the warp
+// moves the center at once. The center of a large class (three samples or more) moves later, by the
+// sum of its residuals, which are computed again from features and center (class_sums.cuh).
 //
-// ScanStep, for small batches, spares them the latency of a hash table and of grid barriers:
+// ScanStep is for small batches. It avoids the latency of a hash table and of grid barriers:
 //   1. Each block copies all labels to shared memory (scanned_labels.cuh).
 //   2. Each warp scans them for the class of its sample and processes the sample.
-//   3. Each sample of a large class arrives at the counter of its chunk. The block of the last one
-//      sums the residuals of the chunk; a block barrier first hands the chunk to all its warps.
-//   4. The last block adds up the losses (loss_sum.cuh).
+//   3. A warp whose sample is in a large class arrives at the counter of the sample's chunk. The
+//      block of the last warp to arrive sums the residuals of the chunk: after a block barrier, all
+//      warps of that block share the column slices. When all chunks of the class are summed, the
+//      center moves.
+//   4. The block with the highest index waits for all losses and adds them up (loss_sum.cuh).
 //
-// HashStep, for large batches, is a cooperative launch, because grid barriers need all blocks:
-//   1. All blocks insert their labels into a hash table (hashed_labels.cuh).
+// HashStep is for large batches. It is a cooperative launch, because a grid barrier waits for all
+// blocks, so all must be resident. Two sets of counters and hash table take turns from launch to
+// launch (struct Header).
+//   1. The blocks insert the labels of their samples into the hash table (hashed_labels.cuh).
 //      Grid barrier labels_counted: afterwards the size of every class is final. Between arrival
-//      and wait, each warp prefetches a sample and the block clears the tables of the next launch.
-//   2. The blocks rank the samples of multi-chunk classes, if there are any.
+//      and wait, each warp loads the rows of its first sample, and the blocks clear the other set.
+//   2. The blocks sort the samples of multi-chunk classes, if there are any, so that a sample can
+//      be found by its rank.
 //   3. Each warp processes samples, and lists the chunks of those large classes whose owners are
 //      among them.
 //      Grid barrier centers_read, if there are large classes: afterwards their centers may move,
 //      and ranks and chunks are known. Between arrival and wait, the losses are added up.
 //   4. The warps sum the residuals of the large classes, a column slice of a chunk at a time.
-//   5. The last block stores the loss and makes the other set of tables the current one.
-// With `atomic` there are no steps 2 and 4: the samples of a class add their residuals to one
-// partial sum in the order of arrival, and the last one moves the center. Otherwise the inputs
-// alone fix the order of all additions, so that the results are deterministic.
+//   5. The block with the highest index stores the loss and selects the other set for the next
+//      launch.
+// With `atomic` there are no steps 2 and 4, no list of chunks and no barrier centers_read. In every
+// class of two samples or more, the samples add their residuals to one partial sum in the order of
+// arrival, and the last warp to arrive moves the center.
 //
-// If all labels are distinct, a launch moves 4 B D numbers: features, residuals, and centers twice.
+// Without `atomic` the results are deterministic. The inputs alone fix the order of the additions
+// to the centers. The order of the additions to the losses also depends on whether all rows are
+// aligned, and on the launch constants scan_batch, scan_threads and hash_threads.
+//
+// If all labels are distinct, a launch reads or writes 4 B D numbers: features, scaled residuals,
+// and each center twice.
 
 #include <algorithm>
 #include <cstdint>
@@ -45,32 +57,36 @@
 namespace tcl {
 namespace {
 
-// The order of kCudaPhaseNames.
+// In the order of kCudaPhaseNames.
 enum Phase { kBegun, kLabelsHere, kCounted, kRanked, kOwnDone, kAllDone, kSumsDone, kLossDone };
 
-// Arrives at the counter of a sample's chunk, once for the warp. Returns whether the warp is the
-// last one; `all_finite` then tells whether all samples of the chunk have finite features. The
-// arrival needs no release: it depends on the values read from the center (through `finite`), so
-// those reads precede it and cannot return what a later move writes.
-__device__ __forceinline__ bool LastAtChunk(Arrivals* counter, int members, int finite,
+// The warp arrives at the counter of its sample's chunk. `finite` is 1 if the sample's features are
+// finite, otherwise 0; the upper half of the counter counts the samples that are not finite.
+// Returns whether the warp is the last to arrive of the chunk's `samples`. The counter is then zero
+// again, and `all_finite` tells whether all samples of the chunk have finite features. A relaxed
+// addition is enough: the warp computes `finite` from what it read from the center, so it has read
+// the center before it arrives, and no later move can change what it read.
+__device__ __forceinline__ bool LastAtChunk(Arrivals* counter, int samples, int finite,
                                             bool* all_finite) {
   Arrivals now = 0;
   if (Lane() == 0) {
     const Arrivals own = kOneArrival + (1 - finite) * kOneSummed;
     now = atomicAdd(counter, own) + own;
-    if (static_cast<int>(now & 0xffffffff) == members) *counter = 0;
+    if (static_cast<int>(now & 0xffffffff) == samples) *counter = 0;
   }
   now = __shfl_sync(kAllLanes, now, 0);
   *all_finite = now >> 32 == 0;
-  return static_cast<int>(now & 0xffffffff) == members;
+  return static_cast<int>(now & 0xffffffff) == samples;
 }
 
-// Rows that ClassSums loads together. ScanStep has fewer warps and so more registers for each.
+// Rows that ClassSums loads together. ScanStep has smaller blocks, and so more registers for each
+// thread.
 template <typename Feature>
 constexpr int kHashLoads = 48 / sizeof(CenterType<Feature>);
 template <typename Feature>
 constexpr int kScanLoads = 128 / sizeof(CenterType<Feature>);
 
+// Two blocks on a multiprocessor leave each thread as many registers as it can have (255).
 template <typename Feature, int Width>
 __global__ void __launch_bounds__(kMaxScanThreads, 2)
     ScanStep(const __grid_constant__ Parameters<Feature> p) {
@@ -83,10 +99,11 @@ __global__ void __launch_bounds__(kMaxScanThreads, 2)
   const int block_warps = static_cast<int>(blockDim.x) / kWarp;
   const int warps = static_cast<int>(gridDim.x) * block_warps;
   const int warp = static_cast<int>(blockIdx.x) * block_warps + WarpOfBlock();
-  // For each warp of the block, the chunk that it completed by arriving last, and its samples.
+  // For each warp of the block, the chunk that it completed as the last warp to arrive, and the
+  // members of that chunk.
   Chunk* const completed = reinterpret_cast<Chunk*>(shared);             // [block_warps]
   int* const members = reinterpret_cast<int*>(completed + block_warps);  // [block_warps, kChunk]
-  // Prefetch the first sample's rows; the scan of the labels hides their latency.
+  // Load the first sample's rows now; the scan of the labels hides their latency.
   typename Step::Rows rows;
   int64_t label = 0;
   if (warp < p.batch) {
@@ -98,15 +115,17 @@ __global__ void __launch_bounds__(kMaxScanThreads, 2)
   ClassSums<Feature, Width, kScanLoads<Feature>> sums(p, step);
   p.Stamp(kLabelsHere);
   step.SetCounted(labels.Counted());
-  for (int first = warp - WarpOfBlock(); first < p.batch; first += warps) {  // of this block
+  // `first` is the sample of the block's first warp. The loop runs on it and not on `i`, so that
+  // all warps of the block, with or without a sample, reach the block barriers.
+  for (int first = warp - WarpOfBlock(); first < p.batch; first += warps) {
     const int i = first + WarpOfBlock();
     Chunk own;
     if (i < p.batch) {
-      const bool is_member = step.MovesCenter(label);
-      if (is_member) labels.SetClass(i);
-      const int count = is_member ? labels.count() : 0;
+      const bool moves_center = step.MovesCenter(label);
+      if (moves_center) labels.SetClass(i);
+      const int count = moves_center ? labels.count() : 0;
       if (count <= 1) {
-        step.ProcessSample(i, -1, label, rows, is_member ? Use::kMoveCenter : Use::kNone);
+        step.ProcessSample(i, -1, label, rows, moves_center ? Use::kMoveCenter : Use::kNone);
       } else if (count == 2) {
         if (labels.rank() == 0) {
           step.LoadPartner(labels.other(), 0, &rows);
@@ -114,6 +133,9 @@ __global__ void __launch_bounds__(kMaxScanThreads, 2)
         }
       } else {
         const int finite = step.ProcessSample(i, -1, label, rows, Use::kDefer);
+        // The class has the entries from `offset` on of `chunk_arrivals`, one for each chunk, and
+        // if it is multi-chunk, the partial sums from offset / kSamplesPerPartialSum on. No other
+        // class uses them.
         const int offset = labels.SortedOffset(), chunk = labels.rank() / kChunk;
         const int in_chunk = min(count - chunk * kChunk, kChunk);
         if (LastAtChunk(p.chunk_arrivals + offset + chunk, in_chunk, finite, &own.all_finite)) {
@@ -143,12 +165,13 @@ __global__ void __launch_bounds__(kMaxScanThreads, 2)
     }
   }
   p.Stamp(kOwnDone);
-  if (!step.reduces_loss() || !IsLastBlock()) return;
+  if (!step.reduces_loss() || !IsHighestBlock()) return;
   const double loss = SumOfMailboxes(p.sample_loss, p.batch, p.tuning.wait_ns, shared);
   if (threadIdx.x == 0) step.StoreLossSum(loss);
   p.Stamp(kLossDone);
 }
 
+// Two blocks on a multiprocessor leave each thread 128 registers (see kPerLane).
 template <typename Feature, int Width, bool kAtomic>
 __global__ void __launch_bounds__(kMaxHashThreads, 2)
     HashStep(const __grid_constant__ Parameters<Feature> p) {
@@ -162,8 +185,10 @@ __global__ void __launch_bounds__(kMaxHashThreads, 2)
   HashedLabels<Feature> labels(p, parity);
   Counters& counters = p.header->counters[parity];
   const int blocks = static_cast<int>(gridDim.x);
-  // In a round each lane has one sample. The samples of a warp are warps + 1 apart, so adjacent
-  // samples, and labels that repeat with a period, go to different warps.
+  // In a round each lane has one sample: lane l of warp w has sample l * warps + (w + l) % warps.
+  // The numbers of samples of two warps differ by one at most, for every batch size. The shift by
+  // the lane spreads labels that repeat with a period of `warps` over the warps; without it all
+  // lanes of a warp would have the same label.
   const int warps = blocks * static_cast<int>(blockDim.x) / kWarp;
   const int warp = WarpOfBlock() * blocks + static_cast<int>(blockIdx.x);
   const int round = kWarp * warps;
@@ -182,8 +207,8 @@ __global__ void __launch_bounds__(kMaxHashThreads, 2)
   if (p.options.has_ignore_class) labels.Count(counted);
   p.Stamp(kLabelsHere);
   ArriveBlock(&counters.labels_counted.value);
-  // Prefetch the first sample's rows; the wait hides their latency. An earlier prefetch would
-  // compete with the insertions.
+  // Load the first sample's rows now; the wait hides their latency. Loading them earlier would
+  // compete with the insertions for memory.
   if (warp < p.batch) step.Load(warp, __shfl_sync(kAllLanes, own_label, 0), 0, &rows);
   HashedLabels<Feature>::ClearNext(p, 1 - parity);
   WaitForBlocks(&counters.labels_counted.value, blocks, p.tuning.wait_ns);
@@ -192,13 +217,14 @@ __global__ void __launch_bounds__(kMaxHashThreads, 2)
 
   const bool has_large = !kAtomic && labels.HasLarge();
   if (has_large && labels.HasMultiChunk()) {
-    labels.RankMultiChunk();
+    labels.SortIntoTiles();
     p.Stamp(kRanked);
-    // Load again: keeping the rows during the ranking would cost registers.
+    // Load again: keeping the rows while sorting would cost registers.
     if (warp < p.batch) step.Load(warp, __shfl_sync(kAllLanes, own_label, 0), 0, &rows);
   }
-  // Multiprocessors get unequal memory bandwidth. So of a large batch, only three quarters (at most
-  // one sample for each lane) are assigned in advance. The warps take the others by tickets.
+  // Multiprocessors get unequal memory bandwidth. So with six samples or more for each warp, only
+  // three quarters of the batch (and at most 32 samples for each warp) are assigned in advance. The
+  // warps take the others by tickets.
   const int share = p.batch / warps;
   const int assigned = share < 6 ? kWarp : min(share * 3 / 4, kWarp);  // of a warp
   const int begin = min(assigned * warps, p.batch);                    // of the other samples
@@ -210,14 +236,14 @@ __global__ void __launch_bounds__(kMaxHashThreads, 2)
   for (;;) {
     const int count = i >= p.batch || owner < 0 ? 0 : labels.CountOf(owner);
     const int partner = count > 0 && owner == i ? labels.PartnerOf(i) : -1;
-    // Prefetch labels and owners for the samples of the next ticket.
+    // Load labels and owners of the next ticket's samples now; the work below hides their latency.
     const int next_first = begin + __shfl_sync(kAllLanes, ticket, 0) * kSamplesPerTicket;
     const int next = Lane() < kSamplesPerTicket ? min(next_first + Lane(), p.batch) : p.batch;
     const int64_t next_label = next < p.batch ? p.Label(next) : 0;
     const int next_owner = next < p.batch ? labels.OwnerOf(next) : -1;
     if (next_first < p.batch && Lane() == 0) ticket = labels.TakeTicket();
     if (has_large) labels.ListChunks(i, owner == i ? count : 0);
-    // The owner's warp processes a pair.
+    // A pair is processed by the owner's warp.
     const bool takes = i < p.batch && (kAtomic || count != 2 || owner == i);
     unsigned left = __ballot_sync(kAllLanes, takes);
     bool is_loaded = is_first && (left & 1) != 0;
@@ -267,16 +293,18 @@ __global__ void __launch_bounds__(kMaxHashThreads, 2)
     }
     p.Stamp(kSumsDone);
   }
-  if (!IsLastBlock() || threadIdx.x != 0) return;
+  if (!IsHighestBlock() || threadIdx.x != 0) return;
   if (step.reduces_loss()) step.StoreLossSum(loss);
   p.Stamp(kLossDone);
-  // All blocks have read the parity: each did so before it arrived at labels_counted.
+  // All blocks have read the parity: each did so before it arrived at labels_counted. The next
+  // launch uses the other set and clears this one: `slots` and `samples` tell it how much of it.
   p.header->slots[parity] = p.slots;
   p.header->samples[parity] = p.batch;
   p.header->parity = 1 - parity;
 }
 
 // gradient = upstream * residual, rounded to the type of the features; one warp for each row.
+// `residual` holds the scaled residuals of the step.
 template <typename Feature>
 __global__ void __launch_bounds__(256)
     Backward(const CenterType<Feature>* upstream, bool per_sample,
@@ -302,7 +330,8 @@ __global__ void __launch_bounds__(256)
 // Properties of the current device.
 struct Device {
   int multiprocessors = 0;
-  // Whether the kernels run as compiled for sm_90 or later. Only those wait for the launch before.
+  // Whether the code that runs was compiled for sm_90 or later. Only that code waits for the
+  // previous launch (OverlapLaunches), so only then may launches overlap.
   bool can_overlap = false;
 };
 
@@ -316,10 +345,10 @@ cudaError_t CurrentDevice(Device* device) {
     cudaError_t error =
         cudaDeviceGetAttribute(&known.multiprocessors, cudaDevAttrMultiProcessorCount, number);
     if (error != cudaSuccess) return error;
-    cudaFuncAttributes attributes;
+    cudaFuncAttributes attributes;  // of one kernel: all kernels are compiled for the same devices
     error = cudaFuncGetAttributes(&attributes, ScanStep<float, 4>);
     if (error != cudaSuccess) return error;
-    known.can_overlap = attributes.ptxVersion >= 90;  // see OverlapLaunches
+    known.can_overlap = attributes.ptxVersion >= 90;
     known_number = number;
   }
   *device = known;
@@ -339,7 +368,8 @@ cudaError_t ShapeOf(const CudaTuning& tuning, int64_t batch, bool atomic, Shape*
   shape->overlaps = tuning.overlap != 0 && device.can_overlap;
   shape->scans = batch <= tuning.scan_batch && !atomic;
   shape->threads = shape->scans ? tuning.scan_threads : tuning.hash_threads;
-  // HashStep needs all blocks resident. ScanStep does not; more blocks balance the load.
+  // HashStep needs all blocks resident. ScanStep does not: it may have more blocks than fit (two to
+  // four of 128 threads), and the others go to the multiprocessors that are free first.
   const int64_t most = device.multiprocessors * int64_t{shape->scans ? 8 : tuning.hash_blocks};
   shape->blocks =
       std::max<int64_t>(std::min<int64_t>(CeilDiv(batch, shape->threads / kWarp), most), 1);
@@ -376,7 +406,8 @@ cudaError_t LaunchStep(const Parameters<Feature>& p, void* stream) {
   }
   const int64_t warps = shape.threads / kWarp;
   constexpr int64_t kInt = sizeof(int);
-  // The sum of the losses reuses this memory at the end.
+  // For each warp, the members of a chunk. The sum of the losses uses the beginning of the same
+  // memory, in ScanStep after the chunks and in HashStep before them.
   int64_t shared = warps * kChunk * kInt;
   if (shape.scans) {
     shared +=
@@ -461,6 +492,7 @@ int BackwardOnCuda(const CenterType<Feature>* upstream, bool per_sample,
   Device device;
   if (const cudaError_t error = CurrentDevice(&device); error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
+  // At most 8 blocks of 256 threads on a multiprocessor: the 2048 threads that it can hold (sm_90).
   config.gridDim = dim3(static_cast<unsigned>(
       std::min<int64_t>(CeilDiv(batch, 8), int64_t{8} * device.multiprocessors)));
   config.blockDim = dim3(256);

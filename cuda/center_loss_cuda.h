@@ -88,18 +88,19 @@ int64_t CudaBlocks(const CudaWorkspace& workspace, int64_t batch);
 
 // Enqueues the step on `stream` as one kernel launch and returns immediately. All pointers of
 // `step` are device memory. A kernel cannot raise an error: a label that is neither in [0, C) nor
-// ignored makes its sample's loss and residual NaN and has no other effect; an alpha that is
-// negative or not finite makes the loss and all residuals NaN, and no center moves. Unless
-// `atomic`, the bits of the results depend only on the inputs and on whether all rows are aligned
-// to 16 bytes.
+// ignored makes its sample's loss and scaled residual NaN and has no other effect; an alpha that is
+// negative or not finite makes the loss and all scaled residuals NaN, and no center moves. Unless
+// `atomic`, the bits of the results depend only on the inputs, on whether all rows are aligned to
+// 16 bytes, and on the launch constants (CudaTuning).
 template <typename Feature, typename Label>
 int CenterLossOnCuda(const StepArguments<Feature, Label>& step,
                      const CudaOptions<CenterType<Feature>>& options,
                      const CudaWorkspace& workspace, void* stream);
 
 // The backward pass: gradient[i, :] = upstream[i] * residual[i, :], rounded to the type of the
-// features. If `per_sample` is false, upstream[0] applies to every row; if `upstream` is null, the
-// factor is one. `gradient` may be `residual`; rows with a factor of one are then left alone.
+// features. `residual` holds the scaled residuals of the step. If `per_sample` is false,
+// upstream[0] applies to every row; if `upstream` is null, the factor is one. `gradient` may be
+// `residual`; rows with a factor of one are then left alone.
 template <typename Feature>
 int BackwardOnCuda(const CenterType<Feature>* upstream, bool per_sample,
                    const CenterType<Feature>* residual, Feature* gradient, int64_t batch,

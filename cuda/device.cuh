@@ -234,7 +234,7 @@ __device__ __forceinline__ void Sleep(int nanoseconds) {
 }
 
 // Programmatic dependent launch (sm_90): with CudaTuning::overlap the blocks of this launch may be
-// scheduled while the launch before it drains. They wait for its end before they access memory.
+// scheduled while the previous launch drains. They wait for its end before they access memory.
 __device__ __forceinline__ void OverlapLaunches() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
@@ -339,9 +339,9 @@ __device__ __forceinline__ Arrivals Arrive(Arrivals* counter, Arrivals arrival) 
   return before;
 }
 
-// Arrives once for the whole warp. Returns whether the warp is the last of `arrivals`. If so, `sum`
-// becomes the total over the arrivals, the writes of the other warps are visible to all lanes, and
-// the counter is zero again, ready for the next launch.
+// Arrives once for the whole warp. Returns whether the warp is the last to arrive of `arrivals`. If
+// so, `sum` becomes the total over the arrivals, the writes of the other warps are visible to all
+// lanes, and the counter is zero again, ready for the next launch.
 __device__ __forceinline__ bool LastWarpToArrive(Arrivals* counter, int arrivals, int* sum) {
   __syncwarp();  // orders the other lanes' writes before the arrival
   bool last = false;

@@ -3,11 +3,15 @@
 //
 // The sample whose insertion created the slot of a label is the *owner* of the class: arrays [B]
 // are indexed by its position. The other samples (duplicates) increment a counter at the owner, and
-// the first 31 store their positions there, which is enough for a class of one chunk.
+// the first 31 store their positions in its entries of `duplicate_positions`, which is enough for a
+// class of one chunk.
 //
-// The samples of a multi-chunk class need their ranks, because its chunks are sums in batch order.
-// For that the batch is cut into kTiles tiles. Each sample finds its place in the tile sorted by
-// class and position; the counts of the class in earlier tiles give its rank in the batch.
+// The chunks of a multi-chunk class follow batch order, so its samples must be found by their
+// ranks. For that the batch is cut into kTiles tiles of adjacent samples. Each sample of a
+// multi-chunk class is written to its place in its tile: its index if the tile were sorted by owner
+// and position. For each such class and tile, the number of samples and the first place are stored
+// (PlaceInTile). A prefix sum of these numbers over the tiles leads from a rank to the sample
+// (GatherRanks).
 
 #ifndef TF_CENTER_LOSS_OP_CUDA_HASHED_LABELS_CUH_
 #define TF_CENTER_LOSS_OP_CUDA_HASHED_LABELS_CUH_
@@ -30,36 +34,43 @@ class HashedLabels {
         table_(p.table[parity]),
         duplicates_(p.duplicates[parity]) {}
 
-  // Inserts one sample for each lane (i >= B: none). Returns the owner of its class, or -1 if
-  // `is_member` is false: no center of this label moves. With `atomic`, every class of several
-  // samples gets a partial sum. The lanes with equal labels share one insertion and one atomicAdd.
-  __device__ int Insert(int i, int64_t label, bool is_member, bool atomic) {
-    const unsigned same = __match_any_sync(kAllLanes, is_member ? label : -1 - Lane());
+  // Each lane inserts one sample (none if i >= B). Returns the owner of its class, or -1 if
+  // `moves_center` is false: the step does not move the center of this label. Counts the large and
+  // the multi-chunk classes. With `atomic`, each class of two samples or more gets a partial sum.
+  // The lanes with equal labels share one insertion and one atomicAdd, by the lowest of them.
+  __device__ int Insert(int i, int64_t label, bool moves_center, bool atomic) {
+    // Without a center to move, the key is negative: it equals no label and no other lane's key.
+    const unsigned same = __match_any_sync(kAllLanes, moves_center ? label : -1 - Lane());
     const int leader = __ffs(static_cast<int>(same)) - 1;
-    int owner = -1, place = 0;
-    if (is_member && leader == Lane()) {
+    int owner = -1, number = 0;
+    if (moves_center && leader == Lane()) {
       owner = FindOrInsert(label, i);
       const int owns = owner == i;
       const int duplicates = __popc(same) - owns;
-      // `place` is the leader's, and an owner has none: the next lane of its class takes place 0.
-      if (duplicates > 0) place = atomicAdd(&duplicates_[owner], duplicates) - owns;
+      // The duplicates of a class are numbered from 0. These lanes get the next `duplicates`
+      // numbers, in the order of the lanes. An owner is no duplicate: its lane gets the number
+      // before them, which is not used.
+      if (duplicates > 0) number = atomicAdd(&duplicates_[owner], duplicates) - owns;
     }
     owner = __shfl_sync(kAllLanes, owner, leader);
-    place = __shfl_sync(kAllLanes, place, leader) + __popc(same & ((1u << Lane()) - 1));
+    number = __shfl_sync(kAllLanes, number, leader) + __popc(same & ((1u << Lane()) - 1));
     if (i < p_.batch) p_.owner_of[i] = owner;
     if (owner == i) p_.non_finite[i] = 0;
-    if (!is_member || owner == i) return owner;
-    if (place < kChunk - 1) p_.members[int64_t{owner} * kChunk + place] = i;
-    if (place == 1) atomicAdd(&counters_->large_classes.value, 1);
-    if (place == kChunk - 1) AddMultiChunkClass(owner);
-    if (atomic && place == 0) {
+    if (!moves_center || owner == i) return owner;
+    // Number 0 is the second sample of the class, number 1 the third, which makes the class large,
+    // and number kChunk - 1 the first sample beyond one chunk.
+    if (number < kChunk - 1) p_.duplicate_positions[int64_t{owner} * kChunk + number] = i;
+    if (number == 1) atomicAdd(&counters_->large_classes.value, 1);
+    if (number == kChunk - 1) AddMultiChunkClass(owner);
+    if (atomic && number == 0) {
       const int row = atomicAdd(&counters_->partial_sums.value, 1);
       p_.first_partial_sum[owner] = row;
     }
     return owner;
   }
 
-  // Adds the lanes' numbers of samples that are not ignored to N.
+  // Adds up `counted`, the number of the lane's samples that are not ignored, over the lanes, and
+  // adds the sum to N.
   __device__ void Count(int counted) {
     counted = WarpSum(counted);
     if (Lane() == 0 && counted > 0) atomicAdd(&counters_->counted.value, counted);
@@ -77,32 +88,35 @@ class HashedLabels {
   __device__ int CountOf(int owner) const { return 1 + __ldcg(&duplicates_[owner]); }
 
   // The other sample of a pair.
-  __device__ int PartnerOf(int owner) const { return __ldcg(&p_.members[int64_t{owner} * kChunk]); }
+  __device__ int PartnerOf(int owner) const {
+    return __ldcg(&p_.duplicate_positions[int64_t{owner} * kChunk]);
+  }
   __device__ void CountNonFinite(int owner) { atomicAdd(&p_.non_finite[owner], 1); }
 
-  // Lists the chunks of the large class that each lane owns, of `count` samples; 0: it owns none.
+  // Lists the chunks of large classes. Each lane passes a sample and the size of the class that
+  // this sample owns (0 if it owns none); classes of fewer than three samples are not listed.
   __device__ void ListChunks(int owner, int count) {
     const int chunks = count < 3 ? 0 : (count + kChunk - 1) / kChunk;
-    const int place = Reserve(&counters_->chunks.value, chunks);
+    const int first_chunk = Reserve(&counters_->chunks.value, chunks);
     const int row = Reserve(&counters_->partial_sums.value, chunks > 1 ? chunks : 0);
-    if (chunks > 0) p_.first_chunk[owner] = place;
+    if (chunks > 0) p_.first_chunk[owner] = first_chunk;
     if (chunks > 1) p_.first_partial_sum[owner] = row;
     for (unsigned left = __ballot_sync(kAllLanes, chunks > 0); left != 0; left &= left - 1) {
       const int lane = __ffs(static_cast<int>(left)) - 1;
-      const int first = __shfl_sync(kAllLanes, place, lane);
+      const int first = __shfl_sync(kAllLanes, first_chunk, lane);
       const int end = first + __shfl_sync(kAllLanes, chunks, lane);
       const int its_owner = __shfl_sync(kAllLanes, owner, lane);
       for (int k = first + Lane(); k < end; k += kWarp) p_.owner_of_chunk[k] = its_owner;
     }
   }
 
-  // Ranks this block's share of the samples of multi-chunk classes.
-  __device__ void RankMultiChunk() {
+  // Calls PlaceInTile for this thread's share of the samples of multi-chunk classes.
+  __device__ void SortIntoTiles() {
     const int threads = static_cast<int>(gridDim.x * blockDim.x);
     const int thread = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
     for (int i = thread; i < p_.batch; i += threads) {
       const int owner = OwnerOf(i);
-      if (owner >= 0 && CountOf(owner) > kChunk) RankInTile(i, owner);
+      if (owner >= 0 && CountOf(owner) > kChunk) PlaceInTile(i, owner);
     }
   }
 
@@ -112,7 +126,7 @@ class HashedLabels {
   // The following functions are valid after the grid barrier centers_read.
   __device__ int Chunks() const { return __ldcg(&counters_->chunks.value); }
 
-  // The chunk with this index in the list, and its samples in batch order.
+  // Returns the chunk with this index in the list, and stores its members.
   __device__ Chunk FindChunk(int index, int* members) const {
     const int owner = __ldcg(&p_.owner_of_chunk[index]);
     const int count = CountOf(owner);
@@ -132,11 +146,12 @@ class HashedLabels {
     return chunk;
   }
 
-  // Clears this block's share of the set of the next launch. The first warp does not take part,
-  // because it polls the grid barrier.
+  // Clears this block's share of the set that the next launch uses (struct Header): the counters,
+  // the hash table and `duplicates` with index `parity`. The first warp does not take part, because
+  // it polls the grid barrier.
   __device__ static void ClearNext(const Parameters<Feature>& p, int parity) {
     const int own_threads = static_cast<int>(blockDim.x) - kWarp;
-    const int thread =
+    const int thread =  // among the threads that take part
         static_cast<int>(blockIdx.x) * own_threads + static_cast<int>(threadIdx.x) - kWarp;
     const int threads = static_cast<int>(gridDim.x) * own_threads;
     if (static_cast<int>(threadIdx.x) < kWarp) return;
@@ -159,12 +174,14 @@ class HashedLabels {
     // Fibonacci hashing: the high bits of label * 2^64 / golden ratio spread strided labels too.
     const uint64_t hash = static_cast<uint64_t>(label) * 0x9e3779b97f4a7c15u;
     int slot = static_cast<int>((hash >> 32) * static_cast<uint64_t>(p_.slots) >> 32);
+    // A slot: the lower half of the label above the owner's position + 1; 0 if it is free.
     const auto own = static_cast<unsigned long long>(label) << 32 | static_cast<unsigned>(i + 1);
     for (;;) {
       const unsigned long long entered = atomicCAS(&table_[slot], 0ull, own);
       if (entered == 0) return i;
       const int owner = static_cast<int>(entered & 0xffffffff) - 1;
-      // With fewer than 2^32 classes, equal lower halves mean equal labels.
+      // The upper half of a slot is the lower half of a label. With fewer than 2^32 classes it
+      // identifies the label; otherwise the owner's label is compared as well.
       if (entered >> 32 == own >> 32 && (p_.classes >> 32 == 0 || p_.Label(owner) == label)) {
         return owner;
       }
@@ -181,19 +198,21 @@ class HashedLabels {
     return __shfl_sync(kAllLanes, first, 0) + before;
   }
 
-  // Stores the positions of a class of one chunk: the owner's and those listed at it, sorted.
+  // Stores the members of a chunk that is a whole class: the positions of the owner and of its
+  // duplicates, sorted.
   __device__ void GatherAll(int owner, int count, int* members) const {
     const int lane = Lane();
     int position = owner;
     if (lane > 0 && lane < count) {
-      position = __ldcg(&p_.members[int64_t{owner} * kChunk + lane - 1]);
+      position = __ldcg(&p_.duplicate_positions[int64_t{owner} * kChunk + lane - 1]);
     }
     int rank = 0;
     for (int k = 0; k < count; ++k) rank += __shfl_sync(kAllLanes, position, k) < position;
     if (lane < count) members[rank] = position;
   }
 
-  // Stores the positions of the samples of a multi-chunk class of ranks first to first + count - 1.
+  // Stores the positions of `count` samples of a multi-chunk class, those with the ranks from
+  // `first` on, in batch order. Each lane finds one of them and holds the ranges of four tiles.
   __device__ void GatherRanks(int owner, int first, int count, int* members) const {
     const unsigned* const own =
         p_.tile_ranges + int64_t{__ldcg(&p_.multi_chunk_index[owner])} * kTiles;
@@ -201,15 +220,17 @@ class HashedLabels {
     const int before = WarpExclusiveSum(
         static_cast<int>((four.x >> 16) + (four.y >> 16) + (four.z >> 16) + (four.w >> 16)));
     int rank = first + min(Lane(), count - 1);
-    int lane = 0;  // binary search: the last lane whose four tiles begin at this rank or below
+    int lane = 0;  // binary search: the last lane with before <= rank
 #pragma unroll
     for (int step = kWarp / 2; step > 0; step /= 2) {
       if (__shfl_sync(kAllLanes, before, lane + step) <= rank) lane += step;
     }
-    rank -= __shfl_sync(kAllLanes, before, lane);
+    rank -= __shfl_sync(kAllLanes, before, lane);  // from here on, among the samples in its tiles
     const unsigned ranges[] = {
         __shfl_sync(kAllLanes, four.x, lane), __shfl_sync(kAllLanes, four.y, lane),
         __shfl_sync(kAllLanes, four.z, lane), __shfl_sync(kAllLanes, four.w, lane)};
+    // Walk through the four tiles to the one that has the rank. Of a range, the upper half is the
+    // number of samples and the lower half their first place.
     int at = 0;
     bool found = false;
 #pragma unroll
@@ -230,13 +251,15 @@ class HashedLabels {
     for (int k = 0; k < kTiles / 4; ++k) ranges[k] = uint4{0, 0, 0, 0};
   }
 
-  // Finds the place of sample i in its sorted tile by comparing it with all samples of the tile: it
-  // counts the samples of classes with a smaller owner, and the earlier samples of its own class.
-  // The first sample of a class in the tile stores the range of the class.
-  __device__ void RankInTile(int i, int owner) {
+  // Finds the place of sample i in its tile, sorted by owner and position, by comparing it with all
+  // samples of the tile: it counts the samples of classes with a smaller owner, and the earlier
+  // samples of its own class. The first sample of a class in the tile stores the range of the
+  // class: the number of its samples in the tile and their first place (tile_ranges).
+  __device__ void PlaceInTile(int i, int owner) {
     const int size = p_.TileSize();
     const int tile = i / size, begin = tile * size, end = min(begin + size, p_.batch);
     int smaller = 0, same = 0, before = 0;
+    // Four owners in one load: a tile's size is a multiple of four, and the array is padded.
 #pragma unroll 4
     for (int j = begin; j < end; j += 4) {
       const uint4 four = *reinterpret_cast<const uint4*>(p_.owner_of + j);

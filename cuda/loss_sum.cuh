@@ -1,10 +1,13 @@
 // The sum of the losses of all samples. The warp that processes a sample publishes its loss in a
 // mailbox, and a block that has finished its own samples polls the mailboxes. A mailbox needs no
-// fence, so no warp waits until its rows are written.
+// fence. So a warp need not wait for the stores of its scaled residuals to complete before it
+// publishes.
 //
-// In the scan kernel the last block adds up all losses. In the hash kernel every block adds up
-// segments of kLossSegment samples, and the last block adds up the sums of the segments. The order
-// of the additions depends on the batch size and the block size, not on the number of blocks.
+// In the scan kernel, and in the hash kernel for at most kLossSegment samples, the block with the
+// highest index adds up all losses. For more samples, the blocks of the hash kernel take the loss
+// segments of kLossSegment samples in turn, and the block with the highest index adds up the sums
+// of the segments. The order of the additions depends on the kernel, the batch size and the block
+// size, not on the number of blocks.
 
 #ifndef TF_CENTER_LOSS_OP_CUDA_LOSS_SUM_CUH_
 #define TF_CENTER_LOSS_OP_CUDA_LOSS_SUM_CUH_
@@ -17,13 +20,14 @@
 namespace tcl {
 namespace {
 
-// The block that waits for the losses of the other blocks. The scan kernel's blocks need not all be
-// resident: the others wait for no block, so they finish one by one beside this one.
-__device__ __forceinline__ bool IsLastBlock() { return blockIdx.x == gridDim.x - 1; }
+// Whether this is the block with the highest index, which waits for the losses of the other blocks.
+// In the scan kernel not all blocks need be resident together. The wait ends all the same, because
+// the other blocks wait for none: they run one after another while this block stays resident.
+__device__ __forceinline__ bool IsHighestBlock() { return blockIdx.x == gridDim.x - 1; }
 
-// Adds up the numbers in `count` mailboxes and empties them. All threads of the block call it, with
-// a double for each warp in `shared`; thread 0 gets the sum. (cub::BlockReduce needs the block size
-// at compile time, and does not specify the order of its additions.)
+// Adds up the numbers in `count` mailboxes and empties them. All threads of the block call it, and
+// `shared` must have room for one double for each warp; thread 0 gets the sum. (cub::BlockReduce
+// needs the block size at compile time, and does not specify the order of its additions.)
 template <typename T>
 __device__ double SumOfMailboxes(Mailbox<T>* mailboxes, int count, int wait_ns,
                                  unsigned char* shared) {
@@ -56,11 +60,12 @@ __device__ double SumOfMailboxes(Mailbox<T>* mailboxes, int count, int wait_ns,
   __syncthreads();  // all threads have finished with the earlier contents of `shared`
   if (Lane() == 0) warp_sums[WarpOfBlock()] = sum;
   __syncthreads();
+  // Thread 0 only.
   for (int warp = 1; warp < threads / kWarp && threadIdx.x == 0; ++warp) sum += warp_sums[warp];
   return sum;
 }
 
-// The sum of all losses in the hash kernel; thread 0 of the last block gets it.
+// The sum of all losses in the hash kernel; thread 0 of the block with the highest index gets it.
 template <typename Feature>
 __device__ double SumOfLosses(const Parameters<Feature>& p, unsigned char* shared) {
   const int segments = (p.batch + kLossSegment - 1) / kLossSegment;
@@ -72,7 +77,7 @@ __device__ double SumOfLosses(const Parameters<Feature>& p, unsigned char* share
     const double sum = SumOfMailboxes(p.sample_loss + first, count, wait_ns, shared);
     if (threadIdx.x == 0) Publish(&p.segment_loss[segment], sum);
   }
-  if (!IsLastBlock()) return 0;
+  if (!IsHighestBlock()) return 0;
   if (segments == 1) return SumOfMailboxes(p.sample_loss, p.batch, wait_ns, shared);
   return SumOfMailboxes(p.segment_loss, segments, wait_ns, shared);
 }

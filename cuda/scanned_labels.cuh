@@ -69,7 +69,7 @@ class ScannedLabels {
   __device__ int rank() const { return rank_; }    // number of earlier samples of the class
   __device__ int other() const { return other_; }  // another sample of the class; -1: none
 
-  // Stores the positions of the samples of ranks first to first + count - 1.
+  // Stores the positions of the samples with the ranks first to first + count - 1.
   __device__ void GatherRanks(int first, int count, int* members) const {
     int before = 0;
     for (int start = 0; start < p_.batch && before < first + count; start += kWarp) {

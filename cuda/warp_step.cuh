@@ -1,6 +1,7 @@
-// The work on one sample, done by one warp: it reads the features and the center, writes the
-// residual, and publishes the loss. If no other warp has a sample of the class, it also moves the
-// center. A row longer than kPass columns takes several passes, because the registers hold one.
+// The work on one sample, or on both samples of a pair, done by one warp: it reads the features and
+// the center, stores the scaled residual, and publishes the loss. If no other warp has a sample of
+// the class, it also moves the center. A row longer than kPass columns takes several passes,
+// because the registers hold only one pass.
 
 #ifndef TF_CENTER_LOSS_OP_CUDA_WARP_STEP_CUH_
 #define TF_CENTER_LOSS_OP_CUDA_WARP_STEP_CUH_
@@ -22,17 +23,17 @@ class WarpStep {
   static constexpr int kPass = kColumns<Center, Width>;
   using Fragment = Center[kLane];  // this lane's numbers of one pass
 
-  // What a sample's residual is used for, besides being stored.
+  // What a sample's residual is used for, besides the scaled residual that is stored.
   enum class Use {
-    kNone,        // no center moves by it
-    kMoveCenter,  // the class has no samples but this one and its partner
-    kDefer,       // the class is large: ClassSums computes the residual again
-    kAddAtomic,   // it is added to a partial sum with float atomics
+    kNone,        // nothing
+    kMoveCenter,  // it moves the center, with the partner's: no other sample has the class
+    kDefer,       // nothing yet: the class is large, and ClassSums computes the residual again
+    kAddAtomic,   // it is added to the class's partial sum with atomicAdd
   };
 
-  // The rows of a sample, or of a pair, in one pass. Residuals replace the features.
+  // The rows of a sample, or of a pair, in one pass.
   struct Rows {
-    Fragment row;
+    Fragment row;  // features, then the residual; as is partner_row
     Fragment center;
     Fragment partner_row;
   };
@@ -57,10 +58,13 @@ class WarpStep {
     return p_.loss != nullptr && p_.options.reduction != Reduction::kNone;
   }
 
-  // Loads the rows of sample i, perhaps before its class is known. If the sample is then the second
-  // one of a pair, the pair's warp may be moving the center, and the loaded value is not used.
+  // Loads the rows of sample i, perhaps before the other samples of its class are known. If another
+  // warp turns out to process the sample as a partner, that warp may be moving the center now, and
+  // the value loaded here is not used.
   __device__ void Load(int i, int64_t label, int64_t column, Rows* rows) const {
     LoadRow<Width, Cache::kStreamed>(p_.Features(i), column, p_.dim, rows->row);
+    // If no center is subtracted, a row of length 0 is loaded: `center` becomes zero, so that
+    // row - center is the residual in every case.
     const bool subtracts = !p_.features_are_residuals && p_.InTable(label);
     LoadRow<Width, Cache::kSpeculative>(subtracts ? p_.CenterRow(label) : nullptr, column,
                                         subtracts ? p_.dim : 0, rows->center);
@@ -70,7 +74,8 @@ class WarpStep {
   }
 
   // Processes sample i, and its partner unless that is negative. `rows` holds the first pass.
-  // Returns how many of the samples have finite features, or 0 for Use::kNone.
+  // `partial_sum` is the row of the class's partial sum (Use::kAddAtomic). Returns how many of the
+  // samples have finite features, or 0 for Use::kNone.
   __device__ int ProcessSample(int i, int partner, int64_t label, Rows& rows, Use use,
                                int partial_sum = 0) {
     if (p_.Ignored(label)) return StoreConstant(i, 0);
@@ -86,23 +91,26 @@ class WarpStep {
       Load(i, label, column, &rows);
       if (is_pair) LoadPartner(partner, column, &rows);
     }
+    // Lane 0 has the sample's sum, position and loss, lane 1 the partner's.
     const Center squares = WarpSums(square);
     const bool stores = Lane() < (is_pair ? 2 : 1);
     const int own = Lane() == 1 ? partner : i;
     if (stores) StoreLoss(own, SampleWeight(own) * (squares / 2), squares);
     if (use == Use::kNone) return 0;
 
-    // Finite squares imply finite features. The converse fails on overflow: then check the row.
+    // Finite squares imply finite features. The converse fails on overflow: then check the row. Bit
+    // 0 is the sample's, bit 1 the partner's.
     const unsigned unsure = __ballot_sync(kAllLanes, stores && !IsFinite(squares));
     const bool is_finite = (unsure & 1) == 0 || RowIsFinite(i);
     if (use == Use::kDefer) return is_finite;
     const bool adds_partner = is_pair && ((unsure & 2) == 0 || RowIsFinite(partner));
     const int finite = is_finite + adds_partner;
     if (finite == 0) return 0;
-    if (p_.dim <= kPass) {
+    if (p_.dim <= kPass) {  // the residuals are still in the registers
       UseResiduals(use, label, 0, is_finite, adds_partner, rows, partial_sum);
       return finite;
     }
+    // Several passes: load the rows and subtract the center once more.
 #pragma unroll 1
     for (int64_t column = 0; column < p_.dim; column += kPass) {
       Load(i, label, column, &rows);
@@ -117,8 +125,9 @@ class WarpStep {
     return finite;
   }
 
-  // Processes one of the `count` samples of a class with float atomics. The last warp to arrive
-  // moves the center and clears the partial sum.
+  // Processes sample i of a class of `count` samples (two or more) and adds its residual with
+  // atomicAdd to the partial sum of the class, in row `row`. The last warp to arrive moves the
+  // center and clears the partial sum.
   __device__ void AddAtomically(int i, int64_t label, Rows& rows, int count, int row) {
     int finite = ProcessSample(i, -1, label, rows, Use::kAddAtomic, row);
     if (!LastWarpToArrive(p_.arrivals + row, count, &finite)) return;
@@ -145,7 +154,8 @@ class WarpStep {
     return __all_sync(kAllLanes, finite);
   }
 
-  // The factor of the sum of residuals of a class with `finite` finite samples.
+  // The factor by which a center moves along the sum of its residuals, for a class with `finite`
+  // samples whose features are finite.
   __device__ Center Scale(int finite) const {
     return StepScale(p_.options.rule, Alpha(), finite, counted_);
   }
@@ -162,7 +172,7 @@ class WarpStep {
  private:
   __device__ static Center NotANumber() { return static_cast<Center>(FloatOf(0x7fc00000u)); }
 
-  // Alpha and loss_weight are loaded at each use, which costs less than registers to keep them.
+  // Alpha and loss_weight are loaded at each use, which costs less than keeping them in registers.
   __device__ Center Alpha() const {
     return p_.cuda.alpha == nullptr ? p_.options.alpha : *p_.cuda.alpha;
   }
@@ -175,7 +185,8 @@ class WarpStep {
     return p_.sample_weight == nullptr ? Center{1} : p_.sample_weight[i];
   }
 
-  // Fills the residual and the loss of a sample whose label is ignored or out of range.
+  // Stores `value` as scaled residual, loss and squared distance of a sample whose label is ignored
+  // or out of range. Returns 0, as ProcessSample does for a sample that moves no center.
   __device__ int StoreConstant(int i, Center value) {
     if (p_.residual != nullptr) {
       Fragment row;
@@ -190,8 +201,9 @@ class WarpStep {
     return 0;
   }
 
-  // Replaces the features by the residual, and stores it in the scale of the loss's gradient.
-  // Returns the sum of this lane's squares.
+  // Replaces the features in `row` by the residual. Stores the scaled residual, the residual times
+  // SampleWeight(i) * sample_scale_, which is the gradient of the loss with respect to the
+  // features. Returns the sum of the squares of this lane's residuals, without these factors.
   __device__ Center StoreResidual(int i, int64_t column, const Fragment& center,
                                   Fragment& row) const {
     const Center scale = SampleWeight(i) * sample_scale_;
@@ -209,7 +221,10 @@ class WarpStep {
     return square;
   }
 
-  // Uses one pass of the finite residuals of a sample and its partner.
+  // Adds one pass of the residuals to the partial sum (kAddAtomic), or moves the center by them.
+  // `adds` and `adds_partner` tell whether the features of the sample and of its partner are
+  // finite; a residual whose features are not is left out. With kAddAtomic there is no partner, and
+  // the features are finite.
   __device__ void UseResiduals(Use use, int64_t label, int64_t column, bool adds, bool adds_partner,
                                Rows& rows, int partial_sum) {
     if (use == Use::kAddAtomic) {
@@ -225,7 +240,7 @@ class WarpStep {
       if (!adds) rows.row[e] = 0;
       if (adds_partner) rows.row[e] += rows.partner_row[e];
     }
-    if (p_.features_are_residuals) {
+    if (p_.features_are_residuals) {  // Load has set `center` to zero
       LoadRow<Width, Cache::kNormal>(p_.CenterRow(label), column, p_.dim, rows.center);
     }
     StoreCenter(label, column, adds + adds_partner, rows.row, rows.center);

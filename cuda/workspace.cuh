@@ -28,7 +28,8 @@ constexpr int kTiles = 4 * kWarp;
 static_assert(kMostCudaSamples / kTiles < 1 << 16, "the samples of a tile are counted in 16 bits");
 
 // Hash slots for each sample. A small batch gets more, because its time depends on the longest
-// sequence of probes; a large table would cost more to clear than shorter sequences save.
+// sequence of probes. With a large batch, more slots would cost more to clear than shorter
+// sequences save.
 constexpr int kSlotsPerSample = 8, kMaxSlotsPerSample = 16;
 constexpr int64_t kManySlots = 1 << 17;
 
@@ -66,11 +67,12 @@ struct Counters {
   Counter tickets;              // number of tickets taken
 };
 
-// The counters, the hash table and `duplicates` exist twice. Launches use the two sets in turn, and
-// each launch clears the set of the next launch, so no barrier has to separate clearing from use.
+// The counters, the hash table and `duplicates` exist twice: set 0 and set 1. Launches of the hash
+// kernel use the two sets in turn, and each launch clears the set of the next launch, so no barrier
+// has to separate clearing from use.
 struct Header {
   Counters counters[2];
-  int parity;      // the set that the next launch uses
+  int parity;      // index of the set that the next launch uses
   int slots[2];    // hash slots that the last launch with this set used, to be cleared
   int samples[2];  // batch size of that launch
 };
@@ -98,18 +100,20 @@ struct Parameters {
 
   // Hash kernel. Arrays [B] marked "owner" have an entry for each class, at its owner's position.
   Header* header;
-  // [slots] lower half of a label in the upper half, position of its owner + 1 in the lower half.
-  // 0: free. Zero between launches.
+  // Hash table, [slots]: lower half of a label in the upper half of the slot, position of its owner
+  // + 1 in the lower half. 0: free. Zero between launches.
   unsigned long long* table[2];
-  int* duplicates[2];      // [B] owner: number of other samples of the class. Zero between launches
-  int slots;               // size of the hash table for this batch
-  int* members;            // [B, kChunk] owner: positions of the first 31 duplicates to be counted
-  int* owner_of;           // [B] owner of the sample's class; -1: the sample moves no center
-  int* multi_chunk_index;  // [B] owner: index of the multi-chunk class
+  int* duplicates[2];  // [B] owner: number of other samples of the class. Zero between launches
+  int slots;           // size of the hash table for this batch
+  int* duplicate_positions;  // [B, kChunk] owner: positions of the first 31 duplicates inserted
+  int* owner_of;             // [B] owner of the sample's class; -1: the sample moves no center
+  int* multi_chunk_index;    // [B] owner: index of the multi-chunk class
   // [multi-chunk classes, kTiles] the range of the class in the tile: number of samples in the
-  // upper half, offset from the tile's first entry of tile_order in the lower half.
+  // upper half, their first place in the lower half.
   unsigned* tile_ranges;
-  int* tile_order;         // [B] positions, tile by tile; in a tile by class, then by position
+  // [B] positions of the samples of multi-chunk classes, each at its place in its tile: a tile is
+  // sorted by owner, then by position. The entries of other samples are not written.
+  int* tile_order;
   int* first_chunk;        // [B] owner: index in owner_of_chunk of the first chunk of a large class
   int* first_partial_sum;  // [B] owner: row of the first partial sum
   int* owner_of_chunk;     // [chunks]
@@ -174,7 +178,7 @@ WorkspaceBytes PlaceArrays(const CudaWorkspace& workspace, Parameters<Feature>* 
   bytes.clear = bytes.all;
   place(p->table[1], slots);
   place(p->duplicates[1], batch);
-  place(p->members, batch * kChunk);
+  place(p->duplicate_positions, batch * kChunk);
   place(p->owner_of, batch);
   place(p->multi_chunk_index, batch);
   place(p->tile_ranges, (batch / kChunk + 1) * kTiles);

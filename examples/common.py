@@ -5,7 +5,8 @@ A task is a module with `load(seed, quick) -> Task` and `draw(task, runs) -> {fi
 The two runs of a task differ in one layer, the center loss. Both start from the same weights and
 train on the same batches in the same order. The comparison uses data that neither run was trained
 on. The weight lambda and the step size alpha of the center loss were chosen on the validation data
-(`--tune` repeats the choice); the test data was not used for it.
+(`--tune` repeats the choice, `--sweep` shows how much lambda matters); the test data was not used
+for it.
 """
 
 import argparse
@@ -36,6 +37,9 @@ from tqdm import tqdm
 import tf_center_loss_op as tcl
 
 GRID = [(0.0, 0.0)] + [(w, a) for w in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3) for a in (0.5, 1.0)]
+# The weights of the table in docs/choosing.md: from what faces take to what two features take.
+SWEEP = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 6.4, 64.0)
+SWEEP_SEEDS = 3
 COLORS = {"softmax": "#4c6a92", "center": "#d1602b"}
 
 
@@ -322,6 +326,8 @@ def run_task(name: str, module, options) -> dict:
     )
     if options.tune:
         return tune(task, options.seed)
+    if options.sweep:
+        return sweep(lambda seed: module.load(seed, options.quick), options.seed)
 
     runs = [train(task, weight, task.alpha, options.seed) for weight in (0.0, task.weight)]
     for run in runs:
@@ -369,6 +375,39 @@ def tune(task: Task, seed: int) -> dict:
     return {"validation": scores}
 
 
+def sweep(task_of: Callable[[int], Task], first_seed: int) -> dict:
+    """Trains with each lambda of SWEEP and several seeds, and prints the validation results.
+
+    A seed changes the split of the data, the start and the order of the batches. Each cell of the
+    table is the mean over the seeds, with the smallest and the largest value.
+    """
+    seeds = range(first_seed, first_seed + SWEEP_SEEDS)
+    tasks = [task_of(seed) for seed in seeds]
+    found = {}
+    for weight in SWEEP:
+        runs = []
+        for task, seed in zip(tasks, seeds, strict=True):
+            run = train(task, weight, task.alpha, seed)
+            runs.append(measure(task, run, "validation"))
+        found[weight] = {name: [result[name] for result in runs] for name in runs[0]}
+    lowest = [name for name in runs[0] if "tar" in name][-1]
+    print(f"   validation data, seeds {seeds.start} to {seeds.stop - 1}, alpha {tasks[0].alpha:g}:")
+    print(f"| lambda | accuracy, % | {lowest}, % | intra-class / inter-class |")
+    print("|---|---|---|---|")
+    for weight, result in found.items():
+        cells = [
+            f"{factor * np.mean(values):.{digits}f} ({factor * min(values):.{digits}f} to "
+            f"{factor * max(values):.{digits}f})"
+            for factor, digits, values in (
+                (100, 1, result["accuracy"]),
+                (100, 1, result[lowest]),
+                (1, 3, result["ratio"]),
+            )
+        ]
+        print(f"| {weight:g} | {' | '.join(cells)} |")
+    return {"sweep": {f"{weight:g}": result for weight, result in found.items()}}
+
+
 def versions() -> dict[str, str]:
     """Returns the versions of the libraries and of Python, and the number of CPUs."""
     libraries = {"tensorflow": tf, "keras": keras, "numpy": np, "scikit-learn": sklearn}
@@ -389,6 +428,9 @@ def main(tasks: dict) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="take a few seconds per task")
     parser.add_argument("--tune", action="store_true", help="choose lambda and alpha, no plots")
+    parser.add_argument(
+        "--sweep", action="store_true", help=f"{SWEEP_SEEDS} seeds of many lambdas, no plots"
+    )
     options = parser.parse_args()
     if unknown := set(options.tasks) - set(tasks):
         names = ", ".join(sorted(unknown))

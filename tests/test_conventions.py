@@ -43,9 +43,9 @@ def caffe_face(x, y, c, rate):
     return np.sum(distance**2) / B / 2, c - rate * variation_sum / (counts(y) + 1)
 
 
-def authors_2019(x, y, c, alpha):
+def authors_2019(x, y, c, rate):
     difference = per_class(c[y] - x, y)
-    return np.sum((x - c[y]) ** 2) / B / 2, c - alpha * difference / np.maximum(counts(y), 1)
+    return np.sum((x - c[y]) ** 2) / B / 2, c - rate * difference / np.maximum(counts(y), 1)
 
 
 def encode_ts(x, y, c, alpha):
@@ -140,7 +140,63 @@ def test_a_convention_gives_the_formulas_results(impl, name):
     np.testing.assert_allclose(centers.numpy(), expected_centers, rtol=1e-12, atol=1e-14)
 
 
+# The gradient to the features as each codebase writes it, divided by d_i = x_i - c_{y_i}.
+GRADIENTS = {
+    "paper": 1,
+    "caffe-face": 1 / B,
+    "authors-2019": 1 / B,
+    "EncodeTS": 1,
+    "tutorial": 1,
+    "facenet": 2 / (B * D),
+    "pytorch-center-loss": 2 / B,
+    "MNIST_center_loss_pytorch": 1 / B,
+    "louis-she": 2 / (B * D),
+    "paddle": 1,
+    "mxnet": 1 / B,
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_a_convention_gives_the_codebases_gradient(impl, name):
+    rng = np.random.default_rng(1)
+    x, c, y = rng.normal(size=(B, D)), rng.normal(size=(C, D)), rng.integers(0, C, B)
+    convention, features = tcl.CONVENTIONS[name], tf.constant(x)
+    with tf.GradientTape() as tape:
+        tape.watch(features)
+        loss = convention.loss_factor(D) * tcl.center_loss(
+            features,
+            y,
+            tf.Variable(c),
+            rule=convention.rule,
+            reduction=convention.reduction,
+            impl=impl,
+        )
+    expected = GRADIENTS[name] * (x - c[y])
+    np.testing.assert_allclose(tape.gradient(loss, features), expected, rtol=1e-12)
+
+
+def test_one_optimizer_for_the_model_and_the_centers(impl):
+    # KaiyangZhou's loss in an optimizer with its weight left in: alpha = 2 lr lambda.
+    rng = np.random.default_rng(2)
+    x, c, y = rng.normal(size=(B, D)), rng.normal(size=(C, D)), rng.integers(0, C, B)
+    lr, weight = 0.1, 0.7
+    gradient = weight * 2 * per_class(c[y] - x, y) / B
+    centers = tf.Variable(c)
+    tcl.update_centers(x, y, centers, alpha=2 * lr * weight, rule="batch_mean", impl=impl)
+    np.testing.assert_allclose(centers.numpy(), c - lr * gradient, rtol=1e-12)
+
+
 # The guide, docs/choosing.md.
+
+
+def test_the_guides_weights_in_this_packages_units():
+    guide = (Path(__file__).parent.parent / "docs" / "choosing.md").read_text()
+    cell = r" ([\d.e-]+) \|"
+    rows = re.findall(rf"^\| (.+?) \|{cell} (.+?) \|{cell}{cell}{cell} .+\|$", guide, re.M)
+    assert len(rows) == 11
+    for name, theirs, factor, dim, batch, ours in rows:
+        factors = {"1": 1, "2": 2, "2/D": 2 / float(dim), "B": float(batch)}
+        assert float(ours) == pytest.approx(float(theirs) * factors[factor], rel=0.05), name
 
 
 @pytest.mark.parametrize(

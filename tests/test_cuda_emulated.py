@@ -201,7 +201,8 @@ def must_be_zero(memory, batch, dim, atomic):
     sizes |= dict(arrivals=8 * levels * partial_sum_rows * ((dim + 31) // 32))
     sizes |= dict(chunk_arrivals=8 * batch, sample_loss=8 * batch)
     sizes |= dict(segment_loss=16 * (batch // 4096 + 1))
-    sizes |= dict(table1=8 * slots, duplicates1=4 * batch, members=4 * batch * chunk)
+    sizes |= dict(table1=8 * slots, duplicates1=4 * batch)
+    sizes |= dict(duplicate_positions=4 * batch * chunk)
     sizes |= dict(owner_of=4 * batch, multi_chunk_index=4 * batch)
     sizes |= dict(tile_ranges=4 * (batch // chunk + 1) * tiles, tile_order=4 * batch)
     sizes |= dict(first_chunk=4 * batch, first_partial_sum=4 * batch)
@@ -300,7 +301,8 @@ def test_the_phase_clock(sizes, expected):
         expected = [*expected, "all samples", "class sums", "loss"]
     assert list(names) == expected
     assert first[0] == 0 and all(a <= b for a, b in zip(first, last, strict=True))
-    # Every block passes each point in this order, but only the last block stores the loss.
+    # Every block passes each point in this order, but only the block with the highest index stores
+    # the loss.
     assert sorted(last[:-1]) == list(last[:-1]) and sorted(first) == list(first)
 
 

@@ -164,8 +164,8 @@ MUTATIONS = {
         "LastWarpToArrive(counter, children, finite);",
     ),
     "the center moves before the last sample has read it": (
-        "return static_cast<int>(now & 0xffffffff) == members;",
-        "return static_cast<int>(now & 0xffffffff) == members - 1;",
+        "return static_cast<int>(now & 0xffffffff) == samples;",
+        "return static_cast<int>(now & 0xffffffff) == samples - 1;",
     ),
     "every atomic adder takes itself for the last": (
         "if (!LastWarpToArrive(p_.arrivals + row, count, &finite)) return;",
@@ -173,7 +173,7 @@ MUTATIONS = {
     ),
     "the counter at a node is not set back": ("if (last) *counter = 0;", ""),
     "the counter at a chunk is not set back": (
-        "if (static_cast<int>(now & 0xffffffff) == members) *counter = 0;",
+        "if (static_cast<int>(now & 0xffffffff) == samples) *counter = 0;",
         "",
     ),
     "slices share a counter": ("* slices + slice;", "* slices;"),
@@ -186,7 +186,7 @@ MUTATIONS = {
     ),
     "a mailbox is not emptied": ("Empty(&mailboxes[i]);", ""),
     # From one launch to the next.
-    "the tables are not exchanged": ("p.header->parity = 1 - parity;", ""),
+    "the sets are not exchanged": ("p.header->parity = 1 - parity;", ""),
     "the next counters of the barriers are not cleared": (
         "counters.labels_counted.value = counters.centers_read.value = 0;",
         "",
@@ -196,7 +196,7 @@ MUTATIONS = {
         "",
     ),
     "the next tickets are not cleared": ("counters.tickets.value = 0;", ""),
-    "the next table is not cleared": (
+    "the next hash table is not cleared": (
         "for (int k = thread; k < slots; k += threads) p.table[parity][k] = 0;",
         "",
     ),
@@ -213,8 +213,8 @@ MUTATIONS = {
     # Classes, chunks and ranks.
     "a slot with another label is taken": ("if (entered >> 32 == own >> 32 && (", "if ((true || "),
     "the owner is counted among its duplicates": (
-        "place = atomicAdd(&duplicates_[owner], duplicates) - owns;",
-        "place = atomicAdd(&duplicates_[owner], duplicates);",
+        "number = atomicAdd(&duplicates_[owner], duplicates) - owns;",
+        "number = atomicAdd(&duplicates_[owner], duplicates);",
     ),
     "scanned classes share partial sums": (
         "own.first_partial_sum = offset / kSamplesPerPartialSum;",

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import oracle
 import tf_center_loss_op as tcl
 from child import run_program
+from tf_center_loss_op._core import native
 
 FEATURES = [[2.0, 4.0], [4.0, 8.0], [10.0, 16.0]]
 LABELS = [0, 0, 1]
@@ -70,6 +72,84 @@ def test_the_environment_chooses_the_implementation(native_library, tmp_path, me
     assert result["info"]["native"] is True
     # Ops that are not TensorFlow's.
     assert bool(result["own_ops"]) == (means != "graph")
+
+
+def wrong_file(package, how):
+    """A file that is not the op library, though the loader may take it."""
+    if how == "half":
+        whole = (package / "libtf_center_loss_op.so").read_bytes()
+        return whole[: len(whole) // 2]
+    if how == "another library":  # It loads, and aborts in XLA, because its ops are not there.
+        return (package / "libtf_center_loss_op_xla.so").read_bytes()
+    changed = bytearray((package / "libtf_center_loss_op.so").read_bytes())
+    changed[len(changed) // 2] ^= 1
+    return bytes(changed)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        ("half", "bytes, [0-9]+ were built"),
+        ("another library", "bytes, [0-9]+ were built"),
+        ("one bit", "is not the file that was built"),
+    ],
+)
+def test_a_library_that_was_not_built_is_not_loaded(native_library, tmp_path, how, words):
+    copy, package = copy_package(tmp_path), Path(tcl.__file__).parent
+    (copy / "libtf_center_loss_op.so").write_bytes(wrong_file(package, how))
+    info = run(tmp_path)["info"]
+    assert info["native"] is False and info["xla"] == []
+    assert re.search(rf"libtf_center_loss_op\.so.* {words}", info["reason"])
+
+
+LIBRARIES = {"libtf_center_loss_op.so": {"size": 3, "sha256": "0"}}
+RECORDS = dict(
+    missing=None,
+    cut=b'{"tensorflow": "2.2',
+    bytes=b"\xff\xfe",
+    deep=b"[" * 100_000,
+    null=b"null",
+    list=b"[]",
+    text=b'"2.21.0"',
+    number=b"2.21",
+    empty=b"{}",
+    version=json.dumps(dict(tensorflow=2.21, libraries=LIBRARIES)).encode(),
+    cuda=json.dumps(dict(tensorflow="2.21.0", cuda=90, libraries=LIBRARIES)).encode(),
+    architectures=json.dumps(dict(cuda=[90], libraries=LIBRARIES)).encode(),
+    reason=json.dumps(dict(reason=["no"], libraries=LIBRARIES)).encode(),
+    libraries=json.dumps(dict(tensorflow="2.21.0", libraries=["libtf"])).encode(),
+    size=json.dumps(dict(libraries={"a.so": {"size": "3", "sha256": "0"}})).encode(),
+    hash=json.dumps(dict(libraries={"a.so": {"size": 3}})).encode(),
+)
+
+
+@pytest.fixture
+def record(tmp_path, monkeypatch):
+    """The path of a record of the build that the package reads instead of its own."""
+    path = tmp_path / "_build.json"
+    monkeypatch.setattr(native, "_RECORD", path)
+    monkeypatch.setattr(native, "_record", native._record.__wrapped__)
+    monkeypatch.setattr(native, "_load", native._load.__wrapped__)
+    return path
+
+
+@pytest.mark.parametrize("content", RECORDS.values(), ids=RECORDS)
+def test_a_damaged_record_of_the_build_is_the_reason(record, content):
+    if content is not None:
+        record.write_bytes(content)
+    info = tcl.build_info()
+    assert info["native"] is False and info["tf_built"] is None and info["cuda"] is None
+    assert info["xla"] == []
+    assert info["reason"] == f"{record}, which names the libraries, is missing or damaged"
+
+
+def test_a_record_without_native_libraries_says_why(record):
+    written = dict(tensorflow=None, native=False, reason="no compiler", cuda=None, libraries={})
+    record.write_text(json.dumps(written))
+    assert tcl.build_info()["reason"] == "it was not built: no compiler"
+    record.write_text(json.dumps(written | dict(reason=None)))
+    assert "libtf_center_loss_op.so" in tcl.build_info()["reason"]
 
 
 def test_graph_in_the_environment_needs_no_library(tmp_path):
@@ -140,3 +220,9 @@ def test_a_device_without_kernels_gets_the_graph_and_a_warning(
     (warning,) = result["warnings"]
     assert f"the centers lie on a {kind}, and it was" in warning
     assert "'native' cannot run: the centers lie on" in result["error"]
+
+
+def test_the_warning_points_to_the_callers_line(tmp_path):
+    copy_package(tmp_path)
+    out = run_program("warning_of_the_fallback", cwd=tmp_path, paths=[tmp_path])
+    assert out == "True\nTrue\n"

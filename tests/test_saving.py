@@ -200,6 +200,27 @@ def only_centers(classes=C, dim=D):
     return keras.Model([features, labels], layer(features, labels))
 
 
+def write_chunks(dataset, count):
+    """Writes the first chunks of a dataset, of whose content nothing must be read."""
+    high, _ = dataset.chunks
+    for begin in range(0, min(count * high, dataset.shape[0]), high):
+        dataset.id.write_direct_chunk((begin, 0), b"0")
+
+
+@pytest.mark.parametrize("options", [dict(chunks=True), dict(chunks=(5, 3), compression="gzip")])
+def test_a_whole_file_of_chunks_is_read(small_blocks, tmp_path, options):
+    path = tmp_path / "model.weights.h5"
+    saved, model = only_centers(), only_centers()
+    saved.save_weights(path)
+    with h5py.File(path, "a") as file:
+        group = file["layers/center_loss/vars"]
+        numbers = group["0"][()]
+        del group["0"]
+        group.create_dataset("0", data=numbers, maxshape=(None, D), **options)
+    model.load_weights(path)
+    assert np.array_equal(model.layers[-1].centers.numpy(), numbers)
+
+
 @pytest.mark.parametrize(
     "how, words",
     [
@@ -208,6 +229,13 @@ def only_centers(classes=C, dim=D):
         ("dtype", r"got float64 \(12, 7\)"),
         ("nothing", "expected 1 variables, but received 0"),
         ("no numbers", "got a file that is cut off"),
+        ("no size", "expected an array in the file, got none"),
+        ("no rows", "expected an array in the file, got none"),
+        ("no chunk", "expected all 3 chunks of an array in the file, got 0"),
+        ("half the chunks", "expected all 3 chunks of an array in the file, got 2"),
+        ("chunks cut off", "expected 3 whole chunks in the file, got some that are cut off"),
+        ("a huge chunk", "expected chunks of at most 67108864 bytes.*got 1 of 2147483648"),
+        ("wide chunks", "expected chunks of at most 67108864 bytes.*got 12 of 16777216"),
         ("link", "got a group or a link"),
         ("truncated", "truncated file"),
         ("half", "truncated file"),
@@ -218,7 +246,8 @@ def test_a_bad_file_changes_nothing(tmp_path, how, words):
     path = tmp_path / "model.weights.h5"
     sizes = dict(shape=dict(dim=D + 1), classes=dict(classes=C - 1)).get(how, {})
     only_centers(**sizes).save_weights(path)
-    if how in ("dtype", "nothing", "no numbers", "link"):
+    changed = ("dtype", "nothing", "no numbers", "no size", "no rows", "link")
+    if how in changed or "chunk" in how:
         with h5py.File(path, "a") as file:
             group = file["layers/center_loss/vars"]
             numbers = group["0"][()]
@@ -227,6 +256,14 @@ def test_a_bad_file_changes_nothing(tmp_path, how, words):
                 group["0"] = numbers.astype("f8")
             elif how == "no numbers":
                 group.create_dataset("0", (C, D), "f4")
+            elif how == "no size":
+                group["0"] = h5py.Empty("f4")
+            elif how == "no rows":
+                group.create_dataset("0", (0, D), "f4")
+            elif "chunk" in how:
+                sizes = {"a huge chunk": (2**14, 2**15), "wide chunks": (1, 2**22)}.get(how, (5, D))
+                whole = group.create_dataset("0", (C, D), "f4", chunks=sizes, maxshape=(None, None))
+                write_chunks(whole, {"no chunk": 0, "half the chunks": 2}.get(how, 12))
             elif how == "link":
                 file["elsewhere"] = numbers
                 group["0"] = h5py.SoftLink("/elsewhere")

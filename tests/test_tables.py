@@ -42,10 +42,56 @@ def test_two_tables_do_not_share_memory():
     assert not second.numpy().any()
 
 
-@pytest.mark.parametrize("wrong", [dict(num_classes=0), dict(dim=2.0), dict(dtype="float16")])
-def test_wrong_sizes_are_refused(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+@pytest.mark.parametrize(
+    "error, wrong",
+    [
+        (ValueError, dict(num_classes=0)),
+        (ValueError, dict(dim=np.int64(-1))),
+        (ValueError, dict(dtype="float16")),
+        (TypeError, dict(dim=2.0)),
+        (TypeError, dict(num_classes=True)),
+        (TypeError, dict(num_classes="7")),
+    ],
+)
+def test_wrong_sizes_are_refused(error, wrong):
+    with pytest.raises(error, match=f"{next(iter(wrong))}: expected"):
         tcl.tables.create(**dict(num_classes=C, dim=D) | wrong)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
+def test_integers_of_numpy_count(kind):
+    seeds = [tcl.tables.RandomNormal(seed=seed) for seed in (kind(5), 5)]
+    tables = [tcl.tables.create(kind(C), kind(D), initializer=seed).numpy() for seed in seeds]
+    assert np.array_equal(*tables)
+    json.dumps(seeds[0].get_config())
+    centers = tcl.tables.create(C, D)
+    batch = np.ones([2, D], np.float32), np.array([3, 1])
+    counts = tcl.tables.from_dataset([batch], centers, ignore_class=kind(3), progress=False)
+    assert np.flatnonzero(counts).tolist() == [1]
+    assert tcl.nearest.predict(tf.ones([1, D]), centers, k=kind(2), block=kind(9))[0].shape == (
+        1,
+        2,
+    )
+    assert tcl.distribute.ShardedCenters(kind(C), kind(D)).shape == (C, D)
+
+
+@pytest.mark.parametrize("error, seed", [(TypeError, 1.0), (TypeError, True), (ValueError, 2**63)])
+def test_a_wrong_seed_is_refused(error, seed):
+    with pytest.raises(error, match="seed: expected an int"):
+        tcl.tables.RandomNormal(seed=seed)
+
+
+@pytest.mark.parametrize("wrong", ["1", 1.5, 255.0, True])
+def test_a_wrong_class_to_ignore_is_refused(centers, wrong):
+    batch = np.ones([2, D], np.float32), np.array([3, 1])
+    with pytest.raises(TypeError, match="ignore_class: expected an int"):
+        tcl.tables.from_dataset([batch], centers, ignore_class=wrong, progress=False)
+
+
+@pytest.mark.parametrize("initializer", ["ones", "random_normal", lambda shape, dtype: 1 / 0])
+def test_a_table_of_any_initializer_is_compared_with_the_memory(initializer):
+    with pytest.raises(MemoryError, match=r"got 1000000000000 x 256 float32, 1024000.0 GB"):
+        tcl.tables.create(10**12, 256, initializer=initializer)
 
 
 @pytest.mark.parametrize("initializer", ["zeros", tcl.tables.RandomNormal()])
@@ -159,6 +205,71 @@ def test_a_write_that_fails_leaves_the_old_file(centers, tmp_path, monkeypatch):
         tcl.tables.save(centers, path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["centers.npy"]
+
+
+BAD_HEADERS = {
+    "parentheses": "((((((((",
+    "many parentheses": "(" * 9000,
+    "a bool as size": "{'descr': '<f4', 'fortran_order': False, 'shape': (37, True), }",
+    "one row": "{'descr': '<f4', 'fortran_order': False, 'shape': (True, 5), }",
+    "a text as size": "{'descr': '<f4', 'fortran_order': False, 'shape': ('37', 5), }",
+    "no shape": "{'descr': '<f4', 'fortran_order': False, 'shape': 37, }",
+    "negative": "{'descr': '<f4', 'fortran_order': False, 'shape': (-37, -5), }",
+    "huge": f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({10**30}, {10**30}), }}",
+    "no dtype": "{'descr': 'what', 'fortran_order': False, 'shape': (37, 5), }",
+    "a list as dtype": "{'descr': [('', 5)], 'fortran_order': False, 'shape': (37, 5), }",
+    "objects": "{'descr': '|O', 'fortran_order': False, 'shape': (37, 5), }",
+    "no order": "{'descr': '<f4', 'fortran_order': 3, 'shape': (37, 5), }",
+    "a list": "[1, 2]",
+    "nothing": "",
+    "bytes": "\x00\xff",
+    "a call": "exit()",
+    "half": "{'descr': '<f4', 'fortran_order'",
+    "unhashable": "{[]: 1}",
+}
+
+
+def npy(header, numbers, version=1):
+    text = header.encode("latin1") + b"\n"
+    length = len(text).to_bytes(2 if version == 1 else 4, "little")
+    return b"\x93NUMPY" + bytes([version, 0]) + length + text + numbers.tobytes()
+
+
+@pytest.mark.parametrize("what", BAD_HEADERS)
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("shape", [(C, D), (C, 1), (1, D)])
+def test_a_malformed_header_is_a_value_error(what, version, shape, tmp_path):
+    centers = tf.Variable(tf.zeros(shape))
+    path = tmp_path / "centers.npy"
+    path.write_bytes(npy(BAD_HEADERS[what], np.ones([C, D], "f"), version))
+    with pytest.raises(ValueError, match=r"path: expected .*centers\.npy'"):
+        tcl.tables.load(centers, path)
+    assert not centers.numpy().any()
+
+
+@pytest.mark.parametrize("head", [b"\x93NUMPY\x02\x00\xff\xff\xff\xff", b"\x93NUMPY\x09\x00"])
+def test_a_file_of_another_version_or_length_is_a_value_error(centers, head, tmp_path):
+    (tmp_path / "centers.npy").write_bytes(head + b"{}")
+    with pytest.raises(ValueError, match="path: expected a complete .npy file"):
+        tcl.tables.load(centers, tmp_path / "centers.npy")
+
+
+@pytest.mark.parametrize("shape", [(C, 1), (1, D)])
+def test_one_row_or_column_has_no_order(shape, tmp_path):
+    numbers = np.asfortranarray(np.arange(max(shape), dtype="f").reshape(shape))
+    header = f"{{'descr': '<f4', 'fortran_order': True, 'shape': {shape}, }}"
+    (tmp_path / "centers.npy").write_bytes(npy(header, numbers))
+    centers = tf.Variable(tf.zeros(shape))
+    tcl.tables.load(centers, tmp_path / "centers.npy")
+    assert np.array_equal(centers.numpy(), numbers)
+
+
+@pytest.mark.parametrize("wrong", [np.ones([C, D], "f"), 3, None, ["a"]], ids=str)
+@pytest.mark.parametrize("call", [tcl.tables.load, tcl.tables.save])
+def test_something_else_than_a_path_is_refused(centers, call, wrong):
+    words = rf"path: expected a path \(str, bytes or os.PathLike\), got {type(wrong).__name__}"
+    with pytest.raises(TypeError, match=words):
+        call(centers, wrong)
 
 
 def bad_files(path, numbers):

@@ -1,7 +1,7 @@
-"""How known codebases spell their center loss with this package's arguments.
+"""The center losses of known codebases, in terms of this package's arguments.
 
-What they call the step size, whether the loss is a sum or a mean and whether the count enters the
-step differ from one to the next, and so does what "alpha = 0.5" means.
+They differ in the name of the step size, in whether the loss is a sum or a mean, and in whether the
+number of samples n_j enters the step. So "alpha = 0.5" does not mean the same in all of them.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ class Convention:
 
     Its loss is ``loss_factor(D)`` times ``center_loss(..., rule=rule, reduction=reduction,
     alpha=alpha(step))``, where ``step`` is the codebase's own step size, called ``step_name``
-    there, and D the feature size. Its centers are exactly those of that call.
+    there, and D the feature size. Its centers take the same step as in that call. ``note`` names
+    what else differs.
     """
 
     source: str
@@ -40,14 +41,17 @@ CONVENTIONS: Mapping[str, Convention] = MappingProxyType(
             rule="paper",
             reduction="mean",
             step_name="base_lr * lr_mult",
-            note="The centers move through the solver; this holds for plain SGD without momentum "
-            "and weight decay, and with loss_weight divided out of the step.",
+            note="loss_weight does not enter the step. This holds for a solver without momentum "
+            "and weight decay; their own solvers have momentum 0.9, and decay_mult 2 for faces.",
         ),
         "authors-2019": Convention(
-            source="Wen et al., IJCV 2019, the authors' code",
+            source="Wen et al., IJCV 2019, the authors' code (ydwen/centerloss)",
             rule="mean",
             reduction="mean",
-            step_name="alpha",
+            step_name="base_lr * lr_mult",
+            note="There is no alpha, and loss_weight does not enter the step. This holds for a "
+            "solver without momentum and weight decay; their own solvers have base_lr 0.1, "
+            "momentum 0.9 and decay_mult 1.",
         ),
         "EncodeTS": Convention(
             source="EncodeTS/TensorFlow_Center_Loss, get_center_loss",
@@ -80,7 +84,9 @@ CONVENTIONS: Mapping[str, Convention] = MappingProxyType(
             alpha=lambda lr: 2.0 * lr,
             loss_factor=lambda dim: 2.0,
             note="The centers move by plain SGD on the loss, with its weight divided out of the "
-            "gradient. Without the clamp at 1e-12, which adds (C - 1) * 1e-12 to the loss.",
+            "gradient. Where the weight lambda is left in (one optimizer for the model and the "
+            "centers), alpha is 2 lr lambda. Without the clamp at 1e-12, which adds "
+            "(C - 1) * 1e-12 to the loss.",
         ),
         "MNIST_center_loss_pytorch": Convention(
             source="jxgu1016/MNIST_center_loss_pytorch, CenterLoss",
@@ -97,17 +103,19 @@ CONVENTIONS: Mapping[str, Convention] = MappingProxyType(
             loss_factor=lambda dim: 2.0 / dim,
         ),
         "paddle": Convention(
-            source="PaddlePaddle up to 1.8, fluid.layers.center_loss",
+            source="PaddlePaddle, fluid.layers.center_loss (still in the documents of 2.2)",
             rule="paper",
             reduction="none",
             step_name="alpha",
+            note="Its labels have the shape [N, 1], and so has its loss.",
         ),
         "mxnet": Convention(
             source="the MXNet center loss operator (pangyupo/mxnet_center_loss)",
             rule="paper",
             reduction="mean",
             step_name="alpha",
-            note="The value is the mean, but its gradient is scale * d_i, that of the sum.",
+            note="Its gradient is scale * d_i / N, that of the mean, since 2016-11-22; before, it "
+            "was scale * d_i, that of the sum.",
         ),
     }
 )

@@ -6,23 +6,24 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras.optimizers.schedules import LearningRateSchedule
 
+from tf_center_loss_op import layer_factors, layer_inputs
 from tf_center_loss_op._core import arguments, native, private_apis, variables
+from tf_center_loss_op._core.keras_backend import require_keras_on_tensorflow
 from tf_center_loss_op.distribute.exchange import loss_for_keras
 from tf_center_loss_op.distribute.sharded import ShardedCenters
 from tf_center_loss_op.distribute.strategies import require_supported_strategy
 from tf_center_loss_op.functional import loss_and_squared_distance, update_centers
+from tf_center_loss_op.layer_deferred import Batch, DeferredBatches
 from tf_center_loss_op.tables import h5
 from tf_center_loss_op.tables.memory import in_place
 
-# In eager mode a layer with deferred_update=True keeps this number of training calls at most.
-MOST_DEFERRED = 1024
-
 
 @keras.saving.register_keras_serializable(package="tf_center_loss_op")
-class CenterLoss(private_apis.LossesByReplica, keras.layers.Layer):
+class CenterLoss(private_apis.LossesByReplica, private_apis.SavedState, keras.layers.Layer):
     """Adds ``loss_weight`` times the center loss of its inputs; returns the features unchanged.
 
     Equals, in ``call``:
@@ -31,7 +32,7 @@ class CenterLoss(private_apis.LossesByReplica, keras.layers.Layer):
         return features
 
     The centers move in training only, once for each forward pass; evaluation and prediction leave
-    them as they are. They are a non-trainable loss_weight: no optimizer touches them, and they are
+    them as they are. They are a non-trainable weight: no optimizer touches them, and they are
     saved and restored with the model. The progress bar shows the mean distance of the samples to
     the centers of their classes beside the loss, as ``<layer's name>_distance``.
 
@@ -102,11 +103,10 @@ class CenterLoss(private_apis.LossesByReplica, keras.layers.Layer):
         sharded: bool = False,
         **layer_kwargs: object,
     ):
+        require_keras_on_tensorflow("CenterLoss")
         # No autocast: the features pass unchanged, and sample weights keep their precision.
         super().__init__(autocast=False, **layer_kwargs)
         require_supported_strategy()
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-            raise ValueError(f"num_classes: expected an int >= 1, got {num_classes!r}")
         arguments.one_of("rule", rule, arguments.RULES)
         arguments.one_of("reduction", reduction, arguments.REDUCTIONS)
         arguments.one_of("impl", impl, arguments.IMPLEMENTATIONS)
@@ -117,38 +117,44 @@ class CenterLoss(private_apis.LossesByReplica, keras.layers.Layer):
         ):
             if not isinstance(flag, bool):
                 raise TypeError(f"{name}: expected True or False, got {flag!r}")
-        self.num_classes = num_classes
+        self._compiled = layer_factors.CompiledReaders()
+        self.num_classes = arguments.positive("num_classes", num_classes)
         self.loss_weight = loss_weight
         self.alpha = alpha
         self.rule = rule
         self.reduction = reduction
         self.centers_initializer = keras.initializers.get(centers_initializer)
-        self.ignore_class = ignore_class
+        self.ignore_class = arguments.class_to_ignore(ignore_class)
         self.impl = impl
         self.deferred_update = deferred_update
         self.sharded = sharded
         self.distance = keras.metrics.Mean(f"{self.name}_distance") if distance_metric else None
         self.steps = None
         self.supports_jit = native.supports_jit()
-        self._deferred = _DeferredBatches()
+        self._deferred = DeferredBatches()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Checks loss_weight and alpha whenever they are set."""
-        if name in ("loss_weight", "alpha"):
-            value = _factor(name, value)
+        if name in layer_factors.NAMES:
+            value = layer_factors.checked(name, value)
+            old = getattr(self, name, None)
+            if old is value or (type(old) is type(value) is float and old == value):
+                return
             if isinstance(value, LearningRateSchedule) and self.built and self.steps is None:
                 raise ValueError(
                     f"{name}: expected a number or variable in a layer that was built without a "
                     f"schedule and does not count its steps, got {type(value).__name__}"
                 )
+            if old is not None and tf.executing_eagerly():
+                self.forget_losses_of_functions()
+            self._compiled.require_none(name, old)
         super().__setattr__(name, value)
 
     def build(
         self, features_shape: Any, labels_shape: Any = None, sample_weight_shape: Any = None
     ) -> None:
         """Creates the centers."""
-        if features_shape and isinstance(features_shape[0], (tuple, list)):
-            features_shape = features_shape[0]
+        features_shape = layer_inputs.features_shape_of(features_shape)
         if not features_shape or features_shape[-1] is None:
             raise ValueError(
                 f"features: expected shape [..., D] with D known, got {tuple(features_shape)}"
@@ -175,24 +181,27 @@ class CenterLoss(private_apis.LossesByReplica, keras.layers.Layer):
             )
 
     def call(
-        self, features: Any, labels: Any = None, sample_weight: Any = None, training: Any = None
+        self,
+        features: Any,
+        labels: Any = None,
+        sample_weight: Any = None,
+        training: Any = None,
+        mask: Any = None,
     ) -> Any:
         """Adds the loss and returns the features."""
-        if isinstance(features, (tuple, list)):
-            features, labels = features
-        if labels is None:
-            raise ValueError(
-                "labels: expected layer(features, labels) or layer([features, labels]), got None; "
-                "to predict without labels, make a model that ends at the features"
-            )
+        inputs = layer_inputs.inputs_of(features, labels, sample_weight)
+        layer_inputs.require_labels(inputs)
+        mask = layer_inputs.mask_of(inputs, mask)
         if private_apis.in_symbolic_scope():
-            # Keras builds a loaded subclassed model by calling it on placeholders, all of floats.
-            labels = tf.convert_to_tensor(labels)
-            labels = tf.cast(labels, tf.int32) if labels.dtype.is_floating else labels
+            inputs = inputs._replace(labels=layer_inputs.labels_of_placeholders(inputs.labels))
         # As in BatchNormalization, a frozen layer keeps its weights in training, too.
         moves = bool(training) and self.trainable
-        self.add_loss(self._loss(features, labels, sample_weight, moves))
-        return features
+        self.add_loss(self._loss(inputs, mask, moves))
+        return inputs.features
+
+    def compute_mask(self, features: Any, previous_mask: Any) -> Any:
+        """The mask of the features, which pass unchanged."""
+        return layer_inputs.features_mask_of(previous_mask)
 
     def apply_deferred_update(self) -> None:
         """Moves the centers once, by all training calls since the last time.
@@ -208,20 +217,19 @@ class CenterLoss(private_apis.LossesByReplica, keras.layers.Layer):
                 "apply_deferred_update: expected a layer with deferred_update=True, got "
                 "deferred_update=False: its centers moved in the forward pass already"
             )
+        if not self.trainable:
+            self._deferred.forget()  # The layer was frozen after training calls.
+            return
         batches = self._deferred.take()
-        if not batches:
-            raise RuntimeError(
-                "apply_deferred_update: expected a training call of the layer before it, in the "
-                "same tf.function or in eager mode, got none"
-            )
-        features, labels = (tf.concat(parts, axis=0) for parts in zip(*batches, strict=True))
+        features, labels, ignored = zip(*batches, strict=True)
+        self._compiled.add_current("alpha")
         update_centers(
-            features,
-            labels,
+            tf.concat(layer_inputs.of_one_type(features, tf.float32), axis=0),
+            tf.concat(layer_inputs.of_one_type(labels, tf.int64), axis=0),
             self.centers,
             alpha=self.factor_now(self.alpha),
             rule=self.rule,
-            ignore_class=self.ignore_class,
+            ignore_class=next((label for label in ignored if label is not None), None),
             impl=self.impl,
         )
 
@@ -232,18 +240,25 @@ class CenterLoss(private_apis.LossesByReplica, keras.layers.Layer):
         return layer_call
 
     def compute_output_spec(
-        self, features: Any, labels: Any = None, sample_weight: Any = None, training: Any = None
+        self,
+        features: Any,
+        labels: Any = None,
+        sample_weight: Any = None,
+        training: Any = None,
+        mask: Any = None,
     ) -> keras.KerasTensor:
-        """The shape and type of the features."""
-        features = features[0] if isinstance(features, (tuple, list)) else features
-        return keras.KerasTensor(features.shape, dtype=features.dtype)
+        """The shape and type of the features; raises for inputs that `call` would refuse."""
+        inputs = layer_inputs.inputs_of(features, labels, sample_weight)
+        layer_inputs.require_labels(inputs)
+        layer_inputs.check_symbolic(inputs, self.num_classes, self.centers.shape[1])
+        return keras.KerasTensor(inputs.features.shape, dtype=inputs.features.dtype)
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return super().get_config() | {
             "num_classes": self.num_classes,
-            "loss_weight": _factor_config(self.loss_weight),
-            "alpha": _factor_config(self.alpha),
+            "loss_weight": layer_factors.config(self.loss_weight),
+            "alpha": layer_factors.config(self.alpha),
             "rule": self.rule,
             "reduction": self.reduction,
             "centers_initializer": keras.initializers.serialize(self.centers_initializer),
@@ -254,15 +269,32 @@ class CenterLoss(private_apis.LossesByReplica, keras.layers.Layer):
             "sharded": self.sharded,
         }
 
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """As of any layer, with this process's parts of a sharded table."""
+        return [*super().variables, *self._parts()]
+
+    @property
+    def weights(self) -> list[keras.Variable]:
+        """As of any layer, with this process's parts of a sharded table."""
+        return [*super().weights, *self._parts()]
+
+    def factor_variables(self) -> dict[str, tf.Variable]:
+        """Those of loss_weight and alpha that are variables, by name. They are no weights."""
+        factors = {name: getattr(self, name) for name in layer_factors.NAMES}
+        return {name: f for name, f in factors.items() if isinstance(f, tf.Variable)}
+
     def save_own_variables(self, store: Any) -> None:
         """Writes the centers block by block, where the store is one HDF5 file."""
         group = h5.h5_group(store)
         if group is None or not self.built or self.sharded:
             super().save_own_variables(store)
-            return
-        h5.write_h5(group, "0", self.centers)
-        if self.steps is not None:
-            store["1"] = self.steps
+        else:
+            h5.write_h5(group, "0", self.centers)
+            if self.steps is not None:
+                store["1"] = self.steps
+        for name, variable in self.factor_variables().items():
+            store[name] = tf.convert_to_tensor(variable).numpy()
 
     def load_own_variables(self, store: Any) -> None:
         """Reads the centers block by block, where the store is one HDF5 file.
@@ -272,42 +304,57 @@ class CenterLoss(private_apis.LossesByReplica, keras.layers.Layer):
             type. The centers are unchanged.
         """
         group = h5.h5_group(store)
+        names = [name for name in store.keys() if name not in layer_factors.NAMES]
         if group is None or not self.built or self.sharded:
-            super().load_own_variables(store)
-            return
-        private_apis.check_before_loading(self, store)
-        h5.read_h5(group, "0", self.centers)
-        if self.steps is not None:
-            self.steps.assign(store["1"])
+            super().load_own_variables({name: store[name] for name in names})
+        else:
+            private_apis.check_before_loading(self, dict.fromkeys(names))
+            h5.read_h5(group, "0", self.centers)
+            if self.steps is not None:
+                self.steps.assign(store["1"])
+        for name, variable in self.factor_variables().items():
+            if name in store.keys():
+                variable.assign(np.asarray(store[name]))
 
-    def _loss(self, features: Any, labels: Any, sample_weight: Any, training: bool) -> tf.Tensor:
-        features = tf.convert_to_tensor(features)
-        # The centers of a layer are float32 whatever the features are.
-        if features.dtype == tf.float64:
-            features = tf.cast(features, tf.float32)
+    def state_for_saved_model(self) -> dict[str, Any]:
+        """The variables that the call uses beside the weights."""
+        metric = self.distance.variables if self.distance is not None else []
+        named = {f"distance_{k}": variable for k, variable in enumerate(metric)}
+        return named | {f"centers_{k}": part for k, part in enumerate(self._parts())}
+
+    def _parts(self) -> list[keras.Variable]:
+        return self.centers.weights if self.sharded and self.built else []
+
+    def _loss(self, inputs: layer_inputs.Inputs, mask: Any, training: bool) -> tf.Tensor:
+        moves_now = training and not self.deferred_update
+        self._compiled.add_current("loss_weight")
+        if moves_now:
+            self._compiled.add_current("alpha")
         result = loss_and_squared_distance(
-            features,
-            labels,
+            layer_inputs.as_float32(inputs.features),
+            inputs.labels,
             self.centers,
             loss_weight=self.factor_now(self.loss_weight),
             alpha=self.factor_now(self.alpha),
             rule=self.rule,
             reduction=self.reduction,
-            sample_weight=sample_weight,
+            sample_weight=inputs.sample_weight,
             ignore_class=self.ignore_class,
-            update_centers=training and not self.deferred_update,
+            update_centers=moves_now,
             impl=self.impl,
+            mask=mask,
         )
         if training and self.deferred_update:
             arguments.require_no_recomputation()
-            self._deferred.add(tf.stop_gradient(result.features), result.labels)
+            features = tf.stop_gradient(result.features)
+            self._deferred.add(self.name, Batch(features, result.labels, result.ignore_class))
         if training and self.steps is not None:
             variables.own_copy(self.steps).assign_add(1)
         if self.distance is not None:
             squared = result.squared_distance
             counts = tf.math.is_finite(squared)
-            if self.ignore_class is not None:
-                counts &= tf.not_equal(tf.cast(result.labels, tf.int64), self.ignore_class)
+            if result.ignore_class is not None:
+                counts &= tf.not_equal(tf.cast(result.labels, tf.int64), result.ignore_class)
             self.distance.update_state(tf.sqrt(tf.where(counts, squared, 0)), counts)
         loss = loss_for_keras(result.loss)
         # Keras adds it to losses of the type floatx.
@@ -316,61 +363,3 @@ class CenterLoss(private_apis.LossesByReplica, keras.layers.Layer):
     def factor_now(self, factor: Any) -> Any:
         """The value of loss_weight or alpha at this step."""
         return factor(self.steps) if isinstance(factor, LearningRateSchedule) else factor
-
-
-class _DeferredBatches:
-    """The batches of the training calls since the centers last moved, for each replica.
-
-    A class, because Keras would track a list as a part of the layer's state.
-    """
-
-    def __init__(self) -> None:
-        self._batches_of: dict[int, list[tuple[tf.Tensor, tf.Tensor]]] = {}  # by replica
-
-    def add(self, features: tf.Tensor, labels: tf.Tensor) -> None:
-        """Adds the batch of a training call."""
-        batches = self._of_this_replica()
-        if len(batches) >= MOST_DEFERRED:
-            raise RuntimeError(
-                "deferred_update: expected apply_deferred_update() at least once in "
-                f"{MOST_DEFERRED} training calls of a layer with deferred_update=True, got none"
-            )
-        batches.append((features, labels))
-
-    def take(self) -> list[tuple[tf.Tensor, tf.Tensor]]:
-        """Returns the batches and forgets them."""
-        taken = self._of_this_replica()
-        self._batches_of[variables.replica()] = []
-        return taken
-
-    def _of_this_replica(self) -> list[tuple[tf.Tensor, tf.Tensor]]:
-        # A trace that never applied the update left batches of another graph: they are forgotten.
-        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-        k = variables.replica()
-        batches = self._batches_of.get(k, [])
-        self._batches_of[k] = [b for b in batches if getattr(b[0], "graph", None) is graph]
-        return self._batches_of[k]
-
-
-def _factor(name: str, value: Any) -> float | tf.Variable | LearningRateSchedule:
-    """The factor as `call` uses it: a number >= 0, a scalar variable or a schedule."""
-    if isinstance(value, dict):
-        value = keras.saving.deserialize_keras_object(value)
-    if isinstance(value, LearningRateSchedule):
-        return value
-    # Keras would track a keras.Variable as a weight of the layer.
-    value = variables.unwrap(value)
-    if isinstance(value, tf.Variable):
-        if not (value.dtype.is_floating and value.shape.is_compatible_with([])):
-            raise ValueError(
-                f"{name}: expected a scalar floating-point variable, "
-                f"got {value.dtype.name} {value.shape}"
-            )
-        return value
-    return arguments.number(name, value)
-
-
-def _factor_config(value: float | tf.Variable | LearningRateSchedule) -> Any:
-    if isinstance(value, LearningRateSchedule):
-        return keras.saving.serialize_keras_object(value)
-    return float(value)

@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <memory>
+#include <new>
 #include <optional>
 #include <string>
 #include <vector>
@@ -104,6 +105,7 @@ py::tuple RunTyped(const py::array& features, const py::array& labels, py::array
     py::gil_scoped_release release;
     invalid = CenterLossOnCpu(step, OpenMpParallelFor(threads), isa);
   }
+  if (invalid == kStepOutOfMemory) throw std::bad_alloc();
   if (invalid >= 0) {
     throw py::value_error("labels[" + std::to_string(invalid) +
                           "] = " + std::to_string(step.labels[invalid]) + " is outside [0, " +

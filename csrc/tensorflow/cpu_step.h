@@ -23,14 +23,18 @@ absl::Status StepOnCpu(const StepArguments<Feature, Label>& step, const Parallel
         absl::StrCat("alpha: expected a finite number >= 0, got ", alpha));
   }
   const int64_t invalid = CenterLossOnCpu(step, threads, BestIsa());
-  if (invalid < 0) return absl::OkStatus();
-  // Python gives this label to a one-hot row without a largest number (NO_CLASS_IN_ROW).
-  if (static_cast<int64_t>(step.labels[invalid]) == std::numeric_limits<int64_t>::min()) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "labels[", invalid, "]: expected a one-hot row, got one that is all zero or not finite"));
+  if (invalid == kStepDone) return absl::OkStatus();
+  if (invalid == kStepOutOfMemory) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("out of memory: could not allocate the scratch arrays of a step of ",
+                     step.batch, " samples of ", step.dim, " features"));
   }
-  return absl::InvalidArgumentError(absl::StrCat("labels[", invalid, "] = ", step.labels[invalid],
-                                                 " is outside [0, ", step.classes, ")"));
+  // Python gives this label to a one-hot row that names no class (NO_CLASS_IN_ROW).
+  const bool no_class =
+      static_cast<int64_t>(step.labels[invalid]) == std::numeric_limits<int64_t>::min();
+  return absl::InvalidArgumentError(absl::StrCat(
+      "labels[", invalid, "] = ", step.labels[invalid], " is outside [0, ", step.classes, ")",
+      no_class ? ": the label of a one-hot row that is all zero or not finite" : ""));
 }
 
 }  // namespace tcl

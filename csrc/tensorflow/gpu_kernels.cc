@@ -149,8 +149,8 @@ class GpuBackwardOp : public BackwardOp {
       return;
     }
     Tensor gradient;
-    // If no other tensor shares the residual's buffer, the gradient is written into it. The kernel
-    // then has nothing to write where upstream is 1, a value that only the device knows.
+    // If no other tensor shares the scaled residual's buffer, the gradient is written into it. The
+    // kernel then has nothing to write where upstream is 1, a value that only the device knows.
     std::unique_ptr<Tensor> forwarded;
     if (std::is_same<T, Center>::value) {
       forwarded = context->forward_input(0, OpKernelContext::Params::kNoReservation, bits.dtype(),

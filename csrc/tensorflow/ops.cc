@@ -106,7 +106,7 @@ absl::Status SetLossOutputs(InferenceContext* c, const BatchShape& shape) {
 
 #define TCL_REDUCTION_ATTR Attr("reduction: {'sum', 'mean', 'none'} = 'mean'")
 
-// The forward ops output the residual bitcast to an integer type of the same width. In every
+// The forward ops output the scaled residual bitcast to an integer type of the same width. In every
 // backward pass TensorFlow allocates a zero gradient of full size for each floating-point output
 // whose gradient is unused, but not for an integer output. The 32-bit type is unsigned, because
 // TensorFlow copies every int32 result of a function to the host.
@@ -130,8 +130,8 @@ absl::Status SetLossOutputs(InferenceContext* c, const BatchShape& shape) {
 
 }  // namespace
 
-// Computes loss, residual and ||x_i - c_{y_i}||^2 and updates the centers, in one pass over the
-// batch.
+// Computes loss, scaled residual and ||x_i - c_{y_i}||^2 and updates the centers, in one pass over
+// the batch.
 REGISTER_OP("TclCenterLossStep")
     .Input("centers: resource")
     .Input("features: T")
@@ -199,8 +199,9 @@ REGISTER_OP("TclZeros")
       return absl::OkStatus();
     });
 
-// The backward pass: gradient = upstream * residual, in the features' type; an absent upstream
-// is 1. If upstream is 1 and the types are equal, the gradient shares the residual's buffer.
+// The backward pass: gradient = upstream * scaled residual, in the features' type; an absent
+// upstream is 1. If upstream is 1 and the types are equal, the gradient shares the scaled
+// residual's buffer.
 //
 // The kernels do not read the other inputs; second derivatives are taken with respect to them. The
 // centers are a list of handles, which may be empty. A plain resource input would make the op

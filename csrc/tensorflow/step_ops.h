@@ -3,12 +3,16 @@
 // to a device. kernels.cc and gpu_kernels.cc supply a Backend, which has
 //
 //   Element, Label                            the element types of features and labels
-//   Arguments                                 StepArguments and what else Launch needs
+//   Arguments                                 StepArguments, and whatever else Launch needs
+//   Backend(OpKernelConstruction*)            reads the attributes that only this device knows
 //   SetLossWeight(tensor, arguments)          sets the loss weight from an input of shape []
 //   SetAlpha(tensor, arguments)               sets alpha from an input of shape []
 //   Copy(context, table, copy)                allocates a copy of the table
 //   Allocate(context, output, shape, tensor)  allocates the memory of an output
 //   Launch(context, arguments)                runs the step
+//
+// An op kernel has one Backend. TensorFlow may call Compute on several threads at a time, so all
+// functions of a Backend are thread-safe.
 
 #ifndef TF_CENTER_LOSS_OP_CSRC_TENSORFLOW_STEP_OPS_H_
 #define TF_CENTER_LOSS_OP_CSRC_TENSORFLOW_STEP_OPS_H_
@@ -66,9 +70,10 @@ class ProfiledKernel {
   tsl::profiler::TraceMe trace_;
 };
 
-// The kernel of all ops except the backward pass. An op with the attribute `rule` updates the
-// centers, and one with `reduction` computes a loss. Shapes are checked at run time again, because
-// they may be unknown at trace time.
+// The op kernel of all ops except the backward pass. An op with the attribute `rule` updates the
+// centers, and one with `reduction` computes a loss. With `from_residual`, features hold the
+// residual of an earlier forward pass. Input 0 is the variable, 1 the features, 2 the labels.
+// Shapes are checked at run time again, because they may be unknown at trace time.
 template <typename Backend>
 class StepOp : public tensorflow::OpKernel {
  public:
@@ -139,7 +144,8 @@ class StepOp : public tensorflow::OpKernel {
                                                    tensorflow::DataTypeSliceString(types), "]"));
   }
 
-  // Calls body(table) with the variable locked for writing and the table in a buffer of its own.
+  // Locks the variable for writing and calls body(table). If another tensor shares the table's
+  // buffer, the table is first copied, so that the step does not write into that tensor.
   template <typename Body>
   absl::Status WithWritableCenters(Context* context, Body body) {
     const auto unshare = [&](Tensor* table) {
@@ -211,8 +217,8 @@ class StepOp : public tensorflow::OpKernel {
     return absl::OkStatus();
   }
 
-  // Allocates residual and distances only if they are used. In eager mode all outputs count as
-  // used.
+  // Allocates scaled residual and distances only if they are used. In eager mode all outputs count
+  // as used.
   absl::Status AllocateOutputs(Context* context, Arguments* step) {
     const auto allocate = [&](int output, const TensorShape& shape, Center** memory) {
       Tensor tensor;
@@ -240,7 +246,7 @@ class StepOp : public tensorflow::OpKernel {
   Backend backend_;
 };
 
-// The base class of the backward kernels: it finds their inputs and checks them.
+// The base class of the backward op kernels: it finds their inputs and checks them.
 class BackwardOp : public tensorflow::OpKernel {
  public:
   explicit BackwardOp(tensorflow::OpKernelConstruction* context) : OpKernel(context) {
@@ -253,7 +259,8 @@ class BackwardOp : public tensorflow::OpKernel {
 
  protected:
   struct Inputs {
-    const tensorflow::Tensor* bits;      // [B, D], the residual
+    // [B, D], the scaled residual, bitcast to an integer type (why: TCL_BITS_ATTR in ops.cc).
+    const tensorflow::Tensor* bits;
     const tensorflow::Tensor* upstream;  // [] or [B]; null: the upstream gradient is 1
 
     template <typename Center>
@@ -274,7 +281,8 @@ class BackwardOp : public tensorflow::OpKernel {
     return Mismatch("upstream", *in->upstream, absl::StrCat("[] or [", batch, "]"));
   }
 
-  // Outputs the residual's buffer as the gradient, without a copy.
+  // Outputs the scaled residual's buffer as the gradient, without a copy. Valid if every number of
+  // upstream is 1 and T is the type of the scaled residual.
   template <typename T>
   static absl::Status SetGradient(tensorflow::OpKernelContext* context,
                                   const tensorflow::Tensor& bits) {
@@ -289,14 +297,15 @@ class BackwardOp : public tensorflow::OpKernel {
   bool has_upstream_;
 };
 
-// The tests register the GPU kernels for the CPU, and a label distinguishes them from the CPU's
-// own.
+// The tests register the GPU's op kernels for the CPU. TensorFlow's kernel label, a string,
+// distinguishes them from the CPU's own op kernels.
 #if !defined(TCL_KERNEL_LABEL)
 #define TCL_KERNEL_LABEL ""
 #endif
 
-// Registers one kernel for the features' type T and the labels' type L. The kernel is in
-// parentheses, because it may contain commas.
+// Registers one op kernel for the features' type T and the labels' type L. The op kernel is in
+// parentheses, because it may contain commas. `centers` is in host memory, because it is a handle
+// of the variable and not its numbers.
 #define TCL_UNPAREN(...) __VA_ARGS__
 #define TCL_REGISTER_KERNEL(OpName, device, Kernel, T, L)               \
   REGISTER_KERNEL_BUILDER(Name(OpName)                                  \

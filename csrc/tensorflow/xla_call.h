@@ -4,7 +4,7 @@
 //
 // Operands: centers [C, D], features [B, D], labels [B], alpha [], loss_weight [], then
 // sample_weight [B] if `weighted`, then any number of values that must be computed before the step.
-// Results: the centers if `moves`, in the buffer of their operand; loss, residual [B, D] and
+// Results: the centers if `moves`, in the buffer of their operand; loss, scaled residual [B, D] and
 // squared_distance [B] if `has_loss`; on a GPU the workspace of the kernel, in bytes, as the last.
 
 #ifndef TF_CENTER_LOSS_OP_CSRC_TENSORFLOW_XLA_CALL_H_
@@ -28,7 +28,7 @@ struct StepKind {
   bool has_ignore_class = false;
   int64_t ignore_class = 0;
   bool moves = false;          // updates the centers
-  bool has_loss = false;       // computes loss, residual and squared_distance
+  bool has_loss = false;       // computes loss, scaled residual and squared_distance
   bool from_residual = false;  // StepArguments::features_are_residuals
   bool weighted = false;       // has a sample_weight
 };

@@ -24,8 +24,10 @@ ffi::Error RunOnCpu(ffi::RemainingArgs args, ffi::RemainingRets rets, StepKind k
     step.options.alpha = *alpha;
     step.options.loss_weight = *loss_weight;
     const absl::Status status = StepOnCpu(step, MakeParallelFor(schedule, pool.num_threads()));
-    return status.ok() ? ffi::Error::Success()
-                       : ffi::Error::InvalidArgument(std::string(status.message()));
+    if (status.ok()) return ffi::Error::Success();
+    const auto code = absl::IsResourceExhausted(status) ? ffi::ErrorCode::kResourceExhausted
+                                                        : ffi::ErrorCode::kInvalidArgument;
+    return ffi::Error(code, std::string(status.message()));
   });
 }
 

@@ -45,6 +45,21 @@ for table in (mirrored_table, sharded_table):
     ], seen
 
     @tf.function(autograph=False)
+    def two_losses(features, labels):
+        def step(features, labels):
+            loss = tcl.center_loss(features, labels, centers)  # noqa: B023
+            tf.numpy_function(append, ["between", loss], [])
+            more = tf.numpy_function(lambda x: 2 * x, [features], tf.float32)
+            more = tf.ensure_shape(more, features.shape)
+            return loss + tcl.center_loss(more, labels, centers)  # noqa: B023
+
+        return strategy.run(step, args=(features, labels))
+
+    # A replica's op waits for its own first exchange only, and not for that of the second loss.
+    two_losses(spread(strategy, features), spread(strategy, ids))
+    assert [each[0] for each in seen[4:]] == ["between"] * 2
+
+    @tf.function(autograph=False)
     def waiting_for_each_other(features, labels):
         def step(features, labels):
             check = tf.debugging.Assert(tf.reduce_all(labels >= 0), [labels])

@@ -1,8 +1,8 @@
 """Checks the arguments of a call before an implementation is chosen.
 
 The error is therefore the same whichever implementation would have run. Each message names the
-argument, what is expected and what came. The implementations check what only the values of tensors
-can tell: a label out of range, a negative alpha in a variable.
+argument, what is expected and what came. The implementations check what depends on the values of
+tensors: a label out of range, a negative alpha in a variable.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ RULES = ("paper", "mean", "sum", "batch_mean", "paper_batch_mean", "tutorial")
 REDUCTIONS = ("sum", "mean", "none")
 IMPLEMENTATIONS = ("auto", "native", "graph")
 
-# The label of a one-hot row that is all zero or not finite. No table has such a row.
+# The label given to a one-hot row that is all zero or not finite. No class has this number.
 NO_CLASS_IN_ROW = -(2**63)
+
+# The label of a masked sample where no label is ignored otherwise. No table has such a row.
+MASKED = -(2**63) + 1
 
 _FEATURE_TYPES = (tf.float32, tf.float64, tf.float16, tf.bfloat16)
 _CLASS_TYPES = (tf.int32, tf.int64)
@@ -32,7 +35,7 @@ _CLASS_TYPES = (tf.int32, tf.int64)
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """The checked arguments of a call, flattened to one batch and cast to the types of the ops."""
+    """The checked arguments of a call, flattened to one batch; alpha and weights are cast."""
 
     features: tf.Tensor  # [B, D]
     labels: tf.Tensor  # [B] int32 or int64 class ids
@@ -44,7 +47,7 @@ class Arguments:
     sample_weight: tf.Tensor | None  # [B] in the centers' type
     ignore_class: int | None
     update_centers: bool
-    loss_shape: tf.Tensor | None  # the shape of the labels, None where it is [B]
+    loss_shape: tf.Tensor | None  # the shape [...] of the class ids, None where it is [B]
 
 
 def check(
@@ -59,13 +62,18 @@ def check(
     sample_weight: Any = None,
     ignore_class: int | None = None,
     update_centers: bool = True,
+    mask: Any = None,
 ) -> Arguments:
-    """Checks and converts the arguments of one call."""
+    """Checks and converts the arguments of one call.
+
+    mask: True for the samples that count, a tensor in the shape of class ids, or None. The others
+    get the label `ignore_class`.
+    """
     one_of("rule", rule, RULES)
     one_of("reduction", reduction, REDUCTIONS)
     if not isinstance(update_centers, bool):
         raise TypeError(f"update_centers: expected True or False, got {_describe(update_centers)}")
-    ignore_class = _ignore_class(ignore_class)
+    ignore_class = class_to_ignore(ignore_class)
     features = _features(features)
     centers = _centers(centers, features, update_centers)
     # Where tracing does not know the width, it is checked when the op runs.
@@ -75,6 +83,10 @@ def check(
         )
     labels = _labels(labels, features, centers)
     labels = _with_leading_shape_of(features, "labels", labels)
+    if mask is not None:
+        mask = _with_leading_shape_of(features, "mask", _mask(mask, labels))
+        ignore_class = MASKED if ignore_class is None else ignore_class
+        labels = tf.where(mask, tf.cast(labels, tf.int64), ignore_class)
     dtype = centers.dtype
     if sample_weight is not None:
         sample_weight = _sample_weight(sample_weight, labels, dtype)
@@ -103,7 +115,7 @@ def one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
 
 
 def number(name: str, value: Any) -> float:
-    """Raises unless value is a finite number >= 0."""
+    """The value as a float; TypeError or ValueError unless it is a finite number >= 0."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a finite number >= 0, got {_describe(value)}")
     if not (math.isfinite(value) and value >= 0):
@@ -112,7 +124,7 @@ def number(name: str, value: Any) -> float:
 
 
 def positive(name: str, value: Any) -> int:
-    """Raises unless value is an int >= 1."""
+    """The value as an int; TypeError or ValueError unless it is an int >= 1."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected an int >= 1, got {_describe(value)}")
     if value < 1:
@@ -120,8 +132,28 @@ def positive(name: str, value: Any) -> int:
     return int(value)
 
 
+def integer(name: str, value: Any) -> int:
+    """Raises unless value is an int of 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected an int, got {_describe(value)}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: expected an int in [-2**63, 2**63), got {value}")
+    return int(value)
+
+
+def class_to_ignore(ignore_class: Any) -> int | None:
+    """Raises unless it is None or an int."""
+    if ignore_class is None:
+        return None
+    if isinstance(ignore_class, bool) or not isinstance(ignore_class, numbers.Integral):
+        raise TypeError(f"ignore_class: expected None or an int, got {_describe(ignore_class)}")
+    if not NO_CLASS_IN_ROW < ignore_class < 2**63:
+        raise ValueError(f"ignore_class: expected an int in (-2**63, 2**63), got {ignore_class}")
+    return int(ignore_class)
+
+
 def require_no_recomputation() -> None:
-    """Raises inside tf.recompute_grad, which runs the code again for its gradient."""
+    """RuntimeError inside tf.recompute_grad: the backward pass would run the step once more."""
     if private_apis.inside_recompute_grad():
         raise RuntimeError(
             "update_centers: expected a step of the centers outside of tf.recompute_grad "
@@ -205,7 +237,7 @@ def _labels(
     if not rows and labels.dtype not in _CLASS_TYPES:
         raise TypeError(
             f"labels: expected class ids of dtype int32 or int64, got {labels.dtype.name}; "
-            "cast them with tf.cast(labels, tf.int32)"
+            + _advice(labels.dtype)
         )
     if not labels.shape.is_compatible_with(batch_shape + [classes] if rows else batch_shape):
         hint = ""
@@ -225,8 +257,15 @@ def _labels(
     return labels
 
 
+def _advice(dtype: tf.DType) -> str:
+    """How labels of a wrong type become class ids."""
+    if dtype == tf.string:
+        return "tf.keras.layers.StringLookup or tf.lookup.StaticHashTable makes them from strings"
+    return "cast them with tf.cast(labels, tf.int32)"
+
+
 def _argmax(rows: tf.Tensor, centers: tf.Variable | variables.TableLike) -> tf.Tensor:
-    """The class ids of one-hot rows; NO_CLASS_IN_ROW for a row without a largest number."""
+    """The class ids of one-hot rows; NO_CLASS_IN_ROW for a row that is all zero or not finite."""
     if rows.dtype.is_bool:
         rows = tf.cast(rows, tf.int8)
     classes = centers.shape[0]
@@ -242,9 +281,10 @@ def _argmax(rows: tf.Tensor, centers: tf.Variable | variables.TableLike) -> tf.T
 
 
 def _with_leading_shape_of(features: tf.Tensor, name: str, tensor: tf.Tensor) -> tf.Tensor:
-    """The tensor [...] for features [..., D], or an error where a dimension differs.
+    """The tensor [...] of features [..., D], with its shape checked when the op runs.
 
-    The implementations check a batch of rank 1: their kernels know its length.
+    Shapes that are known while tracing have been checked. In a batch of rank 1 every implementation
+    compares the lengths itself.
     """
     batch_shape = features.shape[:-1]
     known = batch_shape.is_fully_defined() and tensor.shape.is_fully_defined()
@@ -266,6 +306,17 @@ def _sample_weight(sample_weight: Any, labels: tf.Tensor, dtype: tf.DType) -> tf
     return tf.stop_gradient(tf.cast(weights, dtype))
 
 
+def _mask(mask: Any, labels: tf.Tensor) -> tf.Tensor:
+    mask = _tensor("mask", mask)
+    if not mask.dtype.is_bool:
+        raise TypeError(f"mask: expected dtype bool, got {mask.dtype.name}")
+    if not mask.shape.is_compatible_with(labels.shape):
+        raise ValueError(
+            f"mask: expected shape {labels.shape}, one for each sample, got {mask.shape}"
+        )
+    return mask
+
+
 def _alpha(alpha: Any, dtype: tf.DType) -> tf.Tensor:
     if isinstance(alpha, keras.Variable):
         alpha = alpha.value
@@ -276,16 +327,6 @@ def _alpha(alpha: Any, dtype: tf.DType) -> tf.Tensor:
     if not alpha.shape.is_compatible_with([]):
         raise ValueError(f"alpha: expected a scalar, got shape {alpha.shape}")
     return tf.cast(tf.stop_gradient(alpha), dtype)
-
-
-def _ignore_class(ignore_class: Any) -> int | None:
-    if ignore_class is None:
-        return None
-    if isinstance(ignore_class, bool) or not isinstance(ignore_class, numbers.Integral):
-        raise TypeError(f"ignore_class: expected None or an int, got {_describe(ignore_class)}")
-    if not NO_CLASS_IN_ROW < ignore_class < 2**63:
-        raise ValueError(f"ignore_class: expected an int in (-2**63, 2**63), got {ignore_class}")
-    return int(ignore_class)
 
 
 def _flatten(tensor: tf.Tensor, shape: list[int], rank: int) -> tf.Tensor:

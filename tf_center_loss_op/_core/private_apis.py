@@ -63,7 +63,7 @@ ResourceVariable = _imported(
 ShardedVariable = _imported(
     "tensorflow.python.distribute.sharded_variable",
     "ShardedVariable",
-    "to recognise a variable that a partitioner has split over several servers",
+    "to recognize a variable that a partitioner has split over several servers",
 )
 PartitionedVariable = _imported(
     "tensorflow.python.ops.variables",
@@ -104,17 +104,17 @@ _tape_set_is_stopped = _imported(
 Trackable = _imported(
     "tensorflow.python.trackable.base",
     "Trackable",
-    "to store the parts of a sharded table in a tf.train.Checkpoint as one tensor",
+    "to store the shards of a table in a tf.train.Checkpoint as one tensor",
 )
 VARIABLE_VALUE_KEY: str = _imported(
     "tensorflow.python.trackable.base",
     "VARIABLE_VALUE_KEY",
-    "to store the parts of a sharded table under the key of a variable",
+    "to store the shards of a table under the key of a variable",
 )
 ResourceVariableSaveable = _imported(
     "tensorflow.python.training.saving.saveable_object_util",
     "ResourceVariableSaveable",
-    "to store a part of a sharded table as a slice of the whole",
+    "to store a shard of a table as a slice of the whole",
 )
 _LOOPS_AND_BRANCHES = tuple(
     _imported(
@@ -173,15 +173,15 @@ def outer_graph(graph: tf.Graph) -> tf.Graph:
 
 
 def inside_recompute_grad() -> bool:
-    """Whether tf.recompute_grad runs the code now: it alone stops every tape."""
+    """Whether tf.recompute_grad runs the code now: nothing else stops every tape."""
     return _tape_set_is_stopped()
 
 
 def runs_in_program_order(op: tf.Operation) -> bool:
-    """Whether tf.function runs the op after all earlier ones of its kind, and before later ones.
+    """Whether tf.function runs the op in program order.
 
-    These are the stateful ops without a resource: an Assert, a print, a py_function. An op with a
-    resource is ordered by the accesses to that resource.
+    It does so for stateful ops without a resource: an Assert, a print, a py_function. It orders an
+    op with a resource only among the ops with that resource.
     """
     if not _op_is_stateful(op) or any(tensor.dtype == tf.resource for tensor in op.inputs):
         return False
@@ -192,7 +192,7 @@ def runs_in_program_order(op: tf.Operation) -> bool:
 
 
 def run_out_of_program_order(graph: tf.Graph, ops: list[tf.Operation]) -> None:
-    """Lets tf.function run those of these ops that it runs in program order when it likes."""
+    """Takes those of these ops that tf.function runs in program order out of that order."""
     manager = _attribute(
         graph,
         "experimental_acd_manager",
@@ -289,7 +289,7 @@ get_object_name = _imported(
 
 
 class LossesByReplica:
-    """Mixin of a layer: what `add_loss` adds stays apart for the replicas of a process.
+    """Mixin of a layer that keeps the losses of `add_loss` apart for the replicas of a process.
 
     Keras has one list, `_losses`, for all. Where another layer suspends a replica in the forward
     pass (``BatchNormalization(synchronized=True)``), the next replica would clear that list, or
@@ -302,15 +302,56 @@ class LossesByReplica:
 
     @_losses.setter
     def _losses(self, losses: list[Any]) -> None:
-        # Not an attribute of Keras's: a layer would track the lists.
+        # Through __dict__, because a Keras layer would track lists in an attribute.
         self.__dict__["_losses_of"] = collections.defaultdict(list, {running_replica(): losses})
 
+    def forget_losses_of_functions(self) -> None:
+        """Forgets losses that calls inside a tf.function added: they keep its graph alive."""
+        for losses in self._losses_of.values():
+            losses[:] = [loss for loss in losses if not tf.is_symbolic_tensor(loss)]
 
-class StoredInParts(Trackable, KerasSaveable):
-    """Base of a table whose parts a checkpoint stores as slices of one tensor."""
+
+class SavedState:
+    """Mixin of a layer: what its calls use beside its weights goes into a SavedModel.
+
+    TensorFlow refuses to save a function that uses a variable of no saved object. A checkpoint
+    holds none of these.
+    """
+
+    def state_for_saved_model(self) -> dict[str, Any]:
+        """Variables by name."""
+        raise NotImplementedError
+
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
+        """Called by tf.saved_model.save and tf.train.Checkpoint."""
+        children = super()._trackable_children(save_type, **kwargs)
+        if save_type == "savedmodel":
+            children |= self.state_for_saved_model()
+        return children
+
+
+class WeightOnVariable(keras.Variable):
+    """A keras.Variable around a variable that exists, of any device.
+
+    Keras makes a variable of its own, which under a strategy has a copy on each replica.
+    """
+
+    def __init__(self, variable: tf.Variable, name: str):
+        self._given = variable
+        super().__init__(
+            "zeros", variable.shape, variable.dtype.name, trainable=False, autocast=False, name=name
+        )
+
+    def _initialize_with_initializer(self, initializer: object) -> None:
+        """Called by Keras to make the variable."""
+        self._initialize(self._given)
+
+
+class StoredInShards(Trackable, KerasSaveable):
+    """Base of a table whose shards a checkpoint stores as slices of one tensor."""
 
     def checkpoint_slices(self, name: str) -> list[Any]:
-        """A saveable for each part."""
+        """A saveable for each shard."""
         raise NotImplementedError
 
     def _gather_saveables_for_checkpoint(self) -> dict[str, Callable[..., list[Any]]]:
@@ -318,12 +359,12 @@ class StoredInParts(Trackable, KerasSaveable):
         return {VARIABLE_VALUE_KEY: lambda name="centers": self.checkpoint_slices(name)}
 
     def _obj_type(self) -> str:
-        """Called by Keras. Of the kinds that it knows, a "Loss" holds no layers."""
+        """Called by Keras, which must not look for layers in it. A "Loss" is a kind without any."""
         return "Loss"
 
 
 def variable_of(variable: keras.Variable) -> tf.Variable | None:
-    """The tf.Variable inside a keras.Variable, None where it has not been made yet.
+    """The tf.Variable inside a keras.Variable, None if it has not been made yet.
 
     The public `value` is a 16-bit copy of the whole table under an autocasting policy.
     """

@@ -41,9 +41,10 @@ def filled(
     if not tf.config.list_physical_devices("GPU"):
         memory.check_room(shape, dtype, memory.AVAILABLE)
     # In the scope of a strategy, tf.Variable would make one table for each replica.
-    table = private_apis.ResourceVariable(lambda: memory.zeros(shape, dtype), trainable=False)
-    for begin, end in blocks(shape, dtype.size):
-        write_rows(table, begin, end, block(begin, end))
+    with memory.out_of_memory(shape, dtype):
+        table = private_apis.ResourceVariable(lambda: memory.zeros(shape, dtype), trainable=False)
+        for begin, end in blocks(shape, dtype.size):
+            write_rows(table, begin, end, block(begin, end))
     # A read of the variable then returns its buffer and not a copy.
     tf.raw_ops.DisableCopyOnRead(resource=table.handle)
     return table.read_value()

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tf_center_loss_op._core import arguments
 from tf_center_loss_op._core.variables import resource_table
 from tf_center_loss_op.tables.blocks import rows_per_block
 from tf_center_loss_op.tables.memory import create
@@ -61,6 +62,8 @@ def from_dataset(
     [[1.0, 3.0]]
     """
     table = resource_table(centers)
+    if ignore_class is not None:
+        ignore_class = arguments.integer("ignore_class", ignore_class)
     classes, dim = table.shape
     counts = np.zeros(classes, np.int64)
     means = create(classes, dim, dtype=table.dtype.name, name="means")

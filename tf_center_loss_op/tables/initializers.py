@@ -22,8 +22,9 @@ class RandomNormal(keras.initializers.Initializer):
 
     Args:
       stddev: the standard deviation, a number >= 0.
-      seed: an int, which gives the same numbers in every call; or None, which gives other numbers
-        in every call, in a sequence that `keras.utils.set_random_seed` restarts.
+      seed: an int of 64 bits (of Python or NumPy), which gives the same numbers in every call; or
+        None, which gives other numbers in every call, in a sequence that
+        `keras.utils.set_random_seed` restarts.
 
     Raises:
       TypeError, ValueError: an argument is not one of these.
@@ -36,9 +37,7 @@ class RandomNormal(keras.initializers.Initializer):
 
     def __init__(self, stddev: float = 1.0, seed: int | None = None):
         self.stddev = arguments.number("stddev", stddev)
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-            raise TypeError(f"seed: expected an int or None, got {seed!r}")
-        self.seed = seed
+        self.seed = None if seed is None else arguments.integer("seed", seed)
 
     def __call__(self, shape: tuple[int, ...], dtype: str | tf.DType | None = None) -> tf.Tensor:
         """The numbers of a table [C, D]."""

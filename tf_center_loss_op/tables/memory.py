@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import keras
@@ -41,7 +42,7 @@ def create(
     seen. Other Keras initializers run as they are and may hold several tables while they run.
 
     Args:
-      num_classes: C, an int >= 1.
+      num_classes: C, an int >= 1 (of Python or NumPy).
       dim: D, an int >= 1.
       initializer: a Keras initializer or its name.
       dtype: ``"float32"`` or ``"float64"``.
@@ -51,20 +52,25 @@ def create(
       A ``tf.Variable`` ``[C, D]`` that is not trainable.
 
     Raises:
+      TypeError: a size is no int.
       ValueError: a size, the dtype or the initializer is not one of these.
-      MemoryError: the memory does not hold the table. A table of zeros, which may stay smaller than
-        its size, is compared with the total memory, any other with the memory available now.
+      MemoryError: the memory does not hold the table, or the process may not have it. A table of
+        zeros, which may stay smaller than its size, is compared with the total memory, any other
+        with the memory available now.
 
     >>> import tf_center_loss_op as tcl
     >>> tcl.tables.create(1000, 64).shape
     TensorShape([1000, 64])
     """
-    for what, value in (("num_classes", num_classes), ("dim", dim)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{what}: expected an int >= 1, got {value!r}")
+    shape = arguments.positive("num_classes", num_classes), arguments.positive("dim", dim)
     arguments.one_of("dtype", dtype, ("float32", "float64"))
     make = in_place(keras.initializers.get(initializer))
-    return tf.Variable(lambda: make((num_classes, dim), dtype), trainable=False, name=name)
+    # Zeros are checked where they are made, as a layer makes them.
+    lazy = isinstance(make, LazyZeros)
+    if not (lazy or tf.config.list_physical_devices("GPU")):
+        check_room(shape, tf.as_dtype(dtype), AVAILABLE)
+    with out_of_memory(shape, tf.as_dtype(dtype)):
+        return tf.Variable(lambda: make(shape, dtype), trainable=False, name=name)
 
 
 def clear(centers: tf.Variable | keras.Variable) -> None:
@@ -126,15 +132,17 @@ def rows(
     return tf.gather(resource_table(centers), labels)
 
 
-def in_place(initializer: keras.initializers.Initializer) -> Callable[..., tf.Tensor]:
-    """The initializer itself; for Keras's zeros, a function that allocates them lazily."""
-    if not isinstance(initializer, keras.initializers.Zeros):
-        return initializer
+class LazyZeros:
+    """Stands for Keras's initializer of zeros and takes up memory only where they are written."""
 
-    def lazy_zeros(shape: tuple[int, ...], dtype: str | tf.DType | None = None) -> tf.Tensor:
+    def __call__(self, shape: tuple[int, ...], dtype: str | tf.DType | None = None) -> tf.Tensor:
+        """The zeros."""
         return zeros(tuple(shape), tf.as_dtype(dtype))
 
-    return lazy_zeros
+
+def in_place(initializer: keras.initializers.Initializer) -> Callable[..., tf.Tensor]:
+    """The initializer itself; for Keras's zeros, one that allocates them lazily."""
+    return LazyZeros() if isinstance(initializer, keras.initializers.Zeros) else initializer
 
 
 def zeros(shape: tuple[int, ...], dtype: tf.DType) -> tf.Tensor:
@@ -150,9 +158,23 @@ def zeros(shape: tuple[int, ...], dtype: tf.DType) -> tf.Tensor:
         return tf.zeros(shape, dtype)
     lazy = native.usable()
     check_room(shape, dtype, TOTAL if lazy else AVAILABLE)
-    if not lazy:
-        return tf.zeros(shape, dtype)
-    return native.ops().tcl_zeros(shape=tf.constant(shape, tf.int64), dtype=dtype)
+    with out_of_memory(shape, dtype):
+        if not lazy:
+            return tf.zeros(shape, dtype)
+        return native.ops().tcl_zeros(shape=tf.constant(shape, tf.int64), dtype=dtype)
+
+
+@contextlib.contextmanager
+def out_of_memory(shape: tuple[int, ...], dtype: tf.DType) -> Iterator[None]:
+    """Makes TensorFlow's error of an allocation a MemoryError that names the table."""
+    try:
+        yield
+    except tf.errors.ResourceExhaustedError as error:
+        raise MemoryError(
+            f"centers: expected memory for a table of {shape[0]} x {shape[1]} {dtype.name}, "
+            f"{math.prod(shape) * dtype.size / 1e9:.1f} GB, which the process may not have: "
+            f"{error.message}"
+        ) from error
 
 
 def check_room(shape: tuple[int, ...], dtype: tf.DType, fields: tuple[str, ...]) -> None:

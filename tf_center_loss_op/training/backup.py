@@ -14,7 +14,6 @@ import tensorflow as tf
 
 from tf_center_loss_op._core import arguments, private_apis
 from tf_center_loss_op._core.variables import unwrap
-from tf_center_loss_op.distribute.sharded import ShardedCenters
 from tf_center_loss_op.layer import CenterLoss
 from tf_center_loss_op.training import backup_files
 
@@ -196,16 +195,19 @@ class AtomicBackup(keras.callbacks.BackupAndRestore):
     def _variables(self) -> list:
         """Every variable except those of metrics: weights, random states, the optimizer's."""
         layers = private_apis.layers_of(self.model)
-        centers = [layer.centers for layer in layers if isinstance(layer, CenterLoss)]
-        # Keras does not know the variables of ShardedCenters.
-        sharded = [table for table in centers if isinstance(table, ShardedCenters)]
-        shards = [variable for table in sharded for _, variable in table.shards]
+        # Keras does not know the variables that the user made for loss_weight and alpha.
+        factors = {
+            id(variable): variable
+            for layer in layers
+            if isinstance(layer, CenterLoss)
+            for variable in layer.factor_variables().values()
+        }
         optimizer = self.model.optimizer
         if optimizer is None:
-            return [*self.model.variables, *shards]
+            return [*self.model.variables, *factors.values()]
         if not optimizer.built:
             optimizer.build(self.model.trainable_variables)
-        return [*self.model.variables, *shards, *optimizer.variables]
+        return [*self.model.variables, *factors.values(), *optimizer.variables]
 
 
 def _require_all_replicas_here(strategy: tf.distribute.Strategy) -> None:
