@@ -29,7 +29,16 @@ class PrivateName(NamedTuple):
 NAMES: list[PrivateName] = []  # in the order in which they are imported below
 
 
-def _imported(module: str, name: str, why: str, since: str = "TensorFlow 2.16") -> Any:
+def _tensorflow(path: str, why: str, since: str = "TensorFlow 2.16") -> Any:
+    return _imported(f"tensorflow.python.{path}", why, since)
+
+
+def _keras(path: str, why: str, since: str) -> Any:
+    return _imported(f"keras.src.{path}", why, since)
+
+
+def _imported(path: str, why: str, since: str) -> Any:
+    module, name = path.rsplit(".", 1)
     NAMES.append(PrivateName(module, name, why, since))
     try:
         return getattr(importlib.import_module(module), name)
@@ -55,99 +64,76 @@ def _missing(name: str, why: str, since: str = "") -> str:
 
 # ------------------------------------------------------------------------------- TensorFlow
 
-ResourceVariable = _imported(
-    "tensorflow.python.ops.resource_variable_ops",
-    "ResourceVariable",
+ResourceVariable = _tensorflow(
+    "ops.resource_variable_ops.ResourceVariable",
     "to make one variable on one device inside the scope of a strategy, where tf.Variable makes a "
     "copy on every replica",
 )
-ShardedVariable = _imported(
-    "tensorflow.python.distribute.sharded_variable",
-    "ShardedVariable",
+ShardedVariable = _tensorflow(
+    "distribute.sharded_variable.ShardedVariable",
     "to recognize a variable that a partitioner has split over several servers",
 )
-PartitionedVariable = _imported(
-    "tensorflow.python.ops.variables",
-    "PartitionedVariable",
+PartitionedVariable = _tensorflow(
+    "ops.variables.PartitionedVariable",
     "to say what to use in place of a variable of TensorFlow 1 that a partitioner has split",
 )
-is_op_determinism_enabled: Callable[[], bool] = _imported(
-    "tensorflow.python.framework.config",
-    "is_op_determinism_enabled",
+is_op_determinism_enabled: Callable[[], bool] = _tensorflow(
+    "framework.config.is_op_determinism_enabled",
     "to refuse float atomics under tf.config.experimental.enable_op_determinism()",
 )
-variable_accessed: Callable[[tf.Variable], None] = _imported(
-    "tensorflow.python.ops.resource_variable_ops",
-    "variable_accessed",
+variable_accessed: Callable[[tf.Variable], None] = _tensorflow(
+    "ops.resource_variable_ops.variable_accessed",
     "to put a variable on the gradient tape that an op reads through its handle, as tf.gather does",
 )
-variable_shape: Callable[[tf.Tensor], tf.Tensor] = _imported(
-    "tensorflow.python.ops.resource_variable_ops",
-    "variable_shape",
+variable_shape: Callable[[tf.Tensor], tf.Tensor] = _tensorflow(
+    "ops.resource_variable_ops.variable_shape",
     "to get the shape of a variable from its handle as a constant, because forward mode cannot "
     "differentiate the op VariableShape",
 )
-_graph_or_parents_in_xla_context = _imported(
-    "tensorflow.python.ops.control_flow_util",
-    "GraphOrParentsInXlaContext",
+_graph_or_parents_in_xla_context = _tensorflow(
+    "ops.control_flow_util.GraphOrParentsInXlaContext",
     "to know whether XLA will compile the graph that is being traced",
 )
-_op_is_stateful = _imported(
-    "tensorflow.python.framework.auto_control_deps",
-    "op_is_stateful",
+_op_is_stateful = _tensorflow(
+    "framework.auto_control_deps.op_is_stateful",
     "to know which ops tf.function runs in program order",
 )
-stop_recording: Callable[[], AbstractContextManager] = _imported(
-    "tensorflow.python.eager.record",
-    "stop_recording",
+stop_recording: Callable[[], AbstractContextManager] = _tensorflow(
+    "eager.record.stop_recording",
     "to keep a function without gradients off the tapes that watch the variables it reads: they "
     "would trace it again, to differentiate it",
 )
-_tape_set_is_stopped = _imported(
-    "tensorflow.python.pywrap_tfe",
-    "TFE_Py_TapeSetIsStopped",
+_tape_set_is_stopped = _tensorflow(
+    "pywrap_tfe.TFE_Py_TapeSetIsStopped",
     "to refuse a step of the centers that tf.recompute_grad would run twice",
 )
-Trackable = _imported(
-    "tensorflow.python.trackable.base",
-    "Trackable",
+Trackable = _tensorflow(
+    "trackable.base.Trackable",
     "to store the shards of a table in a tf.train.Checkpoint as one tensor",
 )
-VARIABLE_VALUE_KEY: str = _imported(
-    "tensorflow.python.trackable.base",
-    "VARIABLE_VALUE_KEY",
+VARIABLE_VALUE_KEY: str = _tensorflow(
+    "trackable.base.VARIABLE_VALUE_KEY",
     "to store the shards of a table under the key of a variable",
 )
-ResourceVariableSaveable = _imported(
-    "tensorflow.python.training.saving.saveable_object_util",
-    "ResourceVariableSaveable",
+ResourceVariableSaveable = _tensorflow(
+    "training.saving.saveable_object_util.ResourceVariableSaveable",
     "to store a shard of a table as a slice of the whole",
 )
 _LOOPS_AND_BRANCHES = tuple(
-    _imported(
-        "tensorflow.python.ops.control_flow_v2_func_graphs",
-        name,
-        "to find the graph around a loop or branch",
+    _tensorflow(
+        f"ops.control_flow_v2_func_graphs.{name}", "to find the graph around a loop or branch"
     )
     for name in ("WhileBodyFuncGraph", "WhileCondFuncGraph", "CondBranchFuncGraph")
 )
-
-
-_forward_mode_rules: dict[str, Callable] = _imported(
-    "tensorflow.python.eager.forwardprop",
-    "_SPECIAL_CASES",
+_forward_mode_rules: dict[str, Callable] = _tensorflow(
+    "eager.forwardprop._SPECIAL_CASES",
     "to differentiate the fused op in forward mode: TensorFlow's own way, the transpose of the "
     "gradient function, has no place for an op that takes the handle of a variable",
 )
-
-
-_pack_tangents = _imported(
-    "tensorflow.python.eager.forwardprop_util",
-    "pack_tangents",
+_pack_tangents = _tensorflow(
+    "eager.forwardprop_util.pack_tangents",
     "to know whether a forward accumulator differentiates a call",
 )
-
-
 # The attribute that tf.function gives to an op that `run_independently` was called for.
 _INDEPENDENT = "_independent_side_effects"
 
@@ -251,45 +237,38 @@ def collective_launchers(strategy: tf.distribute.Strategy) -> list | None:
 
 # ------------------------------------------------------------------------------------ Keras
 
-in_stateless_scope: Callable[[], bool] = _imported(
-    "keras.src.backend.common.stateless_scope",
-    "in_stateless_scope",
+in_stateless_scope: Callable[[], bool] = _keras(
+    "backend.common.stateless_scope.in_stateless_scope",
     "to know that variables have no buffers now, because Keras asks for shapes only",
     "Keras 3.5",
 )
-in_symbolic_scope: Callable[[], bool] = _imported(
-    "keras.src.backend.common.symbolic_scope",
-    "in_symbolic_scope",
+in_symbolic_scope: Callable[[], bool] = _keras(
+    "backend.common.symbolic_scope.in_symbolic_scope",
     "to know that Keras builds a model on placeholders, which are all of type float",
     "Keras 3.5",
 )
-KerasSaveable = _imported(
-    "keras.src.saving.keras_saveable",
-    "KerasSaveable",
+KerasSaveable = _keras(
+    "saving.keras_saveable.KerasSaveable",
     "to store a sharded table in the weights file of a model",
     "Keras 3.5",
 )
-get_keras_mask = _imported(
-    "keras.src.backend",
-    "get_keras_mask",
+get_keras_mask = _keras(
+    "backend.get_keras_mask",
     "to leave masked values out of the loss of the global batch",
     "Keras 3.6",
 )
-reduce_weighted_values = _imported(
-    "keras.src.losses.loss",
-    "reduce_weighted_values",
+reduce_weighted_values = _keras(
+    "losses.loss.reduce_weighted_values",
     "to apply masks and sample weights to a loss as Keras does",
     "Keras 3.5",
 )
-LossFunctionWrapper = _imported(
-    "keras.src.losses.losses",
-    "LossFunctionWrapper",
+LossFunctionWrapper = _keras(
+    "losses.losses.LossFunctionWrapper",
     "to make a loss of a function as Model.compile does",
     "Keras 3.5",
 )
-get_object_name = _imported(
-    "keras.src.utils.naming",
-    "get_object_name",
+get_object_name = _keras(
+    "utils.naming.get_object_name",
     "to name the loss of a function as Keras does",
     "Keras 3.5",
 )
@@ -346,7 +325,7 @@ class SavedState:
         children = super()._trackable_children(save_type, **kwargs)
         if save_type == "savedmodel":
             # The parts of a sharded table are variables like others there.
-            whole = {k: v for k, v in children.items() if not isinstance(v, StoredInParts)}
+            whole = {k: v for k, v in children.items() if not isinstance(v, StoredInShards)}
             return whole | self.state_for_saved_model()
         return children
 
