@@ -66,8 +66,7 @@ def _missing(name: str, why: str, since: str = "") -> str:
 
 ResourceVariable = _tensorflow(
     "ops.resource_variable_ops.ResourceVariable",
-    "to make one variable on one device inside the scope of a strategy, where tf.Variable makes a "
-    "copy on every replica",
+    "to make a variable in the scope of a strategy, where tf.Variable makes one on every replica",
 )
 ShardedVariable = _tensorflow(
     "distribute.sharded_variable.ShardedVariable",
@@ -87,8 +86,7 @@ variable_accessed: Callable[[tf.Variable], None] = _tensorflow(
 )
 variable_shape: Callable[[tf.Tensor], tf.Tensor] = _tensorflow(
     "ops.resource_variable_ops.variable_shape",
-    "to get the shape of a variable from its handle as a constant, because forward mode cannot "
-    "differentiate the op VariableShape",
+    "to get the shape of a variable without the op VariableShape, which has no forward mode",
 )
 _graph_or_parents_in_xla_context = _tensorflow(
     "ops.control_flow_util.GraphOrParentsInXlaContext",
@@ -100,8 +98,7 @@ _op_is_stateful = _tensorflow(
 )
 stop_recording: Callable[[], AbstractContextManager] = _tensorflow(
     "eager.record.stop_recording",
-    "to keep a function without gradients off the tapes that watch the variables it reads: they "
-    "would trace it again, to differentiate it",
+    "to keep a function without gradients off the tapes, which would trace it again",
 )
 _tape_set_is_stopped = _tensorflow(
     "pywrap_tfe.TFE_Py_TapeSetIsStopped",
@@ -127,8 +124,7 @@ _LOOPS_AND_BRANCHES = tuple(
 )
 _forward_mode_rules: dict[str, Callable] = _tensorflow(
     "eager.forwardprop._SPECIAL_CASES",
-    "to differentiate the fused op in forward mode: TensorFlow's own way, the transpose of the "
-    "gradient function, has no place for an op that takes the handle of a variable",
+    "to differentiate in forward mode an op that takes the handle of a variable",
 )
 _pack_tangents = _tensorflow(
     "eager.forwardprop_util.pack_tangents",
