@@ -7,6 +7,7 @@ import tensorflow as tf
 
 import oracle
 import tf_center_loss_op as tcl
+from child import run_program
 from messages import with_words
 from tolerances import assert_close
 
@@ -294,3 +295,7 @@ def test_masks_in_functions(impl, jit_compile, shape):
         # As many numbers, in another shape.
         with pytest.raises((ValueError, tf.errors.OpError), match="mask"):
             call(features, labels.astype("int32"), mask.T)
+
+
+def test_masks_on_replicas(tmp_path):
+    run_program("replicas_masks", cwd=tmp_path)
