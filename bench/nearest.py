@@ -99,7 +99,7 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m bench.nearest", description=__doc__)
     parser.add_argument("--rounds", type=int, default=9, help="(default: %(default)s)")
     rounds = parser.parse_args().rounds
-    others = machine.Others()
+    console, others = Console(width=140), machine.Others()
     out = Table(title="ms per call, medians; ratios within a round, medians")
     for name in ("B × D × C", "k", *PREDICT, *PLAIN, "eager / compiled", "eager / best plain"):
         out.add_column(name, justify="right")
@@ -108,13 +108,14 @@ def main():
             seconds = of_case(case, k, rounds * factor)
             eager, compiled = (seconds[name] for name in PREDICT)
             plain = np.min([seconds[name] for name in PLAIN], axis=0)
-            out.add_row(
+            cells = [
                 f"{case[0]} × {case[1]} × {short(case[2])}",
                 str(k),
                 *(f"{1e3 * np.median(seconds[name]):.3g}" for name in PREDICT + PLAIN),
                 *(f"{np.median(eager / other):.2f}" for other in (compiled, plain)),
-            )
-    console = Console(width=140)
+            ]
+            out.add_row(*cells)
+            console.print(*cells)  # a long run shows what it has
     date = f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC"
     busy = f"{others():.1f} cores busy with other processes, load {os.getloadavg()[0]:.1f}"
     console.print({"date": date, "rounds": rounds, "others": busy, **machine.describe()})

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tf_center_loss_op._core.variables import TableLike, unwrap
+from tf_center_loss_op._core.variables import StatelessCenters, TableLike, unwrap
 from tf_center_loss_op._core.xla import in_xla
 from tf_center_loss_op.distribute.sharded import ShardedCenters
 
@@ -61,6 +61,10 @@ class ArrayByKey(TableLike):
     def find(cls, key: np.ndarray) -> np.ndarray:
         """The array of this key."""
         return cls._arrays[int(key)]
+
+
+# What stands for a variable or an array in one piece.
+_STANDING_FOR_ONE = (StatelessCenters, VariableByHandle, ArrayByKey)
 
 
 class CenterRows:
