@@ -226,10 +226,8 @@ def _exact(
       In ascending order of the labels, filled with infinite distances: w is the largest number of
       candidates of a sample.
     """
-    errors = queries.errors
-    errors = errors._replace(
-        upper=tf.gather(errors.upper, samples), lower=tf.gather(errors.lower, samples)
-    )
+    upper, shrink, lower, grow = queries.errors
+    errors = _Errors(tf.gather(upper, samples), shrink, tf.gather(lower, samples), grow)
     closeness = tf.gather(block.closeness, samples)
     if k > 1:
         m = tf.shape(closeness)[1]
