@@ -36,7 +36,7 @@ demo: $(VENV)/.installed-demo  ## train three real tasks, pictures in demo_outpu
 	$(IN_VENV) -m examples $(ARGS)
 
 test: $(VENV)/.installed-test  ## run the tests
-	$(IN_VENV) -m pytest tests --numprocesses auto --dist loadfile $(ARGS)
+	$(IN_VENV) -m pytest tests --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 fuzz: $(VENV)/.installed-test  ## compare random calls with the oracle, MINUTES=10 for each test
 	TF_CENTER_LOSS_FUZZ_MINUTES=$(MINUTES) $(IN_VENV) -m pytest tests/test_fuzz_paths.py \

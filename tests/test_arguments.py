@@ -89,6 +89,8 @@ CASES = {
     "alpha a list": (dict(alpha=[0.5, 0.5]), "alpha 0.5 number"),
     "alpha a vector": (dict(alpha=lambda: tf.constant([0.5, 0.5])), "alpha scalar"),
     "alpha a string tensor": (dict(alpha=lambda: tf.constant("0.5")), "alpha string"),
+    "alpha a boolean": (dict(alpha=True), "alpha True bool"),
+    "alpha a boolean tensor": (dict(alpha=lambda: tf.constant(True)), "alpha bool"),
     "weights too few": (dict(sample_weight=[1.0, 2.0, 3.0]), "sample_weight 3 4"),
     "weights a number": (dict(sample_weight=2.0), "sample_weight 4"),
     "weights a column": (dict(sample_weight=np.ones([4, 1], "f")), "sample_weight 1 4"),
@@ -97,10 +99,13 @@ CASES = {
         "sample_weight 10 4",
     ),
     "weights of strings": (dict(sample_weight=["a"] * 4), "sample_weight string"),
+    "weights of booleans": (dict(sample_weight=[True, False, True, True]), "sample_weight bool"),
+    "update_centers a number": (dict(update_centers=1), "update_centers 1 True False"),
+    "ignore_class a boolean": (dict(ignore_class=True), "ignore_class True bool"),
     "ignore_class a fraction": (dict(ignore_class=1.5), "ignore_class 1.5"),
     "ignore_class a string": (dict(ignore_class="none"), "ignore_class none"),
 }
-LOSS_ONLY = {"reduction", "sample_weight"}
+LOSS_ONLY = {"reduction", "sample_weight", "update_centers"}
 
 
 def arguments(case):

@@ -125,6 +125,19 @@ def test_the_variable_is_that_of_the_tutorial(session):
     assert not session.run(centers).any()
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_features_have_float32_centers(session, dtype):
+    features = tf.constant([[2.0, 4.0]], dtype)
+    loss, centers, update = ours(features, tf.constant([[0.0, 1.0]]), alpha=0.5)
+    gradient = tf1.gradients(loss, features)[0]
+    assert loss.dtype == centers.dtype.base_dtype == tf.float32 and gradient.dtype == dtype
+    initialise(session)
+    assert session.run(loss) == 10
+    assert session.run(tf.cast(gradient, tf.float32)).tolist() == [[2, 4]]
+    session.run(update)
+    assert session.run(centers).tolist() == [[0, 0], [0.25, 0.5]]
+
+
 def test_the_variable_is_reused(session):
     features, label = tf.ones([2, 3]), tf.constant([[1.0, 0.0], [0.0, 1.0]])
     _, _, update = ours(features, label, alpha=0.5)

@@ -91,6 +91,9 @@ def test_random_steps(sanitizer, all_isas, cases):
     first = time.time_ns() if MINUTES else 1
     options = dict(ASAN_OPTIONS="detect_leaks=0:max_malloc_fill_size=1048576")
     line = [program, str(first), str(cases), str(60 * MINUTES)]
-    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | options)
+    limit = 60 * MINUTES + 900  # a step that never ends is a fault, too
+    done = subprocess.run(
+        line, capture_output=True, text=True, env=os.environ | options, timeout=limit
+    )
     assert done.returncode == 0, f"{program}\n{done.stdout}\n{done.stderr}"
     assert done.stdout.endswith(" cases\n")

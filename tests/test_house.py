@@ -83,6 +83,12 @@ def test_an_error_of_any_message_is_found(source):
     assert list(without_match(ast.parse(source))) == [1]
 
 
+def test_the_long_files_exist():
+    from conftest import LONG_FILES
+
+    assert [name for name in LONG_FILES if not (TESTS / name).exists()] == []
+
+
 def unused_programs():
     """Programs that no test names."""
     tests = "\n".join(file.read_text() for file in TESTS.glob("test_*.py"))

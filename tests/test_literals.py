@@ -255,3 +255,20 @@ def test_the_name_is_accepted(impl):
         FEATURES, LABELS, tf.Variable(CENTERS), reduction="sum", impl=impl, name="documents"
     )
     assert loss.numpy() == 68.0
+
+
+@pytest.mark.parametrize("kind", ["number", "tensor", "variable"])
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "function"])
+def test_alpha_keeps_the_precision_of_float64_centers(impl, traced, kind):
+    # 0.1 is no float32: the fused op has attributes of this type.
+    make = tf.Variable if kind == "variable" else tf.constant
+    alpha = 0.1 if kind == "number" else make(0.1, dtype=tf.float64)
+    centers = tf.Variable(tf.zeros([1, 1], tf.float64))
+
+    def call():
+        tcl.center_loss(
+            tf.ones([1, 1], tf.float64), [0], centers, alpha=alpha, rule="sum", impl=impl
+        )
+
+    (tf.function(call) if traced else call)()
+    assert centers.numpy()[0, 0] == 0.1

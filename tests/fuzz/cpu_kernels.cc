@@ -545,6 +545,22 @@ void RunCase(Random* random) {
   }
 }
 
+// A pool that runs a task at once, on the thread that schedules it, is no help: the step must ask
+// for helpers again, from the framework's other pool.
+void AskAgainForHelpers() {
+  bool asked_again = false;
+  const auto schedule = [&asked_again](auto task, bool retry) {
+    asked_again = asked_again || retry;
+    task();
+  };
+  int64_t done = 0;
+  tcl::MakeParallelFor(schedule, 2)(1000, tcl::kMinBytesPerThread,
+                                    [&done](int64_t begin, int64_t end) { done += end - begin; });
+  current_case = "a pool that runs its tasks at once";
+  if (done != 1000) Fail("not each index was done once");
+  if (!asked_again) Fail("the calling thread counts as a helper");
+}
+
 void RunSeed(uint64_t seed) {
   current_seed = seed;
   Random random(seed);
@@ -572,6 +588,7 @@ int main(int arguments, char** argument) {
   const uint64_t cases = std::strtoull(argument[2], nullptr, 10);
   const std::chrono::duration<double> limit(std::atof(argument[3]));
   const auto start = std::chrono::steady_clock::now();
+  AskAgainForHelpers();
   uint64_t done = 0;
   while (limit.count() > 0 ? std::chrono::steady_clock::now() - start < limit : done < cases) {
     RunSeed(first + done++);
