@@ -4,13 +4,14 @@ VENV ?= .venv
 PYTHON ?= $(firstword $(foreach p,python3.11 python3,\
   $(shell $(p) -c 'print("$(p)")' 2>/dev/null)) python3)
 ARGS ?=
+MINUTES ?= 10
 
 IN_VENV := $(VENV)/bin/python
 PIP := $(IN_VENV) -m pip --disable-pip-version-check
 BUILD_FILES := CMakeLists.txt setup.py pyproject.toml requirements.txt \
   $(wildcard build_backend/*.py csrc/*.* csrc/*/*.* cuda/*.*)
 CXX_FILES = $(wildcard csrc/*.h csrc/*.cc csrc/*/*.h csrc/*/*.cc cuda/*.h cuda/*.cu cuda/*.cuh \
-  tests/emulator/*.h tests/emulator/*.cc bench/*.cc)
+  tests/emulator/*.h tests/emulator/*.cc tests/fuzz/*.h tests/fuzz/*.cc bench/*.cc)
 # The formatters do not break long strings, macros and words, and do not know all of these files.
 WIDTH_FILES := '*.py' '*.h' '*.cc' '*.cu' '*.cuh' '*CMakeLists.txt' '*Makefile'
 LINTERS = $(shell grep -oE '(ruff|clang-format)==[0-9.]+' pyproject.toml)
@@ -23,19 +24,23 @@ GPU_PYTHON ?= $(shell python3 -c 'import importlib.util, sys; \
 
 # Two pips at once would corrupt the environment. Ninja uses all cores anyway.
 .NOTPARALLEL:
-.PHONY: help demo test bench gpu lint format clean
+.PHONY: help demo test fuzz bench gpu lint format clean
 .PRECIOUS: $(VENV)/.installed-%
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
 	@echo "Overridable: PYTHON=$(PYTHON) VENV=$(VENV)"
-	@echo "ARGS= is passed to the program that test, bench, gpu or demo runs."
+	@echo "ARGS= is passed to the program that test, fuzz, bench, gpu or demo runs."
 
 demo: $(VENV)/.installed-demo  ## train three real tasks, pictures in demo_output/
 	$(IN_VENV) -m examples $(ARGS)
 
 test: $(VENV)/.installed-test  ## run the tests
 	$(IN_VENV) -m pytest tests --numprocesses auto --dist loadfile $(ARGS)
+
+fuzz: $(VENV)/.installed-test  ## compare random calls with the oracle, MINUTES=10 for each test
+	TF_CENTER_LOSS_FUZZ_MINUTES=$(MINUTES) $(IN_VENV) -m pytest tests/test_fuzz_paths.py \
+	tests/test_fuzz_kernels.py --numprocesses auto --dist load $(ARGS)
 
 bench: $(VENV)/.installed-bench  ## run the benchmarks: the table and the plots
 	$(IN_VENV) -m bench $(ARGS)

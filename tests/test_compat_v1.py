@@ -174,6 +174,21 @@ def test_wrong_arguments_are_refused(session, features, label, words):
         ours(tf1.placeholder(tf.float32, features), tf1.placeholder(tf.float32, label), 0.5)
 
 
+@pytest.mark.parametrize("bad", [-0.5, np.nan, np.inf])
+@pytest.mark.parametrize("impl", [pytest.param("native", marks=pytest.mark.native), "graph"])
+def test_a_bad_alpha_that_is_fed_is_an_error_of_the_update(session, monkeypatch, impl, bad):
+    monkeypatch.setenv("TF_CENTER_LOSS_IMPL", impl)
+    alpha = tf1.placeholder(tf.float32, [])
+    loss, centers, update = ours(tf.ones([1, 2]), tf.constant([[1.0, 0.0]]), alpha)
+    initialise(session)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="alpha: expected a finite number"):
+        session.run(update, {alpha: bad})
+    assert not session.run(centers).any()
+    assert session.run(loss) == 1
+    session.run(update, {alpha: 0.5})
+    assert session.run(centers).tolist() == [[0.125, 0.125], [0, 0]]
+
+
 def test_with_version_2_behaviour_switched_off(tmp_path):
     run_program("tutorial_without_v2_behavior", cwd=tmp_path)
 

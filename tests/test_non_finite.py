@@ -92,6 +92,19 @@ def test_one_bad_row_in_a_group_that_is_split(impl):
     np.testing.assert_allclose(centers.numpy(), [[0.0] * 3, [1.0] * 3], rtol=1e-6)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_group_that_is_split_without_a_finite_row(impl, rule):
+    # Class 1 has no sample to divide by, in any of its chunks.
+    features = np.full((301, 300), np.inf, np.float32)
+    features[300] = 2
+    labels = np.ones(301, np.int32)
+    labels[300] = 0
+    centers = tf.Variable(tf.ones([2, 300]))
+    step(impl, features, labels, centers, rule=rule)
+    assert (centers.numpy()[1] == 1).all()
+    assert (centers.numpy()[0] > 1).all()
+
+
 def test_an_ignored_bad_row_is_not_seen_at_all(impl):
     centers = tf.Variable([[0.0], [0.0]])
     loss, gradient = step(
@@ -116,3 +129,43 @@ def test_a_large_finite_row_is_no_bad_row(impl):
     assert np.isinf(loss)
     np.testing.assert_allclose(gradient, [[1e30], [1.0]], rtol=1e-6)
     np.testing.assert_allclose(centers.numpy(), [[5e29], [0.5]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_bad_weight_of_an_ignored_sample_is_not_seen_at_all(impl, bad, reduction):
+    centers = tf.Variable([[0.0], [0.0]])
+    loss, gradient = step(
+        impl,
+        [[2.0], [3.0]],
+        [0, -1],
+        centers,
+        ignore_class=-1,
+        sample_weight=[1.0, bad],
+        reduction=reduction,
+    )
+    assert loss.tolist() == ([2.0, 0.0] if reduction == "none" else 2.0)
+    assert gradient.numpy().tolist() == [[2.0], [0.0]]
+    assert centers.numpy().tolist() == [[0.5], [0.0]]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_weight_shows_in_the_loss_and_moves_as_any_other(impl, bad, reduction):
+    centers = tf.Variable([[0.0], [0.0]])
+    loss, gradient = step(
+        impl, [[2.0], [4.0]], [0, 1], centers, sample_weight=[1.0, bad], reduction=reduction
+    )
+    assert not np.isfinite(loss[1] if reduction == "none" else loss)
+    assert gradient.numpy()[0] == (1.0 if reduction == "mean" else 2.0)
+    assert not np.isfinite(gradient.numpy()[1])
+    assert centers.numpy().tolist() == [[0.5], [1.0]]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_alpha_zero_moves_nothing_even_where_a_residual_overflows(impl, rule):
+    # x - c is infinite, and 0 * inf would be NaN.
+    before = np.array([[-3e38, 1.0], [7.0, 2.0]], np.float32)
+    centers = tf.Variable(before)
+    step(impl, [[3e38, 1.0]], [0], centers, rule=rule, alpha=0.0)
+    assert np.array_equal(centers.numpy(), before)

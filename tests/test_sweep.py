@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import problems
 import stepping
+import tf_center_loss_op as tcl
 from pairwise import all_pairs
 
 FACTORS = {
@@ -101,3 +103,41 @@ def test_half_precision_features_too_small_for_normal_numbers(impl, dtype, dim):
         )
         assert np.array_equal(outcome.centers, features.astype(np.float64))
         assert np.array_equal(outcome.feature_gradient, features.astype(np.float64))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_half_precision_number_is_read_exactly_and_rounded_to_nearest(impl, dtype):
+    # All 65536 of them. The centers put the differences between two numbers of the type, on a tie
+    # and beside it, and beyond the largest.
+    half = problems.DTYPES[dtype]
+    features = np.arange(2**16, dtype=np.uint16).view(half).reshape(-1, 16)
+    labels = np.arange(len(features), dtype=np.int32)
+    wide = features.astype(np.float32)
+    # The distance to the next number of the type.
+    digits, lowest = (10, -14) if dtype == "float16" else (7, -126)
+    finite = np.where(np.isfinite(wide), np.abs(wide), 1)
+    unit = np.exp2(np.maximum(np.floor(np.log2(np.maximum(finite, 2.0**-126))), lowest) - digits)
+    # TensorFlow's threads flush float32 subnormals to zero, also those of half a residual.
+    smallest = 4 * np.finfo(np.float32).tiny
+    for part in (0.0, 0.5, -0.5, 0.5 + 2.0**-10, 0.5 - 2.0**-10, 0.25, 1.5):
+        centers = (unit * np.float32(part)).astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            difference = wide - centers
+        flushed = (np.abs(difference) < smallest) | (np.abs(centers) < smallest) & (centers != 0)
+        flushed |= (np.abs(wide) < smallest) & (wide != 0)
+        given = tf.constant(features)
+        with tf.GradientTape() as tape:
+            tape.watch(given)
+            loss = tcl.center_loss(
+                given,
+                labels,
+                tf.Variable(centers),
+                reduction="sum",
+                update_centers=False,
+                impl=impl,
+            )
+        actual = tape.gradient(loss, given).numpy()
+        with np.errstate(over="ignore", invalid="ignore"):
+            expected = difference.astype(half)
+        same = (actual == expected) | (np.isnan(actual) & np.isnan(expected)) | flushed
+        assert same.all(), (part, wide[~same][:5], actual[~same][:5], expected[~same][:5])

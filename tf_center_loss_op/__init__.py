@@ -29,7 +29,7 @@ __all__ = [
 # Loading the library registers the ops, so that a graph or a SavedModel that holds them loads.
 _native.usable()
 
-# The functions and the layer do not need these modules: they are imported when they are first used.
+# The functions and the layer do not need these modules, so they are imported at their first use.
 _IMPORTED_ON_USE = ("compat", "nearest", "plots", "training")
 
 

@@ -1,7 +1,7 @@
-"""How known codebases spell their center loss with this package's arguments.
+"""The center losses of known codebases, in terms of this package's arguments.
 
-What they call the step size, whether the loss is a sum or a mean and whether the count enters the
-step differ from one to the next, and so does what "alpha = 0.5" means.
+They differ in the name of the step size, in whether the loss is a sum or a mean, and in whether the
+number of samples n_j enters the step. So "alpha = 0.5" does not mean the same in all of them.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ class Convention:
 
     Its loss is ``loss_factor(D)`` times ``center_loss(..., rule=rule, reduction=reduction,
     alpha=alpha(step))``, where ``step`` is the codebase's own step size, called ``step_name``
-    there, and D the feature size. Its centers are exactly those of that call.
+    there, and D the feature size. Its centers take the same step as in that call. ``note`` names
+    what else differs.
     """
 
     source: str

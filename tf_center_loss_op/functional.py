@@ -31,12 +31,13 @@ def center_loss(
 
     Equals, with distinct labels and the default arguments:
 
-        d = features - tf.gather(centers, labels)
-        loss = tf.nn.l2_loss(d) / B
-        centers.scatter_add(tf.IndexedSlices(alpha / (1 + 1) * d, labels))
+        residual = features - tf.gather(centers, labels)
+        loss = tf.nn.l2_loss(residual) / B
+        centers.scatter_add(tf.IndexedSlices(alpha / (1 + 1) * residual, labels))
 
-    but in one pass over the batch, for any labels, at a cost that does not depend on the number of
-    classes. In general, with d_i = x_i - c_{y_i} from the centers as they were before the step:
+    but in one pass over the batch, and for any labels. With class ids the cost does not depend on
+    the number of classes. In general, with d_i = x_i - c_{y_i}, the residual, computed from the
+    centers before the step:
 
         loss_i = sample_weight_i * ||d_i||^2 / 2
         d loss / d x_i = upstream * sample_weight_i * d_i   (/ N for reduction "mean")
@@ -50,38 +51,47 @@ def center_loss(
       features: float32, float64, float16 or bfloat16 ``[..., D]``. With 16-bit features all
         arithmetic is float32; the gradient is rounded once, at the end.
       labels: int32 or int64 ``[...]``, each in ``[0, C)`` or ``ignore_class``; or one-hot or
-        probability rows ``[..., C]`` of any numeric type, of which the argmax is the label.
-      centers: ``tf.Variable`` (a resource variable) or ``keras.Variable`` ``[C, D]``; float64 for
-        float64 features, else float32.
+        probability rows ``[..., C]``, numeric or bool: the label is then the position of the
+        largest number (the first of equal ones). A row that is all zero, or holds a NaN or an
+        infinity, is an error like a label out of range.
+      centers: ``tf.Variable`` (a resource variable) or ``keras.Variable`` ``[C, D]``, or
+        `distribute.ShardedCenters`, in a replica; float64 for float64 features, else float32.
       alpha: the step size, a number or a scalar tensor or variable, finite and >= 0.
       rule: s_j by name: ``"paper"`` alpha / (1 + n_j), ``"mean"`` alpha / n_j, ``"sum"`` alpha,
         ``"batch_mean"`` alpha / N, ``"paper_batch_mean"`` alpha / ((1 + n_j) N), ``"tutorial"``
         alpha (1 - alpha) / (1 + n_j). `CONVENTIONS` says which codebase uses which.
       reduction: ``"mean"`` sum of loss_i / N (0 where N = 0), ``"sum"``, or ``"none"``: the
-        losses in the labels' shape.
-      sample_weight: numbers in the labels' shape (class ids), default all one. They scale loss
-        and gradient, not the step of the centers. No gradient flows to them.
+        losses ``[...]``, one for each sample.
+      sample_weight: numbers ``[...]``, one for each sample; default all one. They scale loss and
+        gradient, not the step of the centers. No gradient flows to them.
       ignore_class: samples with this label have loss 0, count nowhere and move nothing.
       update_centers: with False nothing is written, and the loss has a gradient to the centers
-        too (``tf.IndexedSlices``), so that an optimizer can train them.
+        too (``tf.IndexedSlices``), so that an optimizer can train them. `ShardedCenters` on several
+        replicas get no such gradient.
       impl: ``"native"`` the fused op, ``"graph"`` plain TensorFlow ops, ``"auto"`` the fused op
         where it is available; the environment variable ``TF_CENTER_LOSS_IMPL`` changes what
-        "auto" means.
+        "auto" means. In a ``keras.StatelessScope`` plain TensorFlow ops compute in every case.
       name: a name scope for the ops.
 
     Returns:
-      The loss, float64 for float64 features, else float32: a scalar, or the labels' shape.
+      The loss, float64 for float64 features, else float32: a scalar, or ``[...]`` for
+      reduction "none".
 
     Raises:
       TypeError, ValueError: an argument is of the wrong type, shape or value; before anything runs.
-      tf.errors.InvalidArgumentError: a label is out of range, or a tensor ``alpha`` is negative
-        or not finite. Nothing has been written. The fused op on a GPU cannot raise, nor can
-        ``impl="graph"`` under ``jit_compile=True``: the loss and the gradient of such a sample are
-        NaN there, with such an ``alpha`` those of all samples, and no center moves for them.
+      tf.errors.InvalidArgumentError: a label is out of range, a one-hot row has no class, or an
+        ``alpha`` given as a tensor or variable is negative or not finite. Nothing has been
+        written. Two cases cannot raise: the fused op on a GPU, and ``impl="graph"`` under
+        ``jit_compile=True``. There a bad label makes the loss and the gradient of its own sample
+        NaN, and that sample moves no center; a bad ``alpha`` makes the losses and gradients of all
+        samples NaN, and no center moves.
       RuntimeError: ``impl="native"`` without a usable native library; a step of the centers inside
         ``tf.recompute_grad``.
 
-    Determinism: the same inputs give the same bits, whatever the number of threads.
+    Determinism: the same inputs give the same bits with the same ``impl`` on the same device,
+    whatever the number of threads. Two exceptions on a GPU: after
+    ``training.set_gpu_atomics(True)``, and ``impl="graph"``, which is as deterministic as
+    TensorFlow's own ops.
 
     >>> import tensorflow as tf
     >>> import tf_center_loss_op as tcl
@@ -112,7 +122,7 @@ def center_loss(
 
 
 class Result(NamedTuple):
-    """The results of a call, and its batch as it was computed with."""
+    """The loss and squared distances of a call, and its checked batch: flattened, class ids."""
 
     loss: tf.Tensor
     squared_distance: tf.Tensor  # [B] ||x_i - c_{y_i}||^2, without a gradient
@@ -127,14 +137,30 @@ def loss_and_squared_distance(
     centers: Any,
     *,
     loss_weight: Any,
+    alpha: Any,
+    rule: str,
+    reduction: str,
+    sample_weight: Any,
+    ignore_class: int | None,
+    update_centers: bool,
     impl: str,
     name: str | None = None,
-    **options: Any,
 ) -> Result:
-    """`center_loss` times loss_weight, by which the fused op multiplies, and the distances."""
+    """`center_loss` times loss_weight (multiplied inside the op), with the squared distances."""
     require_supported_strategy()
     with tf.name_scope(name or "center_loss"):
-        a = arguments.check(features, labels, centers, loss_weight=loss_weight, **options)
+        a = arguments.check(
+            features,
+            labels,
+            centers,
+            alpha=alpha,
+            rule=rule,
+            reduction=reduction,
+            loss_weight=loss_weight,
+            sample_weight=sample_weight,
+            ignore_class=ignore_class,
+            update_centers=update_centers,
+        )
         if a.update_centers:
             arguments.require_no_recomputation()
         loss, squared_distance = implementation(impl, a.centers).center_loss(a)
@@ -179,9 +205,10 @@ def update_centers(
       operation that does the step in a TF1-style graph.
 
     Raises:
-      As `center_loss`.
+      As `center_loss`. Where `center_loss` cannot raise, this cannot either: a sample with a bad
+      label is left out without a sign, and with a bad ``alpha`` no center moves.
 
-    Determinism: the same inputs give the same bits, whatever the number of threads.
+    Determinism: as `center_loss`.
 
     >>> import tensorflow as tf
     >>> import tf_center_loss_op as tcl

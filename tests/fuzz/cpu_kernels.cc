@@ -7,6 +7,7 @@
 // with one thread and several, and is compared with the formula, number by number. A case that
 // fails prints its seed; `cpu_kernels SEED 1 0` repeats it.
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -25,6 +26,7 @@
 #include "csrc/center_loss_cpu.h"
 #include "csrc/center_loss_math.h"
 #include "csrc/isa.h"
+#include "csrc/label_segments.h"
 #include "csrc/thread_pool.h"
 #include "tests/fuzz/guarded.h"
 
@@ -163,16 +165,15 @@ class Case {
     Options();
     Labels();
     Numbers();
-    current_case = "batch " + std::to_string(batch_) + ", dim " + std::to_string(dim_) +
-                   ", classes " + std::to_string(classes_) + ", feature of " +
-                   std::to_string(sizeof(Feature)) + " bytes, label of " +
-                   std::to_string(sizeof(Label)) + ", rule " +
-                   std::to_string(static_cast<int>(options_.rule)) + ", reduction " +
-                   std::to_string(static_cast<int>(options_.reduction)) + ", ignore " +
-                   (options_.has_ignore_class ? std::to_string(options_.ignore_class) : "none") +
-                   ", alpha " + std::to_string(options_.alpha) +
-                   (options_.update_centers ? ", moving" : ", reading") +
-                   (from_residual_ ? ", from residuals" : "") + (weights_ ? ", weights" : "");
+    current_case =
+        "batch " + std::to_string(batch_) + ", dim " + std::to_string(dim_) + ", classes " +
+        std::to_string(classes_) + ", feature of " + std::to_string(sizeof(Feature)) +
+        " bytes, label of " + std::to_string(sizeof(Label)) + ", rule " +
+        std::to_string(static_cast<int>(options_.rule)) + ", reduction " +
+        std::to_string(static_cast<int>(options_.reduction)) + ", ignore " +
+        (options_.has_ignore_class ? std::to_string(options_.ignore_class) : "none") + ", alpha " +
+        std::to_string(options_.alpha) + (options_.update_centers ? ", moving" : ", reading") +
+        (from_residual_ ? ", from residuals" : "") + (weights_ ? ", weights" : "");
   }
 
   void Run() {
@@ -281,6 +282,10 @@ class Case {
                                                 -std::numeric_limits<Center>::infinity()});
         (*features_)[random_->Below(batch_ * dim_)] = tcl::Round<Feature>(bad);
       }
+    }
+    if (batch_ * dim_ > 0 && random_->OneIn(8)) {  // finite, but its square is not
+      const Center huge = static_cast<Center>(std::is_same_v<Center, float> ? 1e30 : 1e200);
+      (*features_)[random_->Below(batch_ * dim_)] = tcl::Round<Feature>(huge);
     }
     features_->MakeReadOnly();
     centers_ = New<Center>(random_, classes_ * dim_, 0);
@@ -392,6 +397,9 @@ class Case {
           Near(double(out.residual->data()[i * dim_ + d]), 0, 0, "ignored residual" + at);
         }
       }
+      if (square > double(std::numeric_limits<Center>::max())) {
+        square = std::numeric_limits<double>::infinity();
+      }
       const double bound = (double(dim_) + 8) * unit * std::abs(weight) * size;
       if (failed || !has_squares_) {
         Near(double((*out.squares)[i]), double(kUntouched), 0, "untouched square" + at);
@@ -477,6 +485,57 @@ class Case {
   std::unique_ptr<Guarded<Center>> centers_, weights_;
 };
 
+// Sorts several batches with one object, whose memory then holds the numbers of the batch before.
+void SortLabels(Random* random) {
+  tcl::LabelSegments segments;
+  for (int64_t round = 0; round < 4; ++round) {
+    const int64_t batch = random->Of<int64_t>({1, 2, 7, 16, 40, 63, 64, 65, 100, 300});
+    const int64_t classes = random->Of<int64_t>({1, 5, 100, 4 * batch, 100000});
+    std::vector<int64_t> last = LabelsOfLastSlots(batch, classes, batch);
+    const bool collide = !last.empty() && random->OneIn(2);
+    std::vector<int64_t> labels(static_cast<size_t>(batch)), distinct, sorted, begins;
+    for (int64_t& label : labels) {
+      label = collide ? last[static_cast<size_t>(random->Below(static_cast<int64_t>(last.size())))]
+                      : random->Below(classes);
+    }
+    const bool has_ignore = random->OneIn(2);
+    const int64_t ignore = labels[0];
+    current_case = "sort " + std::to_string(batch) + " labels of " + std::to_string(classes) +
+                   (collide ? " classes in the last slots" : " classes");
+    if (segments.Build(labels.data(), batch, classes, has_ignore, ignore) != -1) {
+      Fail("a label is called invalid");
+    }
+    for (int64_t label : labels) {
+      const bool known = std::find(distinct.begin(), distinct.end(), label) != distinct.end();
+      if (!known && !(has_ignore && label == ignore)) distinct.push_back(label);
+    }
+    for (int64_t label : distinct) {
+      begins.push_back(static_cast<int64_t>(sorted.size()));
+      for (int64_t i = 0; i < batch; ++i) {
+        if (labels[static_cast<size_t>(i)] == label) sorted.push_back(i);
+      }
+    }
+    const int64_t counted = static_cast<int64_t>(sorted.size());
+    begins.push_back(counted);
+    for (int64_t i = 0; i < batch; ++i) {
+      if (has_ignore && labels[static_cast<size_t>(i)] == ignore) sorted.push_back(i);
+    }
+    if (segments.size() != static_cast<int64_t>(distinct.size()) || segments.counted() != counted ||
+        !std::equal(sorted.begin(), sorted.end(), segments.positions())) {
+      Fail("the labels are not sorted by their first occurrence");
+    }
+    for (int64_t s = 0; s <= segments.size(); ++s) {
+      if (segments.begin(s) != begins[static_cast<size_t>(s)]) Fail("the begin of a segment");
+      if (s == segments.size()) break;
+      if (segments.label(s) != distinct[static_cast<size_t>(s)]) Fail("the label of a segment");
+      if (segments.SegmentAt(segments.begin(s)) != s ||
+          segments.SegmentAt(segments.begin(s + 1) - 1) != s) {
+        Fail("the segment of a position");
+      }
+    }
+  }
+}
+
 template <typename Feature>
 void RunCase(Random* random) {
   if (random->OneIn(2)) {
@@ -489,6 +548,7 @@ void RunCase(Random* random) {
 void RunSeed(uint64_t seed) {
   current_seed = seed;
   Random random(seed);
+  if (random.OneIn(8)) SortLabels(&random);
   switch (random.Below(4)) {
     case 0:
       return RunCase<tcl::Half>(&random);

@@ -1,8 +1,8 @@
 """Checks the arguments of a call before an implementation is chosen.
 
 The error is therefore the same whichever implementation would have run. Each message names the
-argument, what is expected and what came. The implementations check what only the values of tensors
-can tell: a label out of range, a negative alpha in a variable.
+argument, what is expected and what came. The implementations check what depends on the values of
+tensors: a label out of range, a negative alpha in a variable.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RULES = ("paper", "mean", "sum", "batch_mean", "paper_batch_mean", "tutorial")
 REDUCTIONS = ("sum", "mean", "none")
 IMPLEMENTATIONS = ("auto", "native", "graph")
 
-# The label of a one-hot row that is all zero or not finite. No table has such a row.
+# The label given to a one-hot row that is all zero or not finite. No class has this number.
 NO_CLASS_IN_ROW = -(2**63)
 
 # The label of a masked sample where no label is ignored otherwise. No table has such a row.
@@ -35,7 +35,7 @@ _CLASS_TYPES = (tf.int32, tf.int64)
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """The checked arguments of a call, flattened to one batch and cast to the types of the ops."""
+    """The checked arguments of a call, flattened to one batch; alpha and weights are cast."""
 
     features: tf.Tensor  # [B, D]
     labels: tf.Tensor  # [B] int32 or int64 class ids
@@ -47,7 +47,7 @@ class Arguments:
     sample_weight: tf.Tensor | None  # [B] in the centers' type
     ignore_class: int | None
     update_centers: bool
-    loss_shape: tf.Tensor | None  # the shape of the labels, None where it is [B]
+    loss_shape: tf.Tensor | None  # the shape [...] of the class ids, None where it is [B]
 
 
 def check(
@@ -115,7 +115,7 @@ def one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
 
 
 def number(name: str, value: Any) -> float:
-    """Raises unless value is a finite number >= 0."""
+    """The value as a float; TypeError or ValueError unless it is a finite number >= 0."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a finite number >= 0, got {_describe(value)}")
     if not (math.isfinite(value) and value >= 0):
@@ -124,7 +124,7 @@ def number(name: str, value: Any) -> float:
 
 
 def positive(name: str, value: Any) -> int:
-    """Raises unless value is an int >= 1."""
+    """The value as an int; TypeError or ValueError unless it is an int >= 1."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected an int >= 1, got {_describe(value)}")
     if value < 1:
@@ -153,7 +153,7 @@ def class_to_ignore(ignore_class: Any) -> int | None:
 
 
 def require_no_recomputation() -> None:
-    """Raises inside tf.recompute_grad, which runs the code again for its gradient."""
+    """RuntimeError inside tf.recompute_grad: the backward pass would run the step once more."""
     if private_apis.inside_recompute_grad():
         raise RuntimeError(
             "update_centers: expected a step of the centers outside of tf.recompute_grad "
@@ -265,7 +265,7 @@ def _advice(dtype: tf.DType) -> str:
 
 
 def _argmax(rows: tf.Tensor, centers: tf.Variable | variables.TableLike) -> tf.Tensor:
-    """The class ids of one-hot rows; NO_CLASS_IN_ROW for a row without a largest number."""
+    """The class ids of one-hot rows; NO_CLASS_IN_ROW for a row that is all zero or not finite."""
     if rows.dtype.is_bool:
         rows = tf.cast(rows, tf.int8)
     classes = centers.shape[0]
@@ -281,9 +281,10 @@ def _argmax(rows: tf.Tensor, centers: tf.Variable | variables.TableLike) -> tf.T
 
 
 def _with_leading_shape_of(features: tf.Tensor, name: str, tensor: tf.Tensor) -> tf.Tensor:
-    """The tensor [...] for features [..., D], or an error where a dimension differs.
+    """The tensor [...] of features [..., D], with its shape checked when the op runs.
 
-    The implementations check a batch of rank 1: their kernels know its length.
+    Shapes that are known while tracing have been checked. In a batch of rank 1 every implementation
+    compares the lengths itself.
     """
     batch_shape = features.shape[:-1]
     known = batch_shape.is_fully_defined() and tensor.shape.is_fully_defined()

@@ -1,4 +1,4 @@
-"""Checks of what is known only when the ops run: values, and shapes that tracing does not know.
+"""Checks, when the ops run, of values and of shapes that are not known while tracing.
 
 Outside XLA a failed check raises an `InvalidArgumentError`. XLA drops such checks, but it knows
 every shape when it compiles: there a wrong shape is an error of the compilation.
@@ -14,7 +14,7 @@ from tf_center_loss_op._core import xla
 
 
 def require(condition: tf.Tensor, message: Callable[[], tf.Tensor]) -> tf.Tensor:
-    """True, or an error with the text message() where the condition does not hold."""
+    """True; an error with the text message() if the condition does not hold."""
     # A branch, so that the message is formatted only where it is needed.
     return tf.cond(condition, lambda: True, lambda: _fail(message()))
 
@@ -25,17 +25,17 @@ def _fail(message: tf.Tensor) -> tf.Tensor:
 
 
 def with_shape(name: str, tensor: tf.Tensor, expected: tf.Tensor, whose: str) -> tf.Tensor:
-    """The tensor, or an error where its shape differs from `expected`, an integer vector.
+    """The tensor; an error if its shape differs from `expected`, an integer vector.
 
     Args:
-      name: of the argument.
-      tensor: of a rank that is known, that of `expected`.
-      expected: the shape, which is that of `whose`.
-      whose: words for the error.
+      name: the name of the argument, for the error.
+      tensor: its rank is known and is the length of `expected`.
+      expected: the expected shape.
+      whose: what has the expected shape, in words, for the error.
     """
     expected = tf.cast(expected, tf.int32)
     if xla.in_xla():
-        # tf.stack refuses to join two shapes, and its name is part of the error.
+        # tf.stack of two different shapes is an error of the compilation, which shows its name.
         words = f"{name} must have the shape of {whose}".replace(" ", "_")
         return tf.stack([tensor, tf.zeros(expected, tensor.dtype)], name=words)[0]
     shape = tf.shape(tensor)

@@ -21,34 +21,41 @@ from tf_center_loss_op.distribute.sharded_step import Sharded
 
 
 class Implementation(Protocol):
-    """What computes a call; `NativeOps`, `GraphOps`, `Replicated` and `Sharded` are the four.
+    """What computes a call: `NativeOps`, `GraphOps`, `Replicated` or `Sharded`.
 
-    Each method takes checked arguments. The native and the graph form work on the batch that they
-    are given. The distributed forms exchange batches between replicas first, and then use one of
-    the other two; a loss is then this replica's share of that of the global batch.
+    Each method takes checked arguments. `NativeOps` and `GraphOps` work on the batch that they are
+    given. `Replicated` and `Sharded` exchange batches between the replicas and use one of those two
+    on each replica; the loss that they return is this replica's share of the global batch's loss.
     """
 
     def center_loss(self, a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
-        """The loss and ||x_i - c_{y_i}||^2 [B]; the centers have moved where a.update_centers."""
+        """The loss, and ||x_i - c_{y_i}||^2 [B]; the centers have moved if a.update_centers."""
 
     def sum_loss_and_residual(self, a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
-        """The loss as a plain sum, and x_i - c_{y_i} [B, D]; the centers move as above.
+        """The sum of ||x_i - c_{y_i}||^2 / 2, without weights, and the residual x_i - c_{y_i}.
 
-        The residual is in the centers' type, and no gradient flows through it.
+        The residual [B, D] is in the centers' type, and no gradient flows through it. The centers
+        have moved if a.update_centers.
         """
 
     def update_centers(self, a: Arguments) -> tf.Operation | None:
         """The step of the centers alone."""
 
     def update_from_residual(self, a: Arguments, residual: tf.Tensor) -> tf.Operation | None:
-        """The step of the centers from a residual x_i - c_{y_i} [B, D] computed before."""
+        """The step of the centers from a residual [B, D] that `sum_loss_and_residual` returned.
+
+        That call has checked the labels of the batch; `GraphOps` does not check them again.
+        `GraphOps` takes from a.features which samples are finite, `NativeOps` from the residual.
+        """
 
 
 def implementation(impl: str, centers: tf.Variable | variables.TableLike) -> Implementation:
     """The implementation that `impl` asks for, on these checked centers.
 
+    A keras.Variable in a ``keras.StatelessScope`` gets `GraphOps` whatever `impl` is.
+
     Raises:
-      RuntimeError: ``impl="native"`` and the native ops cannot run.
+      RuntimeError: ``impl="native"``, and the native ops cannot run or the centers are partitioned.
       ValueError: ``impl``, or what the environment variable ``TF_CENTER_LOSS_IMPL`` sets for
         "auto", is none of `arguments.IMPLEMENTATIONS`.
     """
@@ -65,12 +72,14 @@ def implementation(impl: str, centers: tf.Variable | variables.TableLike) -> Imp
             "variables; expected 'auto' or 'graph'"
         )
     if isinstance(centers, variables.TableLike):
-        return GraphOps()  # There is no single variable that the op could write to.
+        # No variable with a handle that the op could write to. Nor is there a copy on each replica,
+        # which `Replicated` needs: parameter servers hold one table, a StatelessScope one value.
+        return GraphOps()
     return Replicated(chosen) if variables.replicas() > 1 else chosen
 
 
 def _choose(impl: str, device: str) -> str:
-    """Either "native" or "graph"; device: where the centers lie, as TensorFlow writes it."""
+    """Either "native" or "graph"; device: the centers' TensorFlow device string, "" if none."""
     arguments.one_of("impl", impl, arguments.IMPLEMENTATIONS)
     if impl == "auto":
         impl = os.environ.get("TF_CENTER_LOSS_IMPL", "auto")
@@ -85,7 +94,8 @@ def _choose(impl: str, device: str) -> str:
         raise RuntimeError(
             f"impl: 'native' cannot run: {reason}. To rebuild the library: {native.REBUILD}"
         )
-    if not (xla.in_xla() and native.lacks_xla_only()):  # The graph path is the rule there.
+    # A library built without its XLA part is a normal build: no warning for a compiled function.
+    if not (xla.in_xla() and native.lacks_xla_only()):
         _warn_once(reason)
     return "graph"
 
@@ -101,7 +111,7 @@ def _warn_once(reason: str) -> None:
 
 
 def _stacklevel_of_the_caller() -> int:
-    """How many frames above `_warn_once` the first one outside of the package is."""
+    """The stacklevel, as `_warn_once` passes it, of the nearest caller outside the package."""
     package = str(Path(__file__).parent.parent)
     frame, level = inspect.currentframe(), 0
     while frame is not None and frame.f_code.co_filename.startswith(package):

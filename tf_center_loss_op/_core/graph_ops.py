@@ -1,4 +1,4 @@
-"""The center loss in plain TensorFlow ops: Wen et al., ECCV 2016, equations 2 to 4, line by line.
+"""The center loss in plain TensorFlow ops, after Wen et al., ECCV 2016, equations 2 to 4.
 
 It runs wherever TensorFlow does, and the tests compare the native ops with it. XLA compiles neither
 checks of values nor shapes that depend on them: under ``jit_compile=True`` `_check` does nothing
@@ -17,8 +17,8 @@ from tf_center_loss_op._core import xla
 from tf_center_loss_op._core.arguments import NO_CLASS_IN_ROW, Arguments
 from tf_center_loss_op._core.checks import require, with_shape
 
-# Up to this batch size comparing all labels with all is the faster way to find the samples of a
-# class under XLA (measured on two cores; at 128 samples sorting is faster).
+# Up to this batch size comparing all pairs of labels is faster under XLA than sorting them
+# (measured on two cores; at 128 samples sorting is faster).
 _MATRIX_BATCH = 64
 
 
@@ -26,26 +26,27 @@ class GraphOps:
     """An `Implementation` (dispatch.py) in plain TensorFlow ops."""
 
     def center_loss(self, a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
-        """The loss and ||x_i - c_{y_i}||^2 [B]; the centers have moved where a.update_centers."""
+        """See `Implementation`."""
         a = with_equal_lengths(a)
         residual = _after_step(a, residual_of(a))
         return loss_of(a, residual), tf.reduce_sum(residual * residual, axis=1)
 
     def sum_loss_and_residual(self, a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
-        """The loss as a plain sum, and x_i - c_{y_i} [B, D]; the centers move as above."""
+        """See `Implementation`."""
         a = with_equal_lengths(a)
         residual = _after_step(a, residual_of(a))
         one = tf.ones([], a.centers.dtype)
-        plain = dataclasses.replace(a, reduction="sum", loss_weight=one, sample_weight=None)
-        return loss_of(plain, residual), tf.stop_gradient(residual)
+        unweighted = dataclasses.replace(a, reduction="sum", loss_weight=one, sample_weight=None)
+        return loss_of(unweighted, residual), tf.stop_gradient(residual)
 
     def update_centers(self, a: Arguments) -> tf.Operation | None:
-        """The step of the centers alone."""
+        """See `Implementation`."""
         a = with_equal_lengths(a)
         return _move(a, residual_of(a))
 
     def update_from_residual(self, a: Arguments, residual: tf.Tensor) -> tf.Operation | None:
-        """The step of the centers from a residual x_i - c_{y_i} [B, D] computed before."""
+        """See `Implementation`."""
+        # The step reads alpha through tf.where, so it waits for the check of alpha.
         checked = True if xla.in_xla() else check_alpha(a)
         return _move(dataclasses.replace(a, alpha=tf.where(checked, a.alpha, 0)), residual)
 
@@ -63,7 +64,7 @@ def _after_step(a: Arguments, residual: tf.Tensor) -> tf.Tensor:
 
 
 def with_equal_lengths(a: Arguments) -> Arguments:
-    """The arguments, or an error where labels or sample weights are not one for each sample."""
+    """The arguments; an error when the ops run if labels or sample weights are not [B]."""
     changes = {}
     for name in ("labels", "sample_weight"):
         tensor = getattr(a, name)
@@ -77,30 +78,34 @@ def with_equal_lengths(a: Arguments) -> Arguments:
 
 
 def residual_of(a: Arguments) -> tf.Tensor:
-    """x_i - c_{y_i}; zero for ignored samples, NaN for a label outside the table."""
-    # Whatever follows from the residual, and so every write, waits for the checks.
-    is_counted, is_readable = counted(a), _in_table(a) & _check(a)
-    # Under XLA a gather clamps a label outside the table, and the scatter of its gradient drops it.
+    """The residual x_i - c_{y_i} [B, D]; zero for ignored samples.
+
+    A label outside the table is an error; under XLA, which cannot raise, its residual is NaN.
+    """
+    # Whatever depends on the residual, and so every write, waits for the checks.
+    is_counted, is_readable = counted(a), _is_in_table(a) & _check(a)
+    # Under XLA a bad label stays: its gather is clamped, and the scatter of its gradient, NaN, is
+    # dropped. With 0 in its place the NaN would go to the center of class 0.
     read = is_counted if xla.in_xla() else is_readable
     centers = tf.gather(a.centers, tf.where(read, a.labels, 0))
     if a.update_centers:
         centers = tf.stop_gradient(centers)
     residual = tf.cast(a.features, a.centers.dtype) - centers
-    # A factor of NaN, not a NaN in its place: the gradient must be NaN too.
+    # Multiply by NaN: a NaN written by tf.where would leave the gradient zero.
     factor = tf.where(is_readable | ~is_counted, 1.0, math.nan)
     residual *= tf.cast(factor, residual.dtype)[:, tf.newaxis]
     return tf.where(is_counted[:, tf.newaxis], residual, 0)
 
 
 def loss_of(a: Arguments, residual: tf.Tensor) -> tf.Tensor:
-    """The loss of samples with the residual x_i - c_{y_i} [B, D]."""
+    """The loss of a batch with these residuals [B, D]."""
     is_counted = counted(a)
     loss = tf.reduce_sum(residual * residual, axis=1) / 2
     if a.sample_weight is not None:
         loss *= tf.where(is_counted, a.sample_weight, 0)
     loss *= _loss_weight(a)
     if a.reduction != "none":
-        # The float64 sum rounds to the same float32 number in any order.
+        # In float64 the order of the sum hardly ever changes the float32 result.
         loss = tf.reduce_sum(tf.cast(loss, tf.float64))
     if a.reduction == "mean":
         loss = tf.math.divide_no_nan(loss, tf.reduce_sum(tf.cast(is_counted, tf.float64)))
@@ -121,7 +126,8 @@ def _loss_weight(a: Arguments) -> tf.Tensor:
     return tf.where(_is_good_alpha(a), a.loss_weight, math.nan)
 
 
-def _in_table(a: Arguments) -> tf.Tensor:
+def _is_in_table(a: Arguments) -> tf.Tensor:
+    """[B], whether a label is a row of the table."""
     labels = tf.cast(a.labels, tf.int64)
     return (labels >= 0) & (labels < _num_classes(a))
 
@@ -142,24 +148,25 @@ def _move(a: Arguments, residual: tf.Tensor) -> tf.Operation | None:
     is_counted = counted(a)
     is_finite = tf.reduce_all(tf.math.is_finite(tf.stop_gradient(a.features)), axis=1)
     sums_by_class = _sums_by_class_in_xla if xla.in_xla() else _sums_by_class
-    labels, n, total = sums_by_class(a, is_counted & _in_table(a) & is_finite, residual)
+    labels, n, total = sums_by_class(a, is_counted & _is_in_table(a) & is_finite, residual)
 
     dtype = residual.dtype
     scale = step_scale(a, tf.cast(n, dtype), tf.reduce_sum(tf.cast(is_counted, dtype)))
+    # Outside XLA a bad alpha has raised before. Under XLA the step is zero for it.
     moves = _is_good_alpha(a) & (a.alpha > 0)
     step = tf.where(moves, scale[:, tf.newaxis] * total, 0)
     return a.centers.scatter_add(tf.IndexedSlices(step, labels))
 
 
-def step_scale(a: Arguments, n: tf.Tensor, batch: tf.Tensor) -> tf.Tensor:
-    """s_j of a class with n finite samples, in a batch with this number of counted samples."""
+def step_scale(a: Arguments, n: tf.Tensor, num_counted: tf.Tensor) -> tf.Tensor:
+    """s_j [K] of classes with n_j = n [K], in a batch with N = num_counted."""
     alpha = a.alpha
     return {
         "paper": lambda: alpha / (1 + n),
         "mean": lambda: alpha / n,
         "sum": lambda: alpha * tf.ones_like(n),
-        "batch_mean": lambda: alpha / batch * tf.ones_like(n),
-        "paper_batch_mean": lambda: alpha / ((1 + n) * batch),
+        "batch_mean": lambda: alpha / num_counted * tf.ones_like(n),
+        "paper_batch_mean": lambda: alpha / ((1 + n) * num_counted),
         "tutorial": lambda: alpha * (1 - alpha) / (1 + n),
     }[a.rule]()
 
@@ -167,19 +174,22 @@ def step_scale(a: Arguments, n: tf.Tensor, batch: tf.Tensor) -> tf.Tensor:
 def _sums_by_class(
     a: Arguments, moving: tf.Tensor, residual: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """The distinct labels of the moving samples, n_j, and the sum of each class's residuals."""
-    moving = tf.where(moving)[:, 0]
+    """The distinct labels of the samples with moving [B], their n_j and their sums of residuals."""
+    samples = tf.where(moving)[:, 0]
     # Distinct labels: the scatter writes each row of the table once, so its order does not matter.
-    labels, place = tf.unique(tf.gather(a.labels, moving))
+    labels, segment = tf.unique(tf.gather(a.labels, samples))
     classes = tf.size(labels)
-    n = tf.math.unsorted_segment_sum(tf.ones_like(moving), place, classes)
-    return labels, n, tf.math.unsorted_segment_sum(tf.gather(residual, moving), place, classes)
+    n = tf.math.unsorted_segment_sum(tf.ones_like(samples), segment, classes)
+    return labels, n, tf.math.unsorted_segment_sum(tf.gather(residual, samples), segment, classes)
 
 
 def _sums_by_class_in_xla(
     a: Arguments, moving: tf.Tensor, residual: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """As `_sums_by_class`, in [B] places. An unused place has label C, whose row XLA drops."""
+    """As `_sums_by_class`, in arrays of length B.
+
+    Unused entries have label C. The table has no such row, and XLA drops it in the scatter.
+    """
     unused = tf.cast(_num_classes(a), a.labels.dtype)
     labels = tf.where(moving, a.labels, unused)
     residual = tf.where(moving[:, tf.newaxis], residual, 0)
@@ -197,14 +207,14 @@ def _is_small(batch: int | None) -> bool:
 def _sums_by_comparing(
     labels: tf.Tensor, residual: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Labels; whether a sample is the last of its class; n and sum of its class.
+    """For each sample: its label, whether it is the last of its class, and its class's n and sum.
 
-    All labels are compared with all: a matrix [B, B].
+    All pairs of labels are compared: a matrix [B, B].
     """
     # tf.equal, because `==` compares the objects in a graph of TensorFlow 1.
     same = tf.equal(labels[:, tf.newaxis], labels)
-    place = tf.range(tf.size(labels))
-    is_last = ~tf.reduce_any(same & (place > place[:, tf.newaxis]), axis=1)
+    position = tf.range(tf.size(labels))
+    is_last = ~tf.reduce_any(same & (position > position[:, tf.newaxis]), axis=1)
     n = tf.reduce_sum(tf.cast(same, tf.int32), axis=1)
     return labels, is_last, n, tf.matmul(tf.cast(same, residual.dtype), residual)
 
@@ -214,15 +224,16 @@ def _sums_by_sorting(
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
     """As `_sums_by_comparing`, with the samples in the order of their labels.
 
-    Sorting makes each class a run. A segmented scan adds to each place the place `shift` before it,
-    if that is in the same run, for shift = 1, 2, 4, ...; the last place of a run ends with its sum.
+    Sorting makes each class a run. A segmented scan (doubling: shift = 1, 2, 4, ...) adds to each
+    entry the sum of the entry `shift` before it, if that is in the same run. In the end the last
+    entry of a run holds the sum of the run.
     """
     order = tf.argsort(labels, stable=True)
     labels, total = tf.gather(labels, order), tf.gather(residual, order)
-    place = tf.range(tf.size(labels))
+    position = tf.range(tf.size(labels))
 
     def in_same_run(shift: tf.Tensor) -> tf.Tensor:
-        return (place >= shift) & tf.equal(labels, tf.roll(labels, shift, axis=0))
+        return (position >= shift) & tf.equal(labels, tf.roll(labels, shift, axis=0))
 
     def scan(
         shift: tf.Tensor, n: tf.Tensor, total: tf.Tensor
@@ -235,10 +246,10 @@ def _sums_by_sorting(
     _, n, total = tf.while_loop(
         lambda shift, *_: tf.reduce_any(in_same_run(shift)),
         scan,
-        (tf.constant(1), tf.ones_like(place), total),
+        (tf.constant(1), tf.ones_like(position), total),
     )
     is_last = tf.not_equal(labels, tf.roll(labels, -1, axis=0))
-    is_last |= tf.equal(place, tf.size(labels) - 1)
+    is_last |= tf.equal(position, tf.size(labels) - 1)
     return labels, is_last, n, total
 
 
@@ -246,7 +257,7 @@ def _sums_by_sorting(
 
 
 def _check(a: Arguments) -> tf.Tensor | bool:
-    """True, or an error where the values are bad."""
+    """True; outside XLA an error if a label, alpha or the variable's state is bad."""
     if xla.in_xla():
         return True
     checks = [_initialized(a)]
@@ -258,7 +269,7 @@ def _check(a: Arguments) -> tf.Tensor | bool:
 
 
 def check_alpha(a: Arguments) -> tf.Tensor:
-    """True, or an error where alpha is negative or not finite."""
+    """True; an error if alpha is negative or not finite."""
     return require(
         _is_good_alpha(a),
         lambda: tf.strings.format("alpha: expected a finite number >= 0, got {}", (a.alpha,)),
@@ -271,7 +282,7 @@ def _is_good_alpha(a: Arguments) -> tf.Tensor:
 
 def outside(a: Arguments) -> tf.Tensor:
     """[B], whether a label is neither a row of the table nor ignored."""
-    return counted(a) & ~_in_table(a)
+    return counted(a) & ~_is_in_table(a)
 
 
 def first_outside(a: Arguments, is_outside: tf.Tensor) -> tf.Tensor:
@@ -286,11 +297,11 @@ def first_outside(a: Arguments, is_outside: tf.Tensor) -> tf.Tensor:
 
 
 def _initialized(a: Arguments) -> tf.Tensor | bool:
-    # Only a graph of TensorFlow 1 can hold an uninitialised variable.
+    # Only a graph of TensorFlow 1 can hold an uninitialized variable.
     if tf.executing_eagerly() or tf.compat.v1.get_default_graph().building_function:
         return True
     # Reading the variable raises an error that says what is wrong; gathering from it does not. The
-    # value must enter the result: an unused read is optimised away.
+    # value must enter the result: an unused read is optimized away.
     initialized = tf.raw_ops.VarIsInitializedOp(resource=a.centers.handle)
     return tf.cond(
         initialized, lambda: True, lambda: tf.math.is_finite(a.centers.read_value()[0, 0])

@@ -1,4 +1,4 @@
-"""Finds and loads the native libraries, once, and says what was found."""
+"""Finds and loads the native libraries once, and reports what was found."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _load_xla() -> str | None:
 
 
 def ops() -> Any:
-    """The generated functions of the native ops; only where they are `usable`."""
+    """The generated functions of the native ops; None unless `usable`."""
     return _load().ops
 
 
@@ -141,7 +141,7 @@ def usable() -> bool:
 
 
 def why_unusable(device_type: str | None, under_xla: bool) -> str | None:
-    """Why the native ops cannot run on such a device, None where they can."""
+    """Why the native ops cannot run on a device of this type; None if they can."""
     loaded = _load()
     if loaded.ops is None:
         return loaded.reason
@@ -172,14 +172,14 @@ def _devices() -> list[str]:
 
 
 def build_info() -> BuildInfo:
-    """What is installed and what runs.
+    """Which native libraries are installed, and whether the fused op is loaded.
 
     Returns:
       A dict: ``native`` (bool, the fused op is loaded), ``reason`` (why not, else None),
       ``tf_built`` and ``tf_running`` (TensorFlow versions), ``cuda`` (list of GPU architectures
       that the library holds kernels for, None without), ``xla`` (list of the devices, "CPU" and
-      "GPU", for which the fused op compiles under ``jit_compile=True``; elsewhere plain TensorFlow
-      ops stand in), ``library`` (path of the loaded library, None without).
+      "GPU", for which the fused op compiles under ``jit_compile=True``; on other devices plain
+      TensorFlow ops are compiled instead), ``library`` (path of the loaded library, None without).
 
     >>> import tf_center_loss_op as tcl
     >>> sorted(tcl.build_info())
@@ -206,16 +206,17 @@ def set_gpu_atomics(enabled: bool) -> None:
     """Lets the fused op sum residuals on a GPU by float atomics, in any order.
 
     Off by default: the same inputs then give the same bits. The environment variable
-    ``TF_CENTER_LOSS_GPU_ATOMICS=1`` turns it on for a process that never calls this function. It
-    has no effect on the CPU and under XLA. Calls that are traced or run afterwards obey it.
+    ``TF_CENTER_LOSS_GPU_ATOMICS=1`` turns it on for a process that never calls this function.
+    Atomics have no effect on the CPU and under XLA. The setting applies to the calls that are
+    traced or run after this one.
 
     Args:
       enabled: True or False.
 
     Raises:
-      TypeError: ``enabled`` is no bool.
+      TypeError: ``enabled`` is not a bool.
       RuntimeError: ``enabled`` is True under ``tf.config.experimental.enable_op_determinism()``.
-        Where that is called later, the next call of the op raises.
+        If that is called later, the next call of the op raises.
 
     >>> import tf_center_loss_op as tcl
     >>> tcl.training.set_gpu_atomics(False)
@@ -229,7 +230,7 @@ def set_gpu_atomics(enabled: bool) -> None:
 
 
 def gpu_atomics() -> bool:
-    """Whether ops are made with the attribute `atomic`."""
+    """The attribute `atomic` of the ops: whether they sum residuals on a GPU by float atomics."""
     if _gpu_atomics is not None:
         name, wanted = "set_gpu_atomics", _gpu_atomics
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import h5py
@@ -28,7 +29,16 @@ class PrivateName(NamedTuple):
 NAMES: list[PrivateName] = []  # in the order in which they are imported below
 
 
-def _imported(module: str, name: str, why: str, since: str = "TensorFlow 2.16") -> Any:
+def _tensorflow(path: str, why: str, since: str = "TensorFlow 2.16") -> Any:
+    return _imported(f"tensorflow.python.{path}", why, since)
+
+
+def _keras(path: str, why: str, since: str) -> Any:
+    return _imported(f"keras.src.{path}", why, since)
+
+
+def _imported(path: str, why: str, since: str) -> Any:
+    module, name = path.rsplit(".", 1)
     NAMES.append(PrivateName(module, name, why, since))
     try:
         return getattr(importlib.import_module(module), name)
@@ -54,93 +64,72 @@ def _missing(name: str, why: str, since: str = "") -> str:
 
 # ------------------------------------------------------------------------------- TensorFlow
 
-ResourceVariable = _imported(
-    "tensorflow.python.ops.resource_variable_ops",
-    "ResourceVariable",
-    "to make one variable on one device inside the scope of a strategy, where tf.Variable makes a "
-    "copy on every replica",
+ResourceVariable = _tensorflow(
+    "ops.resource_variable_ops.ResourceVariable",
+    "to make a variable in the scope of a strategy, where tf.Variable makes one on every replica",
 )
-ShardedVariable = _imported(
-    "tensorflow.python.distribute.sharded_variable",
-    "ShardedVariable",
-    "to recognise a variable that a partitioner has split over several servers",
+ShardedVariable = _tensorflow(
+    "distribute.sharded_variable.ShardedVariable",
+    "to recognize a variable that a partitioner has split over several servers",
 )
-PartitionedVariable = _imported(
-    "tensorflow.python.ops.variables",
-    "PartitionedVariable",
+PartitionedVariable = _tensorflow(
+    "ops.variables.PartitionedVariable",
     "to say what to use in place of a variable of TensorFlow 1 that a partitioner has split",
 )
-is_op_determinism_enabled: Callable[[], bool] = _imported(
-    "tensorflow.python.framework.config",
-    "is_op_determinism_enabled",
+is_op_determinism_enabled: Callable[[], bool] = _tensorflow(
+    "framework.config.is_op_determinism_enabled",
     "to refuse float atomics under tf.config.experimental.enable_op_determinism()",
 )
-variable_accessed: Callable[[tf.Variable], None] = _imported(
-    "tensorflow.python.ops.resource_variable_ops",
-    "variable_accessed",
+variable_accessed: Callable[[tf.Variable], None] = _tensorflow(
+    "ops.resource_variable_ops.variable_accessed",
     "to put a variable on the gradient tape that an op reads through its handle, as tf.gather does",
 )
-variable_shape: Callable[[tf.Tensor], tf.Tensor] = _imported(
-    "tensorflow.python.ops.resource_variable_ops",
-    "variable_shape",
-    "to get the shape of a variable from its handle as a constant, because forward mode cannot "
-    "differentiate the op VariableShape",
+variable_shape: Callable[[tf.Tensor], tf.Tensor] = _tensorflow(
+    "ops.resource_variable_ops.variable_shape",
+    "to get the shape of a variable without the op VariableShape, which has no forward mode",
 )
-_graph_or_parents_in_xla_context = _imported(
-    "tensorflow.python.ops.control_flow_util",
-    "GraphOrParentsInXlaContext",
+_graph_or_parents_in_xla_context = _tensorflow(
+    "ops.control_flow_util.GraphOrParentsInXlaContext",
     "to know whether XLA will compile the graph that is being traced",
 )
-_op_is_stateful = _imported(
-    "tensorflow.python.framework.auto_control_deps",
-    "op_is_stateful",
+_op_is_stateful = _tensorflow(
+    "framework.auto_control_deps.op_is_stateful",
     "to know which ops tf.function runs in program order",
 )
-_tape_set_is_stopped = _imported(
-    "tensorflow.python.pywrap_tfe",
-    "TFE_Py_TapeSetIsStopped",
+stop_recording: Callable[[], AbstractContextManager] = _tensorflow(
+    "eager.record.stop_recording",
+    "to keep a function without gradients off the tapes, which would trace it again",
+)
+_tape_set_is_stopped = _tensorflow(
+    "pywrap_tfe.TFE_Py_TapeSetIsStopped",
     "to refuse a step of the centers that tf.recompute_grad would run twice",
 )
-Trackable = _imported(
-    "tensorflow.python.trackable.base",
-    "Trackable",
-    "to store the parts of a sharded table in a tf.train.Checkpoint as one tensor",
+Trackable = _tensorflow(
+    "trackable.base.Trackable",
+    "to store the shards of a table in a tf.train.Checkpoint as one tensor",
 )
-VARIABLE_VALUE_KEY: str = _imported(
-    "tensorflow.python.trackable.base",
-    "VARIABLE_VALUE_KEY",
-    "to store the parts of a sharded table under the key of a variable",
+VARIABLE_VALUE_KEY: str = _tensorflow(
+    "trackable.base.VARIABLE_VALUE_KEY",
+    "to store the shards of a table under the key of a variable",
 )
-ResourceVariableSaveable = _imported(
-    "tensorflow.python.training.saving.saveable_object_util",
-    "ResourceVariableSaveable",
-    "to store a part of a sharded table as a slice of the whole",
+ResourceVariableSaveable = _tensorflow(
+    "training.saving.saveable_object_util.ResourceVariableSaveable",
+    "to store a shard of a table as a slice of the whole",
 )
 _LOOPS_AND_BRANCHES = tuple(
-    _imported(
-        "tensorflow.python.ops.control_flow_v2_func_graphs",
-        name,
-        "to find the graph around a loop or branch",
+    _tensorflow(
+        f"ops.control_flow_v2_func_graphs.{name}", "to find the graph around a loop or branch"
     )
     for name in ("WhileBodyFuncGraph", "WhileCondFuncGraph", "CondBranchFuncGraph")
 )
-
-
-_forward_mode_rules: dict[str, Callable] = _imported(
-    "tensorflow.python.eager.forwardprop",
-    "_SPECIAL_CASES",
-    "to differentiate the fused op in forward mode: TensorFlow's own way, the transpose of the "
-    "gradient function, has no place for an op that takes the handle of a variable",
+_forward_mode_rules: dict[str, Callable] = _tensorflow(
+    "eager.forwardprop._SPECIAL_CASES",
+    "to differentiate in forward mode an op that takes the handle of a variable",
 )
-
-
-_pack_tangents = _imported(
-    "tensorflow.python.eager.forwardprop_util",
-    "pack_tangents",
+_pack_tangents = _tensorflow(
+    "eager.forwardprop_util.pack_tangents",
     "to know whether a forward accumulator differentiates a call",
 )
-
-
 # The attribute that tf.function gives to an op that `run_independently` was called for.
 _INDEPENDENT = "_independent_side_effects"
 
@@ -173,15 +162,15 @@ def outer_graph(graph: tf.Graph) -> tf.Graph:
 
 
 def inside_recompute_grad() -> bool:
-    """Whether tf.recompute_grad runs the code now: it alone stops every tape."""
+    """Whether tf.recompute_grad runs the code now: nothing else stops every tape."""
     return _tape_set_is_stopped()
 
 
 def runs_in_program_order(op: tf.Operation) -> bool:
-    """Whether tf.function runs the op after all earlier ones of its kind, and before later ones.
+    """Whether tf.function runs the op in program order.
 
-    These are the stateful ops without a resource: an Assert, a print, a py_function. An op with a
-    resource is ordered by the accesses to that resource.
+    It does so for stateful ops without a resource: an Assert, a print, a py_function. It orders an
+    op with a resource only among the ops with that resource.
     """
     if not _op_is_stateful(op) or any(tensor.dtype == tf.resource for tensor in op.inputs):
         return False
@@ -192,7 +181,7 @@ def runs_in_program_order(op: tf.Operation) -> bool:
 
 
 def run_out_of_program_order(graph: tf.Graph, ops: list[tf.Operation]) -> None:
-    """Lets tf.function run those of these ops that it runs in program order when it likes."""
+    """Takes those of these ops that tf.function runs in program order out of that order."""
     manager = _attribute(
         graph,
         "experimental_acd_manager",
@@ -244,45 +233,38 @@ def collective_launchers(strategy: tf.distribute.Strategy) -> list | None:
 
 # ------------------------------------------------------------------------------------ Keras
 
-in_stateless_scope: Callable[[], bool] = _imported(
-    "keras.src.backend.common.stateless_scope",
-    "in_stateless_scope",
+in_stateless_scope: Callable[[], bool] = _keras(
+    "backend.common.stateless_scope.in_stateless_scope",
     "to know that variables have no buffers now, because Keras asks for shapes only",
     "Keras 3.5",
 )
-in_symbolic_scope: Callable[[], bool] = _imported(
-    "keras.src.backend.common.symbolic_scope",
-    "in_symbolic_scope",
+in_symbolic_scope: Callable[[], bool] = _keras(
+    "backend.common.symbolic_scope.in_symbolic_scope",
     "to know that Keras builds a model on placeholders, which are all of type float",
     "Keras 3.5",
 )
-KerasSaveable = _imported(
-    "keras.src.saving.keras_saveable",
-    "KerasSaveable",
+KerasSaveable = _keras(
+    "saving.keras_saveable.KerasSaveable",
     "to store a sharded table in the weights file of a model",
     "Keras 3.5",
 )
-get_keras_mask = _imported(
-    "keras.src.backend",
-    "get_keras_mask",
+get_keras_mask = _keras(
+    "backend.get_keras_mask",
     "to leave masked values out of the loss of the global batch",
     "Keras 3.6",
 )
-reduce_weighted_values = _imported(
-    "keras.src.losses.loss",
-    "reduce_weighted_values",
+reduce_weighted_values = _keras(
+    "losses.loss.reduce_weighted_values",
     "to apply masks and sample weights to a loss as Keras does",
     "Keras 3.5",
 )
-LossFunctionWrapper = _imported(
-    "keras.src.losses.losses",
-    "LossFunctionWrapper",
+LossFunctionWrapper = _keras(
+    "losses.losses.LossFunctionWrapper",
     "to make a loss of a function as Model.compile does",
     "Keras 3.5",
 )
-get_object_name = _imported(
-    "keras.src.utils.naming",
-    "get_object_name",
+get_object_name = _keras(
+    "utils.naming.get_object_name",
     "to name the loss of a function as Keras does",
     "Keras 3.5",
 )
@@ -301,7 +283,7 @@ def on_placeholders() -> bool:
 
 
 class LossesByReplica:
-    """Mixin of a layer: what `add_loss` adds stays apart for the replicas of a process.
+    """Mixin of a layer that keeps the losses of `add_loss` apart for the replicas of a process.
 
     Keras has one list, `_losses`, for all. Where another layer suspends a replica in the forward
     pass (``BatchNormalization(synchronized=True)``), the next replica would clear that list, or
@@ -314,7 +296,7 @@ class LossesByReplica:
 
     @_losses.setter
     def _losses(self, losses: list[Any]) -> None:
-        # Not an attribute of Keras's: a layer would track the lists.
+        # Through __dict__, because a Keras layer would track lists in an attribute.
         self.__dict__["_losses_of"] = collections.defaultdict(list, {running_replica(): losses})
 
     def forget_losses_of_functions(self) -> None:
@@ -339,7 +321,7 @@ class SavedState:
         children = super()._trackable_children(save_type, **kwargs)
         if save_type == "savedmodel":
             # The parts of a sharded table are variables like others there.
-            whole = {k: v for k, v in children.items() if not isinstance(v, StoredInParts)}
+            whole = {k: v for k, v in children.items() if not isinstance(v, StoredInShards)}
             return whole | self.state_for_saved_model()
         return children
 
@@ -361,11 +343,11 @@ class WeightOnVariable(keras.Variable):
         self._initialize(self._given)
 
 
-class StoredInParts(Trackable, KerasSaveable):
-    """Base of a table whose parts a checkpoint stores as slices of one tensor."""
+class StoredInShards(Trackable, KerasSaveable):
+    """Base of a table whose shards a checkpoint stores as slices of one tensor."""
 
     def checkpoint_slices(self, name: str) -> list[Any]:
-        """A saveable for each part."""
+        """A saveable for each shard."""
         raise NotImplementedError
 
     def _gather_saveables_for_checkpoint(self) -> dict[str, Callable[..., list[Any]]]:
@@ -373,12 +355,12 @@ class StoredInParts(Trackable, KerasSaveable):
         return {VARIABLE_VALUE_KEY: lambda name="centers": self.checkpoint_slices(name)}
 
     def _obj_type(self) -> str:
-        """Called by Keras. Of the kinds that it knows, a "Loss" holds no layers."""
+        """Called by Keras, which must not look for layers in it. A "Loss" is a kind without any."""
         return "Loss"
 
 
 def variable_of(variable: keras.Variable) -> tf.Variable | None:
-    """The tf.Variable inside a keras.Variable, None where it has not been made yet.
+    """The tf.Variable inside a keras.Variable, None if it has not been made yet.
 
     The public `value` is a 16-bit copy of the whole table under an autocasting policy.
     """

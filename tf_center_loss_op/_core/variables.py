@@ -1,9 +1,9 @@
-"""One face for every kind of variable that can hold the centers.
+"""A common interface to every kind of variable that can hold the centers.
 
 A caller may give a `tf.Variable`, the `keras.Variable` around one, a variable with a copy on each
-replica, or one whose rows a partitioner has split. `unwrap` turns the first two into what the ops
-can use, `own_copy` finds the copy of the running replica, and the classes stand for the variable
-where there is none with a single handle.
+replica, or one whose rows a partitioner has split. `unwrap` returns the `tf.Variable`, or one of
+the classes below where there is no single variable with a handle. `own_copy` and `own_table` return
+the copy of the running replica.
 """
 
 from __future__ import annotations
@@ -17,14 +17,19 @@ from tf_center_loss_op._core import private_apis
 
 
 class TableLike:
-    """What stands for a tf.Variable [C, D]: it has a dtype and a shape."""
+    """What stands for a tf.Variable [C, D] where there is no single variable with a handle.
+
+    `PartitionedCenters` and `StatelessCenters` have what `GraphOps` calls: sparse_read, through
+    `tf.gather`, and scatter_add. `distribute.ShardedCenters` has neither: `Sharded` steps on its
+    shard.
+    """
 
     dtype: tf.DType
     shape: tf.TensorShape
 
 
 class PartitionedCenters(TableLike):
-    """A variable whose rows a partitioner has split over several servers."""
+    """A variable whose rows a partitioner has split over several parameter servers."""
 
     def __init__(self, variable: Any):
         self.dtype = variable.dtype
@@ -33,7 +38,10 @@ class PartitionedCenters(TableLike):
         self._parts = list(variable.variables)
 
     def sparse_read(self, indices: tf.Tensor, name: str | None = None) -> tf.Tensor:
-        """Called by `tf.gather`. The variable's own method returns rows in the order of parts."""
+        """The rows at the indices; called by `tf.gather`.
+
+        The variable's own method returns them grouped by part, not in the order of the indices.
+        """
         return tf.compat.v1.nn.embedding_lookup(
             self._parts, indices, partition_strategy="div", name=name
         )
@@ -48,11 +56,11 @@ class StatelessCenters(TableLike):
         self.shape = tf.TensorShape(variable.shape)
 
     def sparse_read(self, indices: tf.Tensor, name: str | None = None) -> tf.Tensor:
-        """Called by `tf.gather`."""
+        """The rows at the indices; called by `tf.gather`."""
         return tf.gather(self._variable.value, indices, name=name)
 
     def scatter_add(self, sparse_delta: tf.IndexedSlices) -> Any:
-        """As of a `tf.Variable`; the scope keeps the new value."""
+        """As `tf.Variable.scatter_add`; the StatelessScope keeps the new value, a new table."""
         indices = sparse_delta.indices[:, tf.newaxis]
         return self._variable.assign(
             tf.tensor_scatter_nd_add(self._variable.value, indices, sparse_delta.values)
@@ -77,7 +85,7 @@ def is_resource_variable(variable: Any) -> bool:
 
 
 def wrong_kind(centers: Any) -> TypeError:
-    """The error for centers that are no resource variable."""
+    """The error for centers that are not a resource variable."""
     got = type(centers).__name__
     if isinstance(centers, tf.Variable):
         got += ", a reference variable: create it with use_resource=True"
@@ -96,7 +104,7 @@ def resource_table(centers: Any) -> tf.Variable:
     """The resource variable [C, D] behind `centers`.
 
     Raises:
-      TypeError, ValueError: there is none, or it is of another rank.
+      TypeError, ValueError: there is none, or it does not have rank 2.
     """
     variable = unwrap(centers)
     if not is_resource_variable(variable):
@@ -107,7 +115,7 @@ def resource_table(centers: Any) -> tf.Variable:
 
 
 def replicas() -> int:
-    """How many replicas run the code that is being run or traced, each on a part of the batch."""
+    """How many replicas run this code together, each on its own batch; 1 outside of a replica."""
     context = tf.distribute.get_replica_context()
     return 1 if context is None else context.num_replicas_in_sync
 
@@ -120,7 +128,7 @@ def replica() -> int:
 def own_copy(variable: Any) -> Any:
     """The running replica's copy of a variable that has one on each replica.
 
-    Every replica writes the same values to its copy, so the copies need no synchronisation.
+    Every replica writes the same values to its copy, so the copies need no synchronization.
     """
     if private_apis.in_stateless_scope():
         return variable
@@ -132,8 +140,8 @@ def own_table(variable: tf.Variable, moves: bool) -> tf.Variable:
     """The running replica's copy of a table of centers.
 
     Raises:
-      ValueError: the centers are to move, and the call is outside of the replicas or the variable
-        has no copy on each of them.
+      ValueError: the centers are to move on several replicas, and the call is outside of the
+        replicas or the variable has no copy on each of them.
     """
     strategy = tf.distribute.get_strategy()
     copies = strategy.experimental_local_results(variable)

@@ -21,7 +21,7 @@ def reads_before_step(centers: tf.Variable) -> list[tf.Tensor]:
 
     The step depends on the results of earlier reads, so XLA need not copy the table: XLA orders ops
     by their data alone. For each read, the first derived tensor that is smaller than the table
-    stands for it. Reads are found in this graph and, for a step in a loop or a branch, in the
+    is returned. Reads are found in this graph and, for a step in a loop or a branch, in the
     graphs around it. Outside XLA the list is empty: tf.function keeps the order of a variable's
     accesses.
     """
@@ -47,7 +47,7 @@ def _derived_from_reads(graph: tf.Graph, centers: tf.Variable) -> list[tf.Tensor
         if large.isdisjoint(tensor.ref() for tensor in op.inputs):
             continue
         if op.type in _STEPS and op.inputs[0] is handle:
-            small = []  # That step takes these inputs, and this one comes after it.
+            small = []  # That step depends on them already, and this step on that one.
             continue
         for tensor in op.outputs:
             if not (tensor.dtype.is_floating or tensor.dtype.is_integer or tensor.dtype.is_bool):

@@ -25,7 +25,7 @@ def center_loss(
         centers_update_op = tf.scatter_sub(centers, label, alpha * diff)
 
     Run the update beside the optimizer, through ``tf.control_dependencies`` or the
-    ``UPDATE_OPS`` collection: the centers move only when it runs, from the residual of that run.
+    ``UPDATE_OPS`` collection. The centers move only when it runs, by the residuals of that run.
 
     Args:
       features: float32, float64, float16 or bfloat16 ``[B, D]``, D known.
@@ -34,9 +34,9 @@ def center_loss(
         the default 0 no center ever moves.
 
     Returns:
-      ``(loss, centers, centers_update_op)``: the scalar sum of ||d_i||^2 / 2; the variable
-      "doc_centers" ``[C, D]`` of the current variable scope, created (zeros, non-trainable) or
-      reused; the operation that moves it.
+      ``(loss, centers, centers_update_op)``: the scalar sum of ||x_i - c_{y_i}||^2 / 2; the
+      variable "doc_centers" ``[C, D]`` of the current variable scope, created (zeros,
+      non-trainable) or reused; the operation that moves it.
 
     Raises:
       RuntimeError: called in eager mode, where there is no graph to add the update to.
@@ -71,7 +71,7 @@ def center_loss(
                 f"{name}: expected shape {shape} with its last dimension known, got {tensor.shape}"
             )
     with tf.name_scope("center_loss"):
-        # The variable has the features' type, and no center is a 16-bit number.
+        # The variable gets the features' type, and centers are never 16-bit numbers.
         if features.dtype in (tf.float16, tf.bfloat16):
             features = tf.cast(features, tf.float32)
         with tf.compat.v1.variable_scope(

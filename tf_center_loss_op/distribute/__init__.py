@@ -1,4 +1,4 @@
-"""Centers on the replicas of a `tf.distribute` strategy: the step of the global batch."""
+"""Center loss under a `tf.distribute` strategy: every step is that of the global batch."""
 
 from tf_center_loss_op.distribute.global_batch_loss import GlobalBatchLoss
 from tf_center_loss_op.distribute.sharded import ShardedCenters

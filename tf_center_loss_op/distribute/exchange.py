@@ -1,8 +1,10 @@
-"""The collective ops by which replicas exchange parts of a batch.
+"""The exchange between replicas: the collective ops of one step.
 
-The package calls TensorFlow's collective ops itself, as TensorFlow's strategies do.
-`ReplicaContext.all_gather` would suspend a replica in the middle of the model's forward pass until
-the others arrive, and Keras would mix up the lists in which it collects the losses of all layers.
+In a tf.function the package calls TensorFlow's collective ops itself, as TensorFlow's strategies
+do. `ReplicaContext.all_gather` would suspend a replica in the middle of the model's forward pass
+until the others arrive, and Keras would mix up the lists in which it collects the losses of all
+layers. Eager mode has to use it, so `sum_over_replicas`, which the Keras losses call, refuses eager
+mode with several replicas in a process.
 """
 
 from __future__ import annotations
@@ -20,25 +22,31 @@ from tf_center_loss_op._core import private_apis, variables, xla
 # TensorFlow counts the instance keys of its own collective ops from 100 upwards.
 _FIRST_KEY = 2**30
 
-# Rows are padded to one of these lengths, so that few shapes occur; at most a sixteenth is padding.
+# The padding lengths: 0 to 31, then sixteen in each doubling (32, 34, ..., 62, 64, 68, ...), up to
+# 31 * 2**26. So few shapes occur, and at most a sixteenth more rows than needed are exchanged.
+# There are fewer than 2**9 lengths, see `_options`.
 _LENGTHS = sorted({step << k for step in range(32) for k in range(27)})
 
 
 class Exchange:
-    """The collective ops of the running replica.
+    """The collective ops of one step of the running replica.
 
-    All replicas give the same op the same instance key. TensorFlow stores every key with the shape
-    that was exchanged under it, so a key stands for a shape here: in a loop an op has the same key
-    in every round, and the number of stored keys stays bounded. The ordering token keeps ops with
-    the same key apart.
+    An instance key must be the same on all replicas, and TensorFlow stores each key for ever, with
+    the shape that was exchanged under it. So the key is computed from the shape: all replicas find
+    the same one, a loop reuses it in every round, and few are stored. The ordering token keeps ops
+    with the same key apart.
 
     Args:
-      inputs: what the replica is about to exchange, or compute it from.
+      inputs: the tensors that will be exchanged, or from which they will be computed.
+
+    Raises:
+      ValueError: under jit_compile, in a graph of TensorFlow 1, or where replicas would deadlock.
     """
 
     def __init__(self, inputs: list[tf.Tensor]):
         self._context = tf.distribute.get_replica_context()
-        # In eager mode the replicas run one after another, so a collective op would wait for ever.
+        # In eager mode the replicas of a process run one after another, so a collective op would
+        # wait for ever: `add` and `_gather` call the strategy's all_reduce and all_gather there.
         self._eager = tf.executing_eagerly()
         if xla.in_xla():
             raise ValueError(
@@ -59,18 +67,21 @@ class Exchange:
             self._launcher = private_apis.CollectiveLauncher(launchers[self._replica])
 
     def numbers(self, own: tf.Tensor) -> tf.Tensor:
-        """[R, K] of every replica's [K]."""
+        """[R, K], the numbers [K] of every replica, not in the order of the replicas' indices."""
         return self._gather(own[tf.newaxis], 0)
 
     def rows(self, own: tf.Tensor, most: tf.Tensor) -> tf.Tensor:
-        """[R * L, ...] of every replica's [K, ...], padded with zeros to L >= most >= K."""
+        """The rows [K, ...] of every replica, one replica after another: [R * L, ...].
+
+        Each replica's rows are padded with zeros to L, the padding length of `most`, the largest K.
+        """
         length = _length_index(most)
         padding = tf.gather(_LENGTHS, length) - tf.shape(own)[0]
         padded = tf.pad(own, [[0, padding]] + [[0, 0]] * (own.shape.rank - 1))
         return self._gather(padded, length)
 
     def add(self, rows: tf.Tensor) -> tf.Tensor:
-        """The sum over the replicas, of rows [R * L, ...] as `rows` returned them."""
+        """The elementwise sum over the replicas of rows [R * L, ...]; L is a padding length."""
         if self._eager:
             return self._context.all_reduce(tf.distribute.ReduceOp.SUM, rows)
         length = _length_index(tf.shape(rows)[0] // variables.replicas())
@@ -99,6 +110,8 @@ class Exchange:
 
     def _options(self, what: str, rows: tf.Tensor, length: tf.Tensor | int) -> dict[str, Any]:
         launcher = self._launcher
+        # The key encodes the kind of op and the type and shape of a row in 20 bits, and the padding
+        # length in 9. Two shapes with the same 20 bits would share a key.
         shape = zlib.crc32(f"{what} {rows.dtype.name} {rows.shape[1:]}".encode()) % 2**20
         return {
             "group_size": launcher.group_size,
@@ -111,18 +124,19 @@ class Exchange:
 
 
 def _length_index(rows: tf.Tensor) -> tf.Tensor:
-    """The index in _LENGTHS of the smallest length that is no smaller."""
+    """The index in _LENGTHS of the padding length of so many rows: the smallest one >= rows."""
     return tf.searchsorted(_LENGTHS, [tf.cast(rows, tf.int32)])[0]
 
 
 @contextlib.contextmanager
 def out_of_program_order() -> Iterator[None]:
-    """Takes the checks that the package makes in this block out of program order.
+    """Takes the checks that are made in this block out of program order.
 
-    The replicas of one process are traced into one graph, one after another, and tf.function runs
-    stateful ops in the order in which they were traced. A check of the second replica before an
-    exchange would wait for a check of the first one after it, and that one for the exchange.
-    Ops of the user's program keep their order.
+    The checks are stateful ops without a resource. The replicas of one process are traced into one
+    graph, one after another, and program order puts all checks of replica 0 before those of
+    replica 1. A check of replica 0 after the exchange waits for the exchange. A check of replica 1
+    before the exchange would wait for that check, and the exchange could never run.
+    Ops on variables and the ops of the user's program keep their order.
     """
     graph = tf.compat.v1.get_default_graph()
     if tf.executing_eagerly():
@@ -134,10 +148,10 @@ def out_of_program_order() -> Iterator[None]:
 
 
 class _Made(NamedTuple):
-    """A collective op, by the exchange that it belongs to."""
+    """A collective op of a graph, and the exchange that it belongs to."""
 
     replica: int
-    exchange: int  # counted for each replica, in program order
+    exchange: int  # the exchanges of each replica are numbered from 0, in program order
     op_name: str
 
 
@@ -146,11 +160,12 @@ _MADE: weakref.WeakKeyDictionary[tf.Graph, list[_Made]] = weakref.WeakKeyDiction
 
 
 def _refuse_deadlock(inputs: list[tf.Tensor], replica: int, exchange: int) -> None:
-    """Raises where program order would make this exchange wait for one that waits for it.
+    """ValueError where program order would make this exchange wait for one that waits for it.
 
-    That is so where op B, in program order, computes what this replica exchanges, and op A, before
-    it in program order, depends on this or a later exchange of another replica: A waits for that
-    exchange, which waits for this one, which waits for B, which waits for A.
+    Exchange k of a replica runs together with exchange k of every other replica. It deadlocks if
+    this replica computes what it exchanges from an op B that runs in program order, and an op A,
+    earlier in program order, depends on exchange k or a later one of another replica: A waits for
+    that exchange, which waits for this one, which waits for B, which waits for A.
     """
     graph = tf.compat.v1.get_default_graph()
     ops = graph.get_operations()  # In the order in which they were made: inputs come first.
@@ -206,20 +221,23 @@ def _direct_inputs(op: tf.Operation) -> list[tf.Operation]:
 
 
 def loss_for_keras(share: tf.Tensor) -> tf.Tensor:
-    """The loss of the global batch, from every replica's share of it, as a layer adds it.
+    """The loss of the global batch, from the shares of all replicas, as a layer must add it.
 
-    Keras divides an added loss by the number of replicas and then adds up their gradients. What it
-    shows is the mean over the replicas, weighted by their batches. So every replica must add the
-    whole loss.
+    Keras divides an added loss by the number of replicas, adds up the replicas' gradients, and
+    shows the mean of the replicas' losses, weighted by the sizes of their batches. All of this is
+    right if every replica adds the whole loss.
     """
     return share if variables.replicas() == 1 else sum_over_replicas(tf.reduce_sum(share))
 
 
 def sum_over_replicas(numbers: tf.Tensor) -> tf.Tensor:
-    """The sum of every replica's numbers, of any shape, where all of them go on to one loss.
+    """The elementwise sum of the numbers of all replicas; their shape is known while tracing.
 
-    The numbers of a replica enter the losses of all R replicas, whose gradients are added up, so
-    their gradient is R times the one of this replica's loss.
+    Every replica computes its loss from this sum, and the gradients of all R losses are added up.
+    So the gradient to one replica's numbers is R times that of its own loss.
+
+    Raises:
+      RuntimeError: in eager mode with several replicas in this process.
     """
     strategy = tf.distribute.get_strategy()
     if tf.executing_eagerly() and len(private_apis.collective_launchers(strategy)) > 1:

@@ -24,33 +24,35 @@ class GlobalBatchLoss(keras.losses.Loss):
 
     Keras gives every replica's mean the same weight: the mean of a replica with one sample counts
     as much as that of a replica with hundreds, and `fit` shows a mean that is weighted in another
-    way. With this loss in its place, the gradients and the shown loss are those of the concatenated
-    batch, also where a replica has no sample. On each replica it equals:
+    way. With this loss instead, the gradients and the shown loss are those of the global batch,
+    also where a replica has no sample. On each replica it equals:
 
         numbers = [sum(sample_weight * loss.call(y_true, y_pred)), number of samples]
         total, count = sum over all replicas(numbers)
         return total / count
 
-    The number of samples is what the loss's own reduction divides by: the number of values, of
-    values that a mask leaves, or with ``"mean_with_sample_weight"`` the sum of the weights;
-    ``"sum"`` divides by nothing. On one replica, or without a strategy, it is the given loss.
+    The number of samples is what the loss's own reduction divides by: the number of values that no
+    mask leaves out, or with ``"mean_with_sample_weight"`` the sum of the weights. ``"sum"`` divides
+    by nothing. On one replica, or without a strategy, it is the given loss.
 
     Args:
       loss: a `keras.losses.Loss` that reduces to a mean or a sum, the name of a loss, or a
         function (y_true, y_pred) -> the loss of each sample, whose mean is the loss. A sample's
-        loss depends on no other sample. A model with several outputs needs one for each.
-      name: that of the given loss by default.
+        loss must not depend on other samples. A model with several outputs needs one
+        `GlobalBatchLoss` for each.
+      name: the name of the Keras loss; by default that of the given loss.
 
     Call arguments:
       y_true, y_pred, sample_weight: as the given loss takes them, of this replica.
 
     Returns:
-      A scalar of the loss's type. As with all losses of `keras.losses`, Keras shows R times it.
+      A scalar of the loss's type: the global loss divided by the R replicas. As for all losses of
+      `keras.losses`, Keras adds up the gradients of the replicas and shows R times the scalar.
 
     Raises:
-      TypeError, ValueError: the loss is none of these; the strategy is not supported; in a call on
-        several replicas, the loss gives one number for all samples.
-      RuntimeError: in a call, on several replicas of one process in eager mode.
+      TypeError, ValueError: ``loss`` is none of these, or the strategy is not supported; in a call
+        on several replicas, the given loss returns one number for all samples.
+      RuntimeError: a call in eager mode with several replicas in one process.
 
     Determinism: as the given loss; all replicas add the same numbers in the same order.
 
@@ -82,17 +84,17 @@ class GlobalBatchLoss(keras.losses.Loss):
         return self.loss.call(y_true, y_pred)
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
-        """The loss of all replicas' batches."""
+        """The loss of the global batch, divided by the number of replicas."""
         if variables.replicas() == 1:
             return self.loss(y_true, y_pred, sample_weight)
         require_supported_strategy()
         with keras.name_scope(self.name):
             values, mask = self._values(y_true, y_pred)
-            # A 16-bit number cannot hold the size of a batch.
+            # A 16-bit float cannot hold every size of a batch.
             dtype = "float64" if values.dtype == tf.float64 else "float32"
 
             def sum_of(values: tf.Tensor, sample_weight: Any) -> tf.Tensor:
-                # Keras returns the values themselves where the shape says that there are none.
+                # Keras returns an empty tensor as it is, without the sum.
                 return tf.reduce_sum(
                     private_apis.reduce_weighted_values(values, sample_weight, mask, "sum", dtype)
                 )
@@ -137,7 +139,7 @@ def _loss_object(loss: Any) -> keras.losses.Loss:
     if found is None:
         raise _wrong(loss)
     if not isinstance(found, keras.losses.Loss):
-        # The name that Keras would give it.
+        # The name that Keras gives to a loss made of this function.
         name = loss if isinstance(loss, str) else private_apis.get_object_name(found)
         return private_apis.LossFunctionWrapper(found, name=name)
     if type(found).__call__ is not keras.losses.Loss.__call__:

@@ -1,4 +1,4 @@
-"""The step on centers of which every replica has a copy.
+"""The step on mirrored centers.
 
 Every copy takes the step of the global batch. The copies stay equal bit for bit, because all
 replicas compute the same from the same numbers.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Replicated:
-    """An `Implementation` (dispatch.py) over several replicas, by one on each replica."""
+    """An `Implementation` (dispatch.py) for mirrored centers; each replica uses `on_one`."""
 
     def __init__(self, on_one: Implementation):
         if native.gpu_atomics():
@@ -42,7 +42,7 @@ class Replicated:
             return result
 
     def sum_loss_and_residual(self, a: Arguments) -> tuple[tf.Tensor, tf.Tensor]:
-        """This replica's sum of losses, and x_i - c_{y_i} [B, D] of its samples."""
+        """This replica's sum of ||x_i - c_{y_i}||^2 / 2, and x_i - c_{y_i} [B, D]."""
         with out_of_program_order():
             batch = GlobalBatch(a)
             with tf.control_dependencies([batch.checked]):
@@ -52,11 +52,11 @@ class Replicated:
             return loss, residual
 
     def update_centers(self, a: Arguments) -> tf.Operation | None:
-        """The step alone."""
+        """The step of the centers alone."""
         return self.update_from_residual(a, None)
 
     def update_from_residual(self, a: Arguments, residual: tf.Tensor | None) -> tf.Operation | None:
-        """The step alone, from a residual x_i - c_{y_i} [B, D] computed before."""
+        """The step from the residual [B, D] of this replica's samples, or None to compute it."""
         with out_of_program_order():
             batch = GlobalBatch(a)
             with tf.control_dependencies([batch.checked]):
@@ -75,34 +75,39 @@ class Replicated:
     def _by_samples(
         self, a: Arguments, batch: GlobalBatch, residual: tf.Tensor | None
     ) -> tf.Tensor:
-        """The step of all samples."""
+        """The step from the sample exchange; with a residual, that takes the features' place."""
         rows = batch.samples(a.features if residual is None else residual)
-        everything = dataclasses.replace(
+        # Ignored samples have the label NO_CLASS by now, as padding rows have: NO_CLASS takes the
+        # place of the caller's ignore_class.
+        global_batch = dataclasses.replace(
             a, features=rows, labels=batch.labels(), ignore_class=NO_CLASS, sample_weight=None
         )
         if residual is None:
-            step = self._on_one.update_centers(everything)
+            step = self._on_one.update_centers(global_batch)
         else:
-            step = self._on_one.update_from_residual(everything, rows)
+            step = self._on_one.update_from_residual(global_batch, rows)
         return _after(step)
 
     def _by_sums(self, a: Arguments, batch: GlobalBatch, residual: tf.Tensor | None) -> tf.Tensor:
-        """The step of all sums by label."""
+        """The step from the sum exchange."""
         if residual is None:
             residual = graph_ops.residual_of(a)
         n, total = batch.sums_by_label(tf.stop_gradient(residual))
         labels = tf.where(n > 0, tf.cast(batch.distinct_labels, tf.int64), NO_CLASS)
         total = batch.exchange.rows(total, batch.most(LABELS))
-        # Padding is zero, so labels are exchanged plus one.
+        # Padding is zero, so labels are exchanged plus one: padding rows get NO_CLASS.
         numbers = batch.exchange.rows(tf.stack([labels + 1, n], axis=1), batch.most(LABELS))
         labels, n = numbers[:, 0] - 1, numbers[:, 1]
-        distinct, place = tf.unique(labels)
-        n = tf.gather(tf.math.unsorted_segment_sum(n, place, tf.size(distinct)), place)
+        distinct, segment = tf.unique(labels)
+        n = tf.gather(tf.math.unsorted_segment_sum(n, segment, tf.size(distinct)), segment)
         dtype = a.centers.dtype
         counted = tf.cast(batch.total(COUNTED), dtype)
         scale = graph_ops.step_scale(a, tf.cast(n, dtype), counted)
-        # The rows are scaled by all replicas' n_j here; the rule "sum" adds them up in their order.
-        everything = dataclasses.replace(
+        # Each row is multiplied here by s_j, from the n_j of the global batch. The rule "sum" with
+        # alpha = 1 then only adds up the rows of a class, in the same order on every replica.
+        # NO_CLASS takes the place of the caller's ignore_class, because the labels of ignored
+        # samples, of padding rows and of classes without a finite sample are NO_CLASS by now.
+        sums = dataclasses.replace(
             a,
             features=total,
             labels=labels,
@@ -111,7 +116,7 @@ class Replicated:
             rule="sum",
             alpha=tf.ones([], dtype),
         )
-        step = self._on_one.update_from_residual(everything, scale[:, tf.newaxis] * total)
+        step = self._on_one.update_from_residual(sums, scale[:, tf.newaxis] * total)
         return _after(step)
 
 

@@ -14,22 +14,24 @@ from tf_center_loss_op._core import arguments, private_apis, variables
 from tf_center_loss_op.distribute import sharded_files
 from tf_center_loss_op.distribute.exchange import Exchange
 from tf_center_loss_op.distribute.strategies import require_supported_strategy
+from tf_center_loss_op.tables import h5
 from tf_center_loss_op.tables.blocks import blocks, write_rows
 from tf_center_loss_op.tables.initializers import initial_rows
 
 
-class ShardedCenters(variables.TableLike, private_apis.StoredInParts):
+class ShardedCenters(variables.TableLike, private_apis.StoredInShards):
     """A table whose rows are split over the replicas of a strategy, for tables beyond one device.
 
-    Takes the place of the variable in `center_loss` and `update_centers`; a layer makes it for
+    It takes the place of the variable in `center_loss` and `update_centers`; a layer makes it for
     ``CenterLoss(..., sharded=True)``. The results are those of a table that is not split:
 
         centers = tf.Variable(initializer([num_classes, dim]), trainable=False)
 
     Replica r of R owns the rows [C r // R, C (r + 1) // R), C/R * D numbers. It receives the
-    features of all replicas' batches, moves its own rows, and sends the residuals back. No gradient
-    flows to these centers: they move by the rule. Make it in ``strategy.scope()``, on every worker;
-    without a strategy, or with one replica, there is one part.
+    features of all replicas' batches, moves its own rows, and sends the residuals back. On several
+    replicas no gradient flows to these centers: they move by the rule. Make it in
+    ``strategy.scope()``, on every worker. Without a strategy, or with one replica, there is one
+    shard.
 
     Args:
       num_classes: C, at least the number of replicas.
@@ -40,11 +42,11 @@ class ShardedCenters(variables.TableLike, private_apis.StoredInParts):
 
     Attributes:
       shape, dtype: of the whole table.
-      shards: this process's parts, as pairs (first row, ``tf.Variable``).
-      weights: the same parts as ``keras.Variable``, which a layer lists among its weights.
+      shards: this process's shards, as pairs (first row, ``tf.Variable``).
+      weights: the same shards as ``keras.Variable``, which a layer lists among its weights.
 
     Raises:
-      ValueError: an argument is not one of these, or the strategy is not supported.
+      TypeError, ValueError: an argument is not one of these, or the strategy is not supported.
 
     Determinism: as `center_loss`.
 
@@ -89,25 +91,25 @@ class ShardedCenters(variables.TableLike, private_apis.StoredInParts):
             for index, device in zip(self._indices, devices, strict=True):
                 with tf.device(device):
                     # tf.Variable would ask the strategy, which makes a copy for each replica.
-                    part = private_apis.ResourceVariable(
+                    shard = private_apis.ResourceVariable(
                         rows(*self.range_of(index)), trainable=False, name="centers"
                     )
-                self._variables.append(part)
+                self._variables.append(shard)
         self.weights = [private_apis.WeightOnVariable(v, "centers") for v in self._variables]
 
     @property
     def shards(self) -> list[tuple[int, tf.Variable]]:
-        """This process's parts: (first row, variable)."""
+        """This process's shards: (first row, variable)."""
         first = [self.range_of(index)[0] for index in self._indices]
         return list(zip(first, self._variables, strict=True))
 
     def range_of(self, index: int) -> tuple[int, int]:
-        """The rows [begin, end) of a replica."""
+        """The own rows [begin, end) of the replica with this index."""
         classes = self.shape[0]
         return classes * index // self._replicas, classes * (index + 1) // self._replicas
 
     def own_index(self) -> int:
-        """The index of the replica whose code is being run or traced."""
+        """The index, among all replicas, of the one whose code is being run or traced."""
         if variables.replicas() != self._replicas:
             raise ValueError(
                 f"centers: expected a call under the strategy of {self._replicas} replicas that "
@@ -116,47 +118,58 @@ class ShardedCenters(variables.TableLike, private_apis.StoredInParts):
         return self._indices[variables.replica()]
 
     def own(self) -> tf.Variable:
-        """The part of this replica."""
+        """The shard of this replica."""
         return self._variables[self._indices.index(self.own_index())]
 
-    def save(self, folder: str | os.PathLike) -> None:
-        """Writes the table to a folder that all workers see: one NumPy file for each part.
+    def save(self, folder: str | bytes | os.PathLike) -> None:
+        """Writes the table to a folder that all workers see: one NumPy file for each shard.
 
-        Call it on every worker, outside of ``strategy.run``. A save counts when all parts are
-        complete and on the disk; a job killed meanwhile leaves the save before it.
+        Call it on every worker, outside of ``strategy.run``. A save counts when all shards are
+        complete and on the disk; a job killed meanwhile leaves the previous save.
 
         Args:
-          folder: made where there is none.
+          folder: the folder; created if it does not exist.
 
         Raises:
           OSError: a file cannot be written.
         """
         save = sharded_files.Save(folder, self._replicas)
         for index, variable in zip(self._indices, self._variables, strict=True):
-            save.write_part(index, variable)
+            save.write_shard(index, variable)
         self._wait_for_all()
         if 0 in self._indices:
             save.complete(self.shape, self.dtype)
         self._wait_for_all()
 
-    def load(self, folder: str | os.PathLike) -> None:
-        """Reads what `save` wrote, on any number of replicas, into this process's parts.
+    def load(self, folder: str | bytes | os.PathLike, *, grow: bool = False) -> None:
+        """Reads what `save` wrote, on any number of replicas, into this process's shards.
+
+        A table gets more classes by a save of the smaller table and a load into a larger one:
+
+            smaller.save(folder)
+            larger = ShardedCenters(num_classes, dim, initializer=initializer)
+            larger.load(folder, grow=True)
 
         Args:
-          folder: that `save` was given.
+          folder: the one that `save` was given.
+          grow: whether the save may be of a table of fewer classes. Its rows become the first ones
+            of this table, and the others stay as they are.
 
         Raises:
           FileNotFoundError: there is no complete save in the folder.
-          ValueError: it is of a table of another shape or type, or a file is not whole. Parts may
-            have been written then.
+          ValueError: the save is of a table of another shape or type, or a file is incomplete. The
+            shards may have been overwritten in part.
         """
-        self._fill(sharded_files.parts(folder, self.shape, self.dtype))
+        if not isinstance(grow, bool):
+            raise TypeError(f"grow: expected True or False, got {grow!r}")
+        rows, arrays = sharded_files.saved(folder, self.shape, self.dtype, fewer_rows=grow)
+        self._fill(arrays, rows)
 
     def save_own_variables(self, store: Any) -> None:
-        """Keras's `save` and `save_weights`, where one process has all parts."""
+        """Called by Keras's `save` and `save_weights`; one process must have all shards."""
         if len(self._indices) < self._replicas:
             raise ValueError(
-                "centers: expected layer.centers.save(folder) on every worker where the parts of "
+                "centers: expected layer.centers.save(folder) on every worker where the shards of "
                 f"ShardedCenters lie in several processes, got a Keras file; this process has "
                 f"{len(self._indices)} of {self._replicas}"
             )
@@ -164,22 +177,27 @@ class ShardedCenters(variables.TableLike, private_apis.StoredInParts):
             store[str(begin)] = variable.numpy()
 
     def load_own_variables(self, store: Any) -> None:
-        """As `save_own_variables`, on any number of replicas."""
-        self._fill(np.asarray(store[key]) for key in sorted(store.keys(), key=int))
+        """Called by Keras: reads what `save_own_variables` wrote, on any number of replicas."""
+        group = h5.h5_group(store)
+
+        def shard(key: str) -> np.ndarray:
+            return np.asarray(store[key] if group is None else h5.whole_dataset(group, key))
+
+        self._fill(map(shard, sorted(store.keys(), key=int)), self.shape[0])
 
     def checkpoint_slices(self, name: str) -> list[Any]:
-        """Slices of one tensor, which tf.train.Checkpoint restores onto any other slices."""
+        """A saveable for each shard: slices of one tensor, which is restored onto any slices."""
         whole = self.shape.as_list()
         found = []
         for begin, variable in self.shards:
-            part = tf.Variable.SaveSliceInfo(name, whole, [begin, 0], variable.shape.as_list())
-            found.append(private_apis.ResourceVariableSaveable(variable, part.spec, name))
+            info = tf.Variable.SaveSliceInfo(name, whole, [begin, 0], variable.shape.as_list())
+            found.append(private_apis.ResourceVariableSaveable(variable, info.spec, name))
         return found
 
-    def _fill(self, parts: Iterable[np.ndarray]) -> None:
-        """Writes arrays that together are the table, in order, to the rows of this process."""
+    def _fill(self, arrays: Iterable[np.ndarray], expected: int) -> None:
+        """Writes the first rows of the table, given as consecutive arrays, to own shards."""
         first = 0
-        for rows in parts:
+        for rows in arrays:
             for begin, variable in self.shards:
                 end = begin + variable.shape[0]
                 for b, e in blocks(rows.shape, rows.itemsize):
@@ -188,11 +206,11 @@ class ShardedCenters(variables.TableLike, private_apis.StoredInParts):
                         block = np.array(rows[low - first : high - first])
                         write_rows(variable, low - begin, high - begin, block)
             first += len(rows)
-        if first != self.shape[0]:
-            raise ValueError(f"centers: expected {self.shape[0]} rows, got {first}")
+        if first != expected:
+            raise ValueError(f"centers: expected {expected} rows, got {first}")
 
     def _wait_for_all(self) -> None:
-        """Waits until every worker has come here."""
+        """Returns when every worker has called it."""
         if len(self._indices) == self._replicas:
             return
 

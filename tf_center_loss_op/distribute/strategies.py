@@ -1,4 +1,4 @@
-"""Which strategies of tf.distribute are supported, and one that makes `fit` work."""
+"""The supported strategies of tf.distribute, and a multi-worker one with which `fit` works."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _INSTEAD = (
 
 
 def require_supported_strategy() -> None:
-    """Raises ValueError in the scope of a strategy under which a step would be wrong."""
+    """Raises ValueError in the scope of a strategy that is not supported."""
     if keras.distribution.distribution() is not None:
         name = type(keras.distribution.distribution()).__name__
         raise ValueError(f"strategy: keras.distribution.{name} is not supported: {_INSTEAD}")
@@ -48,12 +48,11 @@ def require_supported_strategy() -> None:
 
 
 class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
-    """`tf.distribute.MultiWorkerMirroredStrategy`, under which `fit` of Keras 3 works, too.
+    """`tf.distribute.MultiWorkerMirroredStrategy`, with which `fit` of Keras 3 works, too.
 
     Keras asks the strategy to reduce whole structures, and scalars along their first axis, which
-    ends with an error (keras-team/keras issue 20585). This class reduces the parts of a structure
-    one by one, and scalars over the replicas only. Training loops of your own work with either
-    class.
+    raises an error (keras-team/keras issue 20585). This class reduces the tensors of a structure
+    one by one, and scalars over the replicas only. Custom training loops work with either class.
 
     >>> import tf_center_loss_op as tcl
     >>> strategy = tcl.distribute.MultiWorkerMirroredStrategy()  # of the workers in TF_CONFIG
@@ -62,11 +61,11 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
     def reduce(self, reduce_op: Any, value: Any, axis: int | None = None) -> Any:
         """As in the base class, also for structures and scalars."""
 
-        def reduce_part(value: Any) -> tf.Tensor:
+        def reduce_tensor(value: Any) -> tf.Tensor:
             local = self.experimental_local_results(value)[0]
             is_scalar = tf.convert_to_tensor(local).shape.rank == 0
             return super(MultiWorkerMirroredStrategy, self).reduce(
                 reduce_op, value, axis=None if is_scalar else axis
             )
 
-        return tf.nest.map_structure(reduce_part, value)
+        return tf.nest.map_structure(reduce_tensor, value)
