@@ -145,6 +145,7 @@ def loss_and_squared_distance(
     update_centers: bool,
     impl: str,
     name: str | None = None,
+    mask: Any = None,
 ) -> Result:
     """`center_loss` times loss_weight (multiplied inside the op), with the squared distances."""
     require_supported_strategy()
@@ -160,6 +161,7 @@ def loss_and_squared_distance(
             sample_weight=sample_weight,
             ignore_class=ignore_class,
             update_centers=update_centers,
+            mask=mask,
         )
         if a.update_centers:
             arguments.require_no_recomputation()
