@@ -204,7 +204,7 @@ class CenterLoss(private_apis.LossesByReplica, private_apis.SavedState, keras.la
         layer_inputs.require_labels(inputs)
         mask = layer_inputs.mask_of(inputs, mask)
         if private_apis.on_placeholders():
-            inputs = inputs._replace(labels=layer_inputs.labels_of_placeholders(inputs.labels))
+            inputs = layer_inputs.with_placeholders(inputs)
         # As in BatchNormalization, a frozen layer keeps its weights in training, too.
         moves = bool(training) and self.trainable
         self.add_loss(self._loss(inputs, mask, moves))
