@@ -41,7 +41,7 @@ def end_of_training(*callbacks):
 
 
 def kill_after_the_second_backup(batch, logs):
-    if os.path.exists("backup/4"):
+    if os.path.exists("backup/backup-4"):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -51,7 +51,7 @@ if not os.path.exists("backup"):
     end_of_training(
         backup, keras.callbacks.LambdaCallback(on_train_batch_begin=kill_after_the_second_backup)
     )
-assert sorted(os.listdir("backup")) == ["4"]
+assert sorted(os.listdir("backup")) == ["backup-4"]
 resumed = end_of_training(backup)
 with np.load("whole.npz") as whole:
     assert whole.files == list(resumed)
