@@ -42,17 +42,18 @@ class CenterLoss(private_apis.LossesByReplica, private_apis.SavedState, keras.la
       loss_weight: lambda, the factor of the loss (equation 5 of the paper), >= 0: a number, a
         scalar variable, or a schedule from `keras.optimizers.schedules` over the training calls of
         this layer (a warm-up, for example).
-      alpha: step size of the centers, >= 0: likewise.
+      alpha: the step size of the centers, >= 0: a number, variable or schedule, as loss_weight.
       rule: the rule of the step, see `center_loss`.
-      reduction: ``"mean"`` (default) or ``"sum"`` over the batch, or ``"none"``.
+      reduction: ``"mean"`` (default) or ``"sum"`` over the batch, or ``"none"``: one loss for each
+        sample, which Keras adds up.
       centers_initializer: a Keras initializer, or its name, for the centers ``[C, D]``. Zeros and
         `tables.RandomNormal` are made in place, without a second copy of a large table.
       ignore_class: samples with this label have loss 0 and move nothing.
       impl: ``"auto"``, ``"native"`` or ``"graph"``, see `center_loss`.
       deferred_update: False: the centers move in each training call. True: they move when
-        `apply_deferred_update` is called, once for all training calls since; for gradient
-        accumulation, gradient checkpointing and steps after the optimizer's
-        (`training.UpdateCentersAfterStep`).
+        `apply_deferred_update` is called, once for all training calls since the last time. Use it
+        for gradient accumulation, for gradient checkpointing, or to move the centers after the
+        optimizer has moved the weights (`training.UpdateCentersAfterStep`).
       distance_metric: whether to track the mean distance, which the op returns beside the loss.
       sharded: whether the rows of the table are split over the replicas of a strategy
         (`distribute.ShardedCenters`); otherwise every replica has a copy of it. The parts that this
@@ -64,8 +65,9 @@ class CenterLoss(private_apis.LossesByReplica, private_apis.SavedState, keras.la
         ``[features, labels, sample_weight]`` or a dict with these names.
       labels: class ids int32 or int64 ``[...]``, or one-hot rows ``[..., C]``. Prediction without
         labels needs a model that ends at the features.
-      sample_weight: numbers in the labels' shape.
-      training: whether the centers move.
+      sample_weight: numbers ``[...]``, one for each sample.
+      training: whether the centers move, or with deferred_update=True whether the batch is kept
+        for the update. Never in a layer with ``trainable=False``.
       mask: bool ``[...]``, False for samples to leave out: they have loss 0, count nowhere and move
         nothing. By default Keras's mask of the features, ``Embedding(mask_zero=True)`` for example,
         which also passes on to the next layer.
@@ -145,7 +147,7 @@ class CenterLoss(private_apis.LossesByReplica, private_apis.SavedState, keras.la
         self._deferred = DeferredBatches()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Checks loss_weight and alpha whenever they are set."""
+        """Checks and converts loss_weight and alpha whenever they are set."""
         if name in layer_factors.NAMES:
             value = layer_factors.checked(name, value)
             old = getattr(self, name, None)
@@ -311,8 +313,7 @@ class CenterLoss(private_apis.LossesByReplica, private_apis.SavedState, keras.la
         """Reads the centers block by block, where the store is one HDF5 file.
 
         Raises:
-          ValueError: the file holds a table of another shape, another number of classes or another
-            type. The centers are unchanged.
+          ValueError: the table in the file has another shape or dtype. The centers are unchanged.
         """
         group = h5.h5_group(store)
         names = [name for name in store.keys() if name not in layer_factors.NAMES]
@@ -368,7 +369,7 @@ class CenterLoss(private_apis.LossesByReplica, private_apis.SavedState, keras.la
                 counts &= tf.not_equal(tf.cast(result.labels, tf.int64), result.ignore_class)
             self.distance.update_state(tf.sqrt(tf.where(counts, squared, 0)), counts)
         loss = loss_for_keras(result.loss)
-        # Keras adds it to losses of the type floatx.
+        # Keras adds up the losses in floatx, and a float32 loss cannot be added to float64 ones.
         return tf.cast(loss, tf.float64) if keras.config.floatx() == "float64" else loss
 
     def factor_now(self, factor: Any) -> Any:

@@ -11,7 +11,8 @@ import tensorflow as tf
 
 from tf_center_loss_op._core import variables
 
-# In eager mode a layer with deferred_update=True keeps this number of training calls at most.
+# A layer raises after this number of training calls without an update: a loop that never calls
+# apply_deferred_update would otherwise fill the memory.
 MOST_DEFERRED = 1024
 
 # In eager mode, a fit that has kept this number of steps does not move the centers by itself.
@@ -84,7 +85,8 @@ class DeferredBatches:
         self._batches_of[variables.replica()] = []
 
     def _of_this_replica(self) -> list[Batch]:
-        # A trace that never applied the update left batches of another graph: they are forgotten.
+        # Tensors of an earlier trace that never applied the update, or of a loop or branch inside
+        # this one, cannot be used here.
         graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         k = variables.replica()
         batches = self._batches_of.get(k, [])

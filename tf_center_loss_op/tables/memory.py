@@ -13,7 +13,7 @@ import tensorflow as tf
 from tf_center_loss_op._core import arguments, native
 from tf_center_loss_op._core.variables import resource_table
 
-# Fields of /proc/meminfo whose sum is the memory that there is in all, and that is free now.
+# Fields of /proc/meminfo: the sum of TOTAL is all memory, that of AVAILABLE the memory free now.
 TOTAL = ("MemTotal", "SwapTotal")
 AVAILABLE = ("MemAvailable", "SwapFree")
 
@@ -38,7 +38,7 @@ def create(
         tf.Variable(initializer([num_classes, dim], dtype), trainable=False, name=name)
 
     A table of zeros or of `RandomNormal` lies on large memory pages from the start, where the
-    system has them, which makes its steps faster. Zeros take up memory row by row, as classes are
+    system has them, which makes its steps faster. Zeros take up memory page by page, as classes are
     seen. Other Keras initializers run as they are and may hold several tables while they run.
 
     Args:

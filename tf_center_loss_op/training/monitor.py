@@ -38,23 +38,24 @@ class CentersMonitor(keras.callbacks.Callback):
 
     After each epoch, the measurements of a `CenterLoss` layer named ``center_loss`` join the
     epoch's logs as ``center_loss_<name>``, where `History` and a `CSVLogger` that comes after this
-    callback find them. TensorBoard gets them as ``center_loss/<name>`` and, except for the shares,
-    their distribution as ``center_loss/<name>_histogram``:
+    callback find them. TensorBoard gets them as ``center_loss/<name>``, and their distribution as
+    ``center_loss/<name>_histogram`` (not of own_nearest and seen, which are fractions):
 
         own_distance    mean of |x_i - c_{y_i}|
         other_distance  mean over i of min over j != y_i of |x_i - c_j|
-        own_nearest     share of the samples with own < other
-        seen            share of the centers that have moved since the training began
+        own_nearest     fraction of the samples with own < other
+        seen            fraction of the centers that have moved since the training began
         norm            mean of |c_j|
-        moved           mean of |c_j - c_j before|, since the epoch began or the last measurement
+        moved           mean of |c_j - c_j before|: before the epoch in the logs; with an int
+                        ``freq``, in TensorBoard, at the last measurement
 
     The first three are measured on the samples of the dataset, the others on the centers. Of a
-    table with more than ``max_classes`` rows, a fixed random sample of that size is measured. It
-    also provides the other centers of ``other_distance``, which is then an upper bound. Ignored
+    table with more than ``max_classes`` rows, that many rows are drawn once and measured. The other
+    centers of ``other_distance`` are also taken from them, so it is then an upper bound. Ignored
     samples and samples with a NaN or an infinity are left out. The mean of no values is NaN.
 
-    After the first epoch in which no watched center moved, a warning names the likely cause. The
-    callback does not change the training by a bit.
+    After the first epoch in which none of the measured centers moved, a warning names the likely
+    cause. The training is bit for bit what it is without the callback.
 
     Args:
       log_dir: the folder for the event files, or None to write none. TensorBoard need not be
@@ -68,13 +69,14 @@ class CentersMonitor(keras.callbacks.Callback):
       layer: the `CenterLoss` layer or its name; None where the model has only one.
       embed: a function or model from inputs to features ``[..., D]``, for models that are not
         functional or hold the layer inside another model.
-      freq: ``"epoch"``, or an int >= 1, the number of batches after which TensorBoard gets the
-        measurements again.
+      freq: when TensorBoard gets the measurements: ``"epoch"``, after each epoch, with the epoch as
+        the step; or an int >= 1, after that many batches instead, with the batch as the step.
       max_samples: how many samples of the dataset are measured, from its beginning, >= 1.
       max_classes: how many rows of the table are measured, >= 1.
 
     Raises:
-      TypeError, ValueError: an argument is wrong, at construction or when the training begins.
+      TypeError, ValueError: an argument is wrong, or the layer has ``sharded=True``; at
+        construction or when the training begins.
 
     Determinism: the same training gives the same measurements.
 
