@@ -61,7 +61,7 @@ lint: $(VENV)/.linters  ## check style, change nothing
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 	@echo 'Lines over 100 columns (expected none):'
 	! git ls-files $(WIDTH_FILES) | LC_ALL=C.UTF-8 xargs grep -nE '.{101}'
-	! git ls-files '*.md' | LC_ALL=C.UTF-8 xargs grep -nE '^[^|].{100}'  # tables may be wider
+	! git ls-files '*.md' | LC_ALL=C.UTF-8 xargs grep -nE '^[^|].{100}' | grep -v 'http'  # no tables
 
 format: $(VENV)/.linters  ## apply the style
 	$(VENV)/bin/ruff check --fix --exit-zero

@@ -16,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -170,10 +171,15 @@ def paper(options):
         }
 
 
+def wrapped(text):
+    """Breaks a paragraph into the lines that the guide has."""
+    return textwrap.fill(text, 100, break_on_hyphens=False)
+
+
 def assumptions(options):
     """Returns the assumptions of the calculation, in words."""
     table = options.classes * options.dim * FLOAT_BYTES / 1e9
-    return (
+    return wrapped(
         f"{options.classes:,} labels × {options.dim}: one copy is {table:g} GB. Assumptions: "
         f"{options.batch} samples per GPU; features of {options.feature_bytes} bytes; "
         f"{options.gpus_per_machine} GPUs per machine; {options.link_inside:g} GB/s per GPU and "
@@ -194,7 +200,7 @@ def limit(options):
         gpus *= 2
     row = row_of(gpus)
     most = row["batch"] / row["step, ms"] / 1e3
-    return (
+    return wrapped(
         f"At {gpus:,} GPUs the center loss takes {row['step, ms']:.0f} ms, more than the other "
         f"{options.backbone_ms:g} ms of a step. No number of GPUs processes more than {most:.2g} "
         "million samples a second, because every replica processes the whole batch."
