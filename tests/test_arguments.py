@@ -243,3 +243,20 @@ def test_a_reference_variable_is_refused(impl):
         centers = tf.compat.v1.get_variable("centers", [10, 3], use_resource=False)
         with pytest.raises((ValueError, TypeError), match="(?s)centers.*resource"):
             tcl.center_loss(tf.ones([4, 3]), [0, 1, 2, 1], centers, impl=impl)
+
+
+def test_a_variable_of_tensorflow_1_that_a_partitioner_split():
+    with tf.Graph().as_default():
+        centers = tf.compat.v1.get_variable(
+            "centers", [10, 3], partitioner=tf.compat.v1.fixed_size_partitioner(2)
+        )
+        with pytest.raises(TypeError, match="centers.*partitioner has split.*ShardedCenters"):
+            tcl.center_loss(tf.ones([4, 3]), [0, 1, 2, 1], centers)
+
+
+def test_a_column_of_class_ids_says_how_to_reshape_it():
+    centers = tf.Variable(tf.zeros([10, 3]))
+    with pytest.raises(ValueError, match=r"labels.*tf.reshape\(labels, \[-1\]\)"):
+        tcl.center_loss(tf.ones([4, 3]), [[0], [1], [2], [1]], centers)
+    with pytest.raises(ValueError, match=r"labels.*tf.squeeze\(labels, -1\)"):
+        tcl.center_loss(tf.ones([2, 2, 3]), [[[0], [1]], [[2], [1]]], centers)
