@@ -82,7 +82,7 @@ def build():
 
 
 def fingerprints(package):
-    """Size and SHA-256 of each library in a folder. The package loads no other file of that name."""
+    """Size and SHA-256 of each library in a folder. The package loads no others."""
     found = {}
     for library in sorted(package.glob("*.so")):
         content = library.read_bytes()

@@ -193,7 +193,7 @@ def test_the_guides_weights_in_this_packages_units():
     guide = (Path(__file__).parent.parent / "docs" / "choosing.md").read_text()
     cell = r" ([\d.e-]+) \|"
     rows = re.findall(rf"^\| (.+?) \|{cell} (.+?) \|{cell}{cell}{cell} .+\|$", guide, re.M)
-    assert len(rows) == 11
+    assert len(rows) == 10
     for name, theirs, factor, dim, batch, ours in rows:
         factors = {"1": 1, "2": 2, "2/D": 2 / float(dim), "B": float(batch)}
         assert float(ours) == pytest.approx(float(theirs) * factors[factor], rel=0.05), name

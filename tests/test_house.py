@@ -107,3 +107,13 @@ def test_a_program_names_its_test(file):
     for name in names:
         assert Path(TESTS / name).exists(), name
         assert f'"{file.stem}"' in (TESTS / name).read_text()
+
+
+PACKAGE = TESTS.parent / "tf_center_loss_op"
+
+
+@pytest.mark.parametrize(
+    "file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE))
+)
+def test_no_file_of_the_package_is_over_400_lines(file):
+    assert len(file.read_text().splitlines()) <= 400

@@ -7,6 +7,7 @@ import tensorflow as tf
 
 import oracle
 import tf_center_loss_op as tcl
+from child import run_program
 from messages import with_words
 from tolerances import assert_close
 
@@ -267,3 +268,34 @@ def test_a_wrong_mask_is_refused(wrong, kind, words):
     features, labels, _ = masked_problem()
     with pytest.raises(kind, match=words):
         tcl.CenterLoss(C)(features, labels, mask=wrong, training=True)
+
+
+@pytest.mark.parametrize("shape", [[2, 5], [None, None]], ids=["known", "unknown"])
+@pytest.mark.parametrize("jit_compile", [False, True], ids=["function", "XLA"])
+def test_masks_in_functions(impl, jit_compile, shape):
+    features, labels, mask = masked_problem()
+    layer = tcl.CenterLoss(C, impl=impl)
+    layer.build((None, None, D))
+    specs = [
+        tf.TensorSpec([*shape, D]),
+        tf.TensorSpec(shape, tf.int32),
+        tf.TensorSpec(shape, tf.bool),
+    ]
+
+    @tf.function(input_signature=specs, jit_compile=jit_compile, autograph=False)
+    def call(x, y, mask):
+        layer(x, y, mask=mask, training=True)
+        return layer.losses[-1]
+
+    loss = call(features, labels.astype("int32"), mask)
+    truth = oracle.center_loss(features[mask], labels[mask], np.zeros([C, D]))
+    assert_close(loss, truth.loss, "float32", "loss")
+    assert_close(layer.centers.numpy(), truth.centers, "float32", "centers")
+    if shape[0] is None:
+        # As many numbers, in another shape.
+        with pytest.raises((ValueError, tf.errors.OpError), match="mask"):
+            call(features, labels.astype("int32"), mask.T)
+
+
+def test_masks_on_replicas(tmp_path):
+    run_program("replicas_masks", cwd=tmp_path)

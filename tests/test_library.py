@@ -1,6 +1,9 @@
 """The built library links TensorFlow's framework, and nothing that only some machines have."""
 
+import hashlib
+import json
 import subprocess
+from pathlib import Path
 
 import pytest
 import tensorflow as tf
@@ -65,3 +68,13 @@ def test_gpu_kernels_are_there_where_cuda_was_built(native_library, op):
 
     assert len(types("CPU")) == 8  # four types of features, two of labels
     assert types("GPU") == (types("CPU") if tcl.build_info()["cuda"] else set())
+
+
+def test_the_record_of_the_build_has_every_library(native_library):
+    package = Path(native_library).parent
+    recorded = json.loads((package / "_build.json").read_text())["libraries"]
+    files = {path.name: path.read_bytes() for path in package.glob("*.so")}
+    assert set(recorded) == set(files) and len(files) == 3
+    for name, content in files.items():
+        hashed = hashlib.sha256(content).hexdigest()
+        assert recorded[name] == {"size": len(content), "sha256": hashed}

@@ -28,6 +28,7 @@ def private_names(source):
         elif isinstance(node, ast.Attribute):
             own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
             private = node.attr.startswith("_") and not node.attr.endswith("__")
+            private = private and node.attr != "_replace"  # public, of a named tuple
             if private and not own:
                 found.append((node.lineno, f"._{node.attr[1:]}"))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):

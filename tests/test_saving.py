@@ -315,3 +315,21 @@ def test_no_second_copy_of_a_large_table(tmp_path):
     for what in "save_weights", "load_weights", "save":
         assert seen[what] < table / 2, what
     assert seen["load_model"] < 1.5 * table
+
+
+def test_sharded_centers_with_a_missing_chunk_are_refused(tmp_path):
+    features, labels = keras.Input([D]), keras.Input([], dtype="int32")
+    layer = tcl.CenterLoss(C, centers_initializer="ones", sharded=True, name="center_loss")
+    model = keras.Model([features, labels], layer([features, labels]))
+    path = tmp_path / "model.weights.h5"
+    model.save_weights(path)
+    found = [name for name, array in arrays_of(path).items() if array.shape == (C, D)]
+    with h5py.File(path, "a") as file:
+        for name in found:
+            del file[name]
+            file.create_dataset(name, (C, D), "f4", chunks=(5, D))[:5] = 2
+    with pytest.raises(
+        ValueError, match="(?s)expected all 3 chunks of an array in the file, got 1"
+    ):
+        model.load_weights(path)
+    assert len(found) == 1 and layer.centers.shards[0][1].numpy().max() == 1

@@ -68,10 +68,8 @@ def test_integers_of_numpy_count(kind):
     batch = np.ones([2, D], np.float32), np.array([3, 1])
     counts = tcl.tables.from_dataset([batch], centers, ignore_class=kind(3), progress=False)
     assert np.flatnonzero(counts).tolist() == [1]
-    assert tcl.nearest.predict(tf.ones([1, D]), centers, k=kind(2), block=kind(9))[0].shape == (
-        1,
-        2,
-    )
+    labels, _ = tcl.nearest.predict(tf.ones([1, D]), centers, k=kind(2), block=kind(9))
+    assert labels.shape == (1, 2)
     assert tcl.distribute.ShardedCenters(kind(C), kind(D)).shape == (C, D)
 
 
@@ -390,9 +388,139 @@ def test_no_second_copy_of_a_large_table(impl, tmp_path):
     assert seen["load"] < table / 4
     assert seen["rows"] < table / 16
     assert seen["clear and read"] < table / 4
+    assert seen["grow"] < 1.25 * table
 
 
 @pytest.mark.native
 def test_zeros_take_up_memory_only_where_they_are_written(tmp_path):
     out = run_program("large_table_of_zeros", cwd=tmp_path)
     assert int(out) < 2**26
+
+
+@pytest.mark.parametrize("wrap", [lambda v: v, lambda v: keras.Variable(v)])
+@pytest.mark.parametrize("initializer", ["zeros", "ones", "random_uniform", "seeded"])
+@pytest.mark.parametrize("classes", [C, C + 1, 3 * C])
+def test_a_table_grows(centers, wrap, initializer, classes):
+    before, numbers = centers.numpy(), tcl.tables.RandomNormal(seed=3)
+    if initializer == "seeded":
+        initializer = numbers
+    larger = tcl.tables.grow(wrap(centers), np.int64(classes), initializer=initializer)
+    assert larger.shape == (classes, D) and not larger.trainable
+    old, new = np.split(larger.numpy(), [C])
+    assert np.array_equal(old, before) and np.array_equal(centers.numpy(), before)
+    if initializer is numbers:
+        assert np.array_equal(new, tcl.tables.create(classes, D, initializer=numbers).numpy()[C:])
+    elif initializer == "random_uniform":
+        assert len(np.unique(new)) == new.size
+    else:
+        assert (new == (initializer == "ones")).all()
+    tcl.update_centers(tf.fill([1, D], 1000.0), [classes - 1], larger)
+    assert np.flatnonzero((larger.numpy() > 200).any(axis=1)).tolist() == [classes - 1]
+    assert np.array_equal(centers.numpy(), before)
+
+
+@pytest.mark.parametrize("dtype, trainable", [("float32", True), ("float64", False)])
+def test_a_larger_table_is_of_the_same_kind(dtype, trainable):
+    centers = tf.Variable(tf.zeros([2, 3], dtype), trainable=trainable)
+    larger = tcl.tables.grow(centers, 4, name="larger")
+    assert larger.dtype == centers.dtype and larger.trainable is trainable
+    assert larger.name == "larger:0"
+
+
+@pytest.mark.parametrize(
+    "error, wrong",
+    [
+        (ValueError, dict(num_classes=C - 1)),
+        (TypeError, dict(num_classes=float(C + 1))),
+        (TypeError, dict(centers=np.zeros([C, D], "f"))),
+        (ValueError, dict(centers=tf.Variable([1.0]))),
+        (MemoryError, dict(num_classes=10**13)),
+        (ValueError, dict(initializer="none of Keras's")),
+    ],
+    ids=["fewer", "a float", "no variable", "a vector", "no memory", "initializer"],
+)
+def test_a_table_that_cannot_grow_says_why(centers, error, wrong):
+    words = "centers" if error is MemoryError else next(iter(wrong))
+    with pytest.raises(error, match=f"(?s){words}.*"):
+        tcl.tables.grow(**dict(centers=centers, num_classes=C + 1) | wrong)
+
+
+def test_sharded_centers_grow_by_a_file(tmp_path):
+    smaller, normal = tcl.distribute.ShardedCenters(C, D), tcl.tables.RandomNormal(seed=1)
+    with pytest.raises(TypeError, match=r"got ShardedCenters: .* load\(folder, grow=True\)"):
+        tcl.tables.grow(smaller, C + 2)
+    smaller.shards[0][1].assign(tf.fill([C, D], 3.0))
+    smaller.save(os.fsencode(tmp_path))
+    larger = tcl.distribute.ShardedCenters(C + 2, D, initializer=normal)
+    before = larger.shards[0][1].numpy()
+    with pytest.raises(ValueError, match=r"folder: expected a table float32 \(39, 5\), got"):
+        larger.load(tmp_path)
+    assert np.array_equal(larger.shards[0][1].numpy(), before)
+    larger.load(tmp_path, grow=True)
+    table = larger.shards[0][1].numpy()
+    assert (table[:C] == 3).all() and np.array_equal(table[C:], before[C:])
+    for sizes in ((C - 1, D), (C, D + 1)):
+        with pytest.raises(ValueError, match="folder: .*or one of fewer rows, got float32"):
+            tcl.distribute.ShardedCenters(*sizes).load(tmp_path, grow=True)
+    with pytest.raises(TypeError, match="grow: expected True or False, got 1"):
+        larger.load(tmp_path, grow=1)
+
+
+WRONG_SAVES = {
+    "null": None,
+    "a list": [],
+    "a number": 3,
+    "an empty object": {},
+    "serial": dict(serial="1"),
+    "negative serial": dict(serial=-1),
+    "parts": dict(parts=1.0),
+    "no parts": dict(parts=0),
+    "a bool": dict(parts=True),
+    "shape": dict(shape=C),
+    "one size": dict(shape=[C]),
+    "a text as size": dict(shape=[C, "5"]),
+    "dtype": dict(dtype=None),
+}
+
+
+@pytest.mark.parametrize("what", [*WRONG_SAVES, "cut off", "nested", "bytes"])
+def test_a_save_of_another_structure_is_an_error(what, tmp_path):
+    sharded = tcl.distribute.ShardedCenters(C, D)
+    sharded.save(tmp_path)
+    path = tmp_path / "sharded_centers.json"
+    state, texts = json.loads(path.read_text()), dict(cut=b'{"serial"', nested=b"[" * 100_000)
+    wrong = WRONG_SAVES.get(what)
+    if what in WRONG_SAVES:
+        content = json.dumps(state | wrong if isinstance(wrong, dict) and wrong else wrong).encode()
+    else:
+        content = texts.get(what.split()[0], b"\xff")
+    path.write_bytes(content)
+    for call in (sharded.load, sharded.save):
+        with pytest.raises(ValueError, match="folder: expected what ShardedCenters.save writes"):
+            call(tmp_path)
+    assert path.read_bytes() == content
+
+
+def test_a_save_removes_only_its_own_files_and_reaches_the_disk(tmp_path, monkeypatch):
+    sharded, synced = tcl.distribute.ShardedCenters(C, D), []
+    sharded.save(tmp_path)
+    (tmp_path / "centers-best.npy").write_bytes(b"mine")
+    with monkeypatch.context() as patch:
+        sync = os.fsync
+        patch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_ino) or sync(fd))
+        sharded.save(tmp_path)
+    assert len(os.listdir(tmp_path)) == 3 and (tmp_path / "centers-best.npy").exists()
+    # The folder last: the new name of the state is in it.
+    assert synced[-2:] == [
+        (tmp_path / "sharded_centers.json").stat().st_ino,
+        tmp_path.stat().st_ino,
+    ]
+
+
+def test_a_damaged_part_is_named(tmp_path):
+    sharded = tcl.distribute.ShardedCenters(C, D)
+    sharded.save(tmp_path)
+    (part,) = tmp_path.glob("*.npy")
+    part.write_bytes(npy("((((", np.ones([C, D], "f")))
+    with pytest.raises(ValueError, match=f"folder: expected a complete .npy file .*{part.name}"):
+        sharded.load(tmp_path)

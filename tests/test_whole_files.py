@@ -1,4 +1,4 @@
-"""A saved file replaces the old one as a whole, and keeps what is the user's: mode, link, others."""
+"""A saved file replaces the old one as a whole, and keeps its mode, links and neighbours."""
 
 import os
 import signal
@@ -58,6 +58,15 @@ def test_the_scratch_file_of_a_private_file_is_private(umask, tmp_path):
     with whole_files.replacing(tmp_path / "private"):
         (scratch,) = [path for path in tmp_path.iterdir() if path.name != "private"]
         assert mode(scratch) == 0o600
+
+
+def test_a_write_protected_file_is_not_replaced(centers, tmp_path, monkeypatch):
+    path = tmp_path / "centers.npy"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # Root may write.
+    with pytest.raises(PermissionError, match=r"centers\.npy"):
+        tcl.tables.save(centers, path)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["centers.npy"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file away")

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from tf_center_loss_op._core import arguments
 from tf_center_loss_op._core.dispatch import implementation
+from tf_center_loss_op.distribute.exchange import out_of_program_order
 from tf_center_loss_op.distribute.sharded import ShardedCenters
 from tf_center_loss_op.distribute.strategies import require_supported_strategy
 
@@ -144,11 +145,13 @@ def loss_and_squared_distance(
     ignore_class: int | None,
     update_centers: bool,
     impl: str,
+    mask: Any = None,
     name: str | None = None,
+    mask: Any = None,
 ) -> Result:
     """`center_loss` times loss_weight (multiplied inside the op), with the squared distances."""
     require_supported_strategy()
-    with tf.name_scope(name or "center_loss"):
+    with tf.name_scope(name or "center_loss"), out_of_program_order():
         a = arguments.check(
             features,
             labels,
@@ -160,6 +163,7 @@ def loss_and_squared_distance(
             sample_weight=sample_weight,
             ignore_class=ignore_class,
             update_centers=update_centers,
+            mask=mask,
         )
         if a.update_centers:
             arguments.require_no_recomputation()
@@ -220,7 +224,7 @@ def update_centers(
     Source: Wen et al., ECCV 2016, equation 4.
     """
     require_supported_strategy()
-    with tf.name_scope(name or "update_centers"):
+    with tf.name_scope(name or "update_centers"), out_of_program_order():
         a = arguments.check(
             features, labels, centers, alpha=alpha, rule=rule, ignore_class=ignore_class
         )

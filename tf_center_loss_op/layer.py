@@ -31,13 +31,14 @@ class CenterLoss(private_apis.LossesByReplica, private_apis.SavedState, keras.la
         self.add_loss(loss_weight * tcl.center_loss(features, labels, self.centers, ...))
         return features
 
-    The centers move in training only, once for each forward pass; evaluation and prediction leave
-    them as they are. They are a non-trainable weight: no optimizer touches them, and they are
-    saved and restored with the model. The progress bar shows the mean distance of the samples to
+    The centers move in training only, once for each forward pass; evaluation, prediction and a
+    frozen layer (``trainable=False`` on it or on a model around it) leave them as they are. They
+    are a non-trainable weight: no optimizer touches them, and they are saved and restored with
+    the model. The progress bar shows the mean distance of the samples to
     the centers of their classes beside the loss, as ``<layer's name>_distance``.
 
     Args:
-      num_classes: C, the number of classes.
+      num_classes: C, the number of classes, an int (also of NumPy).
       loss_weight: lambda, the factor of the loss (equation 5 of the paper), >= 0: a number, a
         scalar variable, or a schedule from `keras.optimizers.schedules` over the training calls of
         this layer (a warm-up, for example).
@@ -54,25 +55,35 @@ class CenterLoss(private_apis.LossesByReplica, private_apis.SavedState, keras.la
         (`training.UpdateCentersAfterStep`).
       distance_metric: whether to track the mean distance, which the op returns beside the loss.
       sharded: whether the rows of the table are split over the replicas of a strategy
-        (`distribute.ShardedCenters`); otherwise every replica has a copy of it.
+        (`distribute.ShardedCenters`); otherwise every replica has a copy of it. The parts that this
+        process holds are in ``layer.weights``.
       **layer_kwargs: ``name``, ``dtype`` and the like, of `keras.layers.Layer`.
 
     Call arguments:
-      features: float ``[..., D]``; or the pair ``[features, labels]``.
+      features: float ``[..., D]``; or all inputs, ``[features, labels]``,
+        ``[features, labels, sample_weight]`` or a dict with these names.
       labels: class ids int32 or int64 ``[...]``, or one-hot rows ``[..., C]``. Prediction without
         labels needs a model that ends at the features.
       sample_weight: numbers in the labels' shape.
       training: whether the centers move.
+      mask: bool ``[...]``, False for samples to leave out: they have loss 0, count nowhere and move
+        nothing. By default Keras's mask of the features, ``Embedding(mask_zero=True)`` for example,
+        which also passes on to the next layer.
 
     Attributes:
       centers: float32 ``[C, D]``; `ShardedCenters` with ``sharded=True``.
-      loss_weight, alpha: may be set between calls. A compiled function keeps the number that it
-        was traced with, but reads a variable in every call.
+      loss_weight, alpha: may be set as long as no compiled function has read them. Such a function
+        would keep its number, so setting another one is an error then; make the layer with
+        ``alpha=keras.Variable(0.5, trainable=False)`` and assign to ``layer.alpha``. A variable is
+        saved with the model and its weights, but is no weight of the layer.
       distance: the `keras.metrics.Mean` of the distances, or None. Samples that are ignored or
         not finite are left out.
 
     Raises:
-      TypeError, ValueError: as `center_loss`, at construction or in the call.
+      TypeError, ValueError: as `center_loss`, at construction or in the call; of a functional
+        model when it is built.
+      RuntimeError: at construction, where Keras runs on another backend than TensorFlow or
+        ``TF_USE_LEGACY_KERAS=1`` is set.
 
     Determinism: as `center_loss`.
 
@@ -192,8 +203,8 @@ class CenterLoss(private_apis.LossesByReplica, private_apis.SavedState, keras.la
         inputs = layer_inputs.inputs_of(features, labels, sample_weight)
         layer_inputs.require_labels(inputs)
         mask = layer_inputs.mask_of(inputs, mask)
-        if private_apis.in_symbolic_scope():
-            inputs = inputs._replace(labels=layer_inputs.labels_of_placeholders(inputs.labels))
+        if private_apis.on_placeholders():
+            inputs = layer_inputs.with_placeholders(inputs)
         # As in BatchNormalization, a frozen layer keeps its weights in training, too.
         moves = bool(training) and self.trainable
         self.add_loss(self._loss(inputs, mask, moves))

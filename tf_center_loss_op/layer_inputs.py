@@ -51,13 +51,15 @@ def inputs_of(features: Any, labels: Any = None, sample_weight: Any = None) -> I
             )
         inputs = Inputs(*features)
     for name, given in (("labels", labels), ("sample_weight", sample_weight)):
-        if given is not None:
-            if getattr(inputs, name) is not None:
-                raise ValueError(
-                    f"{name}: expected once, got it beside features and again inside of it"
-                )
-            inputs = inputs._replace(**{name: given})
-    return inputs
+        if given is not None and getattr(inputs, name) is not None:
+            raise ValueError(
+                f"{name}: expected once, got it beside features and again inside of it"
+            )
+    if labels is None:
+        labels = inputs.labels
+    if sample_weight is None:
+        sample_weight = inputs.sample_weight
+    return Inputs(inputs.features, labels, sample_weight)
 
 
 def require_labels(inputs: Inputs) -> None:
@@ -127,10 +129,11 @@ def as_float32(features: Any) -> tf.Tensor:
     return tf.cast(features, tf.float32) if features.dtype == tf.float64 else features
 
 
-def labels_of_placeholders(labels: Any) -> tf.Tensor:
-    """Labels where Keras builds a loaded subclassed model on placeholders, all of floats."""
-    labels = tf.convert_to_tensor(labels)
-    return tf.cast(labels, tf.int32) if labels.dtype.is_floating else labels
+def with_placeholders(inputs: Inputs) -> Inputs:
+    """The inputs where Keras calls a subclassed model on placeholders, which are all of floats."""
+    labels = tf.convert_to_tensor(inputs.labels)
+    labels = tf.cast(labels, tf.int32) if labels.dtype.is_floating else labels
+    return Inputs(inputs.features, labels, inputs.sample_weight)
 
 
 def of_one_type(tensors: Sequence[tf.Tensor], otherwise: tf.DType) -> Sequence[tf.Tensor]:

@@ -37,4 +37,9 @@ tcl.tables.clear(centers)
 checkpoint.read("checkpoint")
 seen["clear and read"] = memory("VmHWM") - before
 assert np.array_equal(tcl.tables.rows([5, 7], centers), kept)
+forget_peak()
+before = memory("VmHWM")
+larger = tcl.tables.grow(centers, C + 1, initializer=tcl.tables.RandomNormal(seed=0))
+seen["grow"] = memory("VmHWM") - before
+assert np.array_equal(tcl.tables.rows([5, 7], larger), kept)
 print(json.dumps(seen))

@@ -53,7 +53,7 @@ assert np.array_equal(whole(again), 2 * expected)
 for path in os.listdir("saved"):
     if path.endswith(".npy"):
         os.truncate(os.path.join("saved", path), 100)
-with pytest.raises(ValueError, match="folder: expected a complete file"):
+with pytest.raises(ValueError, match="folder: expected a complete .npy file"):
     again.load("saved")
 with pytest.raises(ValueError, match=r"folder: expected a table float32 \(3, 2\)"):
     tcl.distribute.ShardedCenters(3, 2).load("saved")

@@ -1,4 +1,4 @@
-"""Steps whose scratch memory is not to be had, by every path, and tables; for test_out_of_memory.py.
+"""Steps and tables whose memory is not to be had, by every path; for test_out_of_memory.py.
 
 Prints the errors, as JSON.
 """
@@ -51,7 +51,7 @@ def loss():
 
 
 # The first call of each allocates what stays, and compiles.
-for k, jit in enumerate((False, True)):
+for jit in (False, True):
     compiled = tf.function(step, jit_compile=jit)
     compiled()
     attempt("xla" if jit else "function", compiled)

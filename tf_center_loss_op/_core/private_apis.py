@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import h5py
@@ -28,7 +29,16 @@ class PrivateName(NamedTuple):
 NAMES: list[PrivateName] = []  # in the order in which they are imported below
 
 
-def _imported(module: str, name: str, why: str, since: str = "TensorFlow 2.16") -> Any:
+def _tensorflow(path: str, why: str, since: str = "TensorFlow 2.16") -> Any:
+    return _imported(f"tensorflow.python.{path}", why, since)
+
+
+def _keras(path: str, why: str, since: str) -> Any:
+    return _imported(f"keras.src.{path}", why, since)
+
+
+def _imported(path: str, why: str, since: str) -> Any:
+    module, name = path.rsplit(".", 1)
     NAMES.append(PrivateName(module, name, why, since))
     try:
         return getattr(importlib.import_module(module), name)
@@ -54,93 +64,72 @@ def _missing(name: str, why: str, since: str = "") -> str:
 
 # ------------------------------------------------------------------------------- TensorFlow
 
-ResourceVariable = _imported(
-    "tensorflow.python.ops.resource_variable_ops",
-    "ResourceVariable",
-    "to make one variable on one device inside the scope of a strategy, where tf.Variable makes a "
-    "copy on every replica",
+ResourceVariable = _tensorflow(
+    "ops.resource_variable_ops.ResourceVariable",
+    "to make a variable in the scope of a strategy, where tf.Variable makes one on every replica",
 )
-ShardedVariable = _imported(
-    "tensorflow.python.distribute.sharded_variable",
-    "ShardedVariable",
+ShardedVariable = _tensorflow(
+    "distribute.sharded_variable.ShardedVariable",
     "to recognize a variable that a partitioner has split over several servers",
 )
-PartitionedVariable = _imported(
-    "tensorflow.python.ops.variables",
-    "PartitionedVariable",
+PartitionedVariable = _tensorflow(
+    "ops.variables.PartitionedVariable",
     "to say what to use in place of a variable of TensorFlow 1 that a partitioner has split",
 )
-is_op_determinism_enabled: Callable[[], bool] = _imported(
-    "tensorflow.python.framework.config",
-    "is_op_determinism_enabled",
+is_op_determinism_enabled: Callable[[], bool] = _tensorflow(
+    "framework.config.is_op_determinism_enabled",
     "to refuse float atomics under tf.config.experimental.enable_op_determinism()",
 )
-variable_accessed: Callable[[tf.Variable], None] = _imported(
-    "tensorflow.python.ops.resource_variable_ops",
-    "variable_accessed",
+variable_accessed: Callable[[tf.Variable], None] = _tensorflow(
+    "ops.resource_variable_ops.variable_accessed",
     "to put a variable on the gradient tape that an op reads through its handle, as tf.gather does",
 )
-variable_shape: Callable[[tf.Tensor], tf.Tensor] = _imported(
-    "tensorflow.python.ops.resource_variable_ops",
-    "variable_shape",
-    "to get the shape of a variable from its handle as a constant, because forward mode cannot "
-    "differentiate the op VariableShape",
+variable_shape: Callable[[tf.Tensor], tf.Tensor] = _tensorflow(
+    "ops.resource_variable_ops.variable_shape",
+    "to get the shape of a variable without the op VariableShape, which has no forward mode",
 )
-_graph_or_parents_in_xla_context = _imported(
-    "tensorflow.python.ops.control_flow_util",
-    "GraphOrParentsInXlaContext",
+_graph_or_parents_in_xla_context = _tensorflow(
+    "ops.control_flow_util.GraphOrParentsInXlaContext",
     "to know whether XLA will compile the graph that is being traced",
 )
-_op_is_stateful = _imported(
-    "tensorflow.python.framework.auto_control_deps",
-    "op_is_stateful",
+_op_is_stateful = _tensorflow(
+    "framework.auto_control_deps.op_is_stateful",
     "to know which ops tf.function runs in program order",
 )
-_tape_set_is_stopped = _imported(
-    "tensorflow.python.pywrap_tfe",
-    "TFE_Py_TapeSetIsStopped",
+stop_recording: Callable[[], AbstractContextManager] = _tensorflow(
+    "eager.record.stop_recording",
+    "to keep a function without gradients off the tapes, which would trace it again",
+)
+_tape_set_is_stopped = _tensorflow(
+    "pywrap_tfe.TFE_Py_TapeSetIsStopped",
     "to refuse a step of the centers that tf.recompute_grad would run twice",
 )
-Trackable = _imported(
-    "tensorflow.python.trackable.base",
-    "Trackable",
+Trackable = _tensorflow(
+    "trackable.base.Trackable",
     "to store the shards of a table in a tf.train.Checkpoint as one tensor",
 )
-VARIABLE_VALUE_KEY: str = _imported(
-    "tensorflow.python.trackable.base",
-    "VARIABLE_VALUE_KEY",
+VARIABLE_VALUE_KEY: str = _tensorflow(
+    "trackable.base.VARIABLE_VALUE_KEY",
     "to store the shards of a table under the key of a variable",
 )
-ResourceVariableSaveable = _imported(
-    "tensorflow.python.training.saving.saveable_object_util",
-    "ResourceVariableSaveable",
+ResourceVariableSaveable = _tensorflow(
+    "training.saving.saveable_object_util.ResourceVariableSaveable",
     "to store a shard of a table as a slice of the whole",
 )
 _LOOPS_AND_BRANCHES = tuple(
-    _imported(
-        "tensorflow.python.ops.control_flow_v2_func_graphs",
-        name,
-        "to find the graph around a loop or branch",
+    _tensorflow(
+        f"ops.control_flow_v2_func_graphs.{name}", "to find the graph around a loop or branch"
     )
     for name in ("WhileBodyFuncGraph", "WhileCondFuncGraph", "CondBranchFuncGraph")
 )
-
-
-_forward_mode_rules: dict[str, Callable] = _imported(
-    "tensorflow.python.eager.forwardprop",
-    "_SPECIAL_CASES",
-    "to differentiate the fused op in forward mode: TensorFlow's own way, the transpose of the "
-    "gradient function, has no place for an op that takes the handle of a variable",
+_forward_mode_rules: dict[str, Callable] = _tensorflow(
+    "eager.forwardprop._SPECIAL_CASES",
+    "to differentiate in forward mode an op that takes the handle of a variable",
 )
-
-
-_pack_tangents = _imported(
-    "tensorflow.python.eager.forwardprop_util",
-    "pack_tangents",
+_pack_tangents = _tensorflow(
+    "eager.forwardprop_util.pack_tangents",
     "to know whether a forward accumulator differentiates a call",
 )
-
-
 # The attribute that tf.function gives to an op that `run_independently` was called for.
 _INDEPENDENT = "_independent_side_effects"
 
@@ -244,48 +233,53 @@ def collective_launchers(strategy: tf.distribute.Strategy) -> list | None:
 
 # ------------------------------------------------------------------------------------ Keras
 
-in_stateless_scope: Callable[[], bool] = _imported(
-    "keras.src.backend.common.stateless_scope",
-    "in_stateless_scope",
+in_stateless_scope: Callable[[], bool] = _keras(
+    "backend.common.stateless_scope.in_stateless_scope",
     "to know that variables have no buffers now, because Keras asks for shapes only",
     "Keras 3.5",
 )
-in_symbolic_scope: Callable[[], bool] = _imported(
-    "keras.src.backend.common.symbolic_scope",
-    "in_symbolic_scope",
+in_symbolic_scope: Callable[[], bool] = _keras(
+    "backend.common.symbolic_scope.in_symbolic_scope",
     "to know that Keras builds a model on placeholders, which are all of type float",
     "Keras 3.5",
 )
-KerasSaveable = _imported(
-    "keras.src.saving.keras_saveable",
-    "KerasSaveable",
+KerasSaveable = _keras(
+    "saving.keras_saveable.KerasSaveable",
     "to store a sharded table in the weights file of a model",
     "Keras 3.5",
 )
-get_keras_mask = _imported(
-    "keras.src.backend",
-    "get_keras_mask",
+get_keras_mask = _keras(
+    "backend.get_keras_mask",
     "to leave masked values out of the loss of the global batch",
     "Keras 3.6",
 )
-reduce_weighted_values = _imported(
-    "keras.src.losses.loss",
-    "reduce_weighted_values",
+reduce_weighted_values = _keras(
+    "losses.loss.reduce_weighted_values",
     "to apply masks and sample weights to a loss as Keras does",
     "Keras 3.5",
 )
-LossFunctionWrapper = _imported(
-    "keras.src.losses.losses",
-    "LossFunctionWrapper",
+LossFunctionWrapper = _keras(
+    "losses.losses.LossFunctionWrapper",
     "to make a loss of a function as Model.compile does",
     "Keras 3.5",
 )
-get_object_name = _imported(
-    "keras.src.utils.naming",
-    "get_object_name",
+get_object_name = _keras(
+    "utils.naming.get_object_name",
     "to name the loss of a function as Keras does",
     "Keras 3.5",
 )
+
+
+def on_placeholders() -> bool:
+    """Whether Keras calls a subclassed model on placeholders, of whose types it knows nothing.
+
+    It does so to build a loaded model, and for the signature "serving_default" that
+    tf.saved_model.save asks for (`_default_save_signature` of a model).
+    """
+    if in_symbolic_scope():
+        return True
+    graph = tf.compat.v1.get_default_graph()
+    return graph.building_function and graph.name == "serving_default"
 
 
 class LossesByReplica:
@@ -326,7 +320,9 @@ class SavedState:
         """Called by tf.saved_model.save and tf.train.Checkpoint."""
         children = super()._trackable_children(save_type, **kwargs)
         if save_type == "savedmodel":
-            children |= self.state_for_saved_model()
+            # The parts of a sharded table are variables like others there.
+            whole = {k: v for k, v in children.items() if not isinstance(v, StoredInShards)}
+            return whole | self.state_for_saved_model()
         return children
 
 

@@ -139,7 +139,7 @@ def out_of_program_order() -> Iterator[None]:
     Ops on variables and the ops of the user's program keep their order.
     """
     graph = tf.compat.v1.get_default_graph()
-    if tf.executing_eagerly():
+    if tf.executing_eagerly() or variables.replicas() == 1:
         yield
         return
     first = len(graph.get_operations())

@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from tf_center_loss_op._core import private_apis, variables
+from tf_center_loss_op._core.keras_backend import require_keras_on_tensorflow
 from tf_center_loss_op.distribute.exchange import sum_over_replicas
 from tf_center_loss_op.distribute.strategies import require_supported_strategy
 
@@ -67,6 +68,7 @@ class GlobalBatchLoss(keras.losses.Loss):
         *,
         name: str | None = None,
     ):
+        require_keras_on_tensorflow("GlobalBatchLoss")
         require_supported_strategy()
         self._given = loss
         self.loss = loss = _loss_object(loss)

@@ -14,6 +14,7 @@ from tf_center_loss_op._core import arguments, private_apis, variables
 from tf_center_loss_op.distribute import sharded_files
 from tf_center_loss_op.distribute.exchange import Exchange
 from tf_center_loss_op.distribute.strategies import require_supported_strategy
+from tf_center_loss_op.tables import h5
 from tf_center_loss_op.tables.blocks import blocks, write_rows
 from tf_center_loss_op.tables.initializers import initial_rows
 
@@ -120,7 +121,7 @@ class ShardedCenters(variables.TableLike, private_apis.StoredInShards):
         """The shard of this replica."""
         return self._variables[self._indices.index(self.own_index())]
 
-    def save(self, folder: str | os.PathLike) -> None:
+    def save(self, folder: str | bytes | os.PathLike) -> None:
         """Writes the table to a folder that all workers see: one NumPy file for each shard.
 
         Call it on every worker, outside of ``strategy.run``. A save counts when all shards are
@@ -140,18 +141,29 @@ class ShardedCenters(variables.TableLike, private_apis.StoredInShards):
             save.complete(self.shape, self.dtype)
         self._wait_for_all()
 
-    def load(self, folder: str | os.PathLike) -> None:
+    def load(self, folder: str | bytes | os.PathLike, *, grow: bool = False) -> None:
         """Reads what `save` wrote, on any number of replicas, into this process's shards.
+
+        A table gets more classes by a save of the smaller table and a load into a larger one:
+
+            smaller.save(folder)
+            larger = ShardedCenters(num_classes, dim, initializer=initializer)
+            larger.load(folder, grow=True)
 
         Args:
           folder: the one that `save` was given.
+          grow: whether the save may be of a table of fewer classes. Its rows become the first ones
+            of this table, and the others stay as they are.
 
         Raises:
           FileNotFoundError: there is no complete save in the folder.
           ValueError: the save is of a table of another shape or type, or a file is incomplete. The
             shards may have been overwritten in part.
         """
-        self._fill(sharded_files.shards(folder, self.shape, self.dtype))
+        if not isinstance(grow, bool):
+            raise TypeError(f"grow: expected True or False, got {grow!r}")
+        rows, arrays = sharded_files.saved(folder, self.shape, self.dtype, fewer_rows=grow)
+        self._fill(arrays, rows)
 
     def save_own_variables(self, store: Any) -> None:
         """Called by Keras's `save` and `save_weights`; one process must have all shards."""
@@ -166,7 +178,12 @@ class ShardedCenters(variables.TableLike, private_apis.StoredInShards):
 
     def load_own_variables(self, store: Any) -> None:
         """Called by Keras: reads what `save_own_variables` wrote, on any number of replicas."""
-        self._fill(np.asarray(store[key]) for key in sorted(store.keys(), key=int))
+        group = h5.h5_group(store)
+
+        def shard(key: str) -> np.ndarray:
+            return np.asarray(store[key] if group is None else h5.whole_dataset(group, key))
+
+        self._fill(map(shard, sorted(store.keys(), key=int)), self.shape[0])
 
     def checkpoint_slices(self, name: str) -> list[Any]:
         """A saveable for each shard: slices of one tensor, which is restored onto any slices."""
@@ -177,8 +194,8 @@ class ShardedCenters(variables.TableLike, private_apis.StoredInShards):
             found.append(private_apis.ResourceVariableSaveable(variable, info.spec, name))
         return found
 
-    def _fill(self, arrays: Iterable[np.ndarray]) -> None:
-        """Writes the table, given as consecutive arrays of rows, to this process's shards."""
+    def _fill(self, arrays: Iterable[np.ndarray], expected: int) -> None:
+        """Writes the first rows of the table, given as consecutive arrays, to own shards."""
         first = 0
         for rows in arrays:
             for begin, variable in self.shards:
@@ -189,8 +206,8 @@ class ShardedCenters(variables.TableLike, private_apis.StoredInShards):
                         block = np.array(rows[low - first : high - first])
                         write_rows(variable, low - begin, high - begin, block)
             first += len(rows)
-        if first != self.shape[0]:
-            raise ValueError(f"centers: expected {self.shape[0]} rows, got {first}")
+        if first != expected:
+            raise ValueError(f"centers: expected {expected} rows, got {first}")
 
     def _wait_for_all(self) -> None:
         """Returns when every worker has called it."""

@@ -1,13 +1,14 @@
-"""The files of a sharded table: one NumPy file for each shard, and a state file that names them.
+"""The files of a sharded table: one NumPy file for each shard, and a file that names the shards.
 
-The state file is replaced when all shards of a save are on the disk. Until then the previous save
-is the valid one, also if the job is killed.
+A save counts when that file names its shards: it is replaced once all shards are on the disk, so a
+job killed meanwhile leaves the save before it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,20 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tf_center_loss_op.tables import files
+from tf_center_loss_op.tables import files, whole_files
 
-_STATE_FILE = "sharded_centers.json"
+_SAVED = "sharded_centers.json"
+_PART = re.compile(r"centers-[0-9]{9,}-[0-9]{5,}-of-[0-9]{5,}\.npy")
 
 
 class Save:
-    """One save of a table in a folder, which is created if it does not exist."""
+    """One save of a table in a folder, which is made where there is none."""
 
-    def __init__(self, folder: str | os.PathLike, num_shards: int):
-        self._folder = Path(folder)
+    def __init__(self, folder: str | bytes | os.PathLike, num_shards: int):
+        self._folder = Path(whole_files.checked_path("folder", folder))
         self._folder.mkdir(parents=True, exist_ok=True)
-        is_first = not (self._folder / _STATE_FILE).exists()
-        self._serial = 1 if is_first else _state(self._folder)["serial"] + 1
+        is_first = not (self._folder / _SAVED).exists()
+        self._serial = 1 if is_first else _saved(self._folder)["serial"] + 1
         self._num_shards = num_shards
 
     def write_shard(self, index: int, variable: tf.Variable) -> None:
@@ -35,64 +37,82 @@ class Save:
         files.save(variable, self._folder / _name(self._serial, index, self._num_shards))
 
     def complete(self, shape: tf.TensorShape, dtype: tf.DType) -> None:
-        """Makes this the valid save, once all shards are written, and removes the previous one."""
+        """Makes the save count, once all shards are written, and removes the previous one."""
         state = {"serial": self._serial, "parts": self._num_shards}
         state |= {"shape": shape.as_list(), "dtype": dtype.name}
-        _replace(self._folder / _STATE_FILE, json.dumps(state))
+        with whole_files.replacing(self._folder / _SAVED) as file:
+            file.write(json.dumps(state).encode())
         current = {_name(self._serial, k, self._num_shards) for k in range(self._num_shards)}
-        for path in self._folder.glob("centers-*.npy"):
-            if path.name not in current:
+        for path in list(self._folder.iterdir()):
+            if _PART.fullmatch(path.name) and path.name not in current:
                 path.unlink()
 
 
-def shards(
-    folder: str | os.PathLike, shape: tf.TensorShape, dtype: tf.DType
-) -> Iterator[np.ndarray]:
-    """The shards of the last complete save, in order, as memory-mapped arrays.
+def saved(
+    folder: str | bytes | os.PathLike, shape: tf.TensorShape, dtype: tf.DType, fewer_rows: bool
+) -> tuple[int, Iterator[np.ndarray]]:
+    """The last complete save: its number of rows, and its shards in order as memory-mapped arrays.
+
+    Args:
+      folder: of the save.
+      shape: of the table that it is read into.
+      dtype: of that table.
+      fewer_rows: whether the save may be of a table of fewer rows.
 
     Raises:
       FileNotFoundError: there is no complete save in the folder.
-      ValueError: the save is of a table of another shape or type, or a file is incomplete.
+      ValueError: it is of a table of another shape or type, or a file is not whole.
     """
-    folder = Path(folder)
-    state = _state(folder)
-    if [state["shape"], state["dtype"]] != [shape.as_list(), dtype.name]:
+    folder = Path(whole_files.checked_path("folder", folder))
+    state = _saved(folder)
+    rows, dim = state["shape"]
+    fits = rows <= shape[0] if fewer_rows else rows == shape[0]
+    if not fits or [dim, state["dtype"]] != [shape[1], dtype.name]:
+        words = f"table {dtype.name} {shape}" + (" or one of fewer rows" if fewer_rows else "")
         raise ValueError(
-            f"folder: expected a table {dtype.name} {shape}, got {state['dtype']} "
-            f"{tuple(state['shape'])} in {os.fspath(folder)!r}"
+            f"folder: expected a {words}, got {state['dtype']} {(rows, dim)} in "
+            f"{os.fspath(folder)!r}"
         )
-    for k in range(state["parts"]):
-        yield _rows(folder / _name(state["serial"], k, state["parts"]), dtype, shape[1])
+    paths = (folder / _name(state["serial"], k, state["parts"]) for k in range(state["parts"]))
+    return rows, (_rows(path, dtype, dim) for path in paths)
 
 
-def _state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / _STATE_FILE).read_text())
+def _saved(folder: Path) -> dict[str, Any]:
+    path = folder / _SAVED
+    content = path.read_bytes()
+    try:
+        state = json.loads(content)
+    except (ValueError, RecursionError):
+        state = None
+    if not _is_state(state):
+        raise ValueError(
+            f"folder: expected what ShardedCenters.save writes, got another content in "
+            f"{os.fspath(path)!r}"
+        )
+    return state
+
+
+def _is_state(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    shape = value.get("shape")
+    if not (isinstance(shape, list) and len(shape) == 2 and isinstance(value.get("dtype"), str)):
+        return False
+    counts = [value.get("serial"), value.get("parts"), *shape]
+    return all(type(count) is int and count >= 1 for count in counts)
 
 
 def _name(serial: int, index: int, num_shards: int) -> str:
     return f"centers-{serial:09d}-{index:05d}-of-{num_shards:05d}.npy"
 
 
-def _replace(path: Path, text: str) -> None:
-    """Replaces a file by one with this text; a killed process leaves the old or the new one."""
-    scratch = path.with_suffix(".tmp")
-    with open(scratch, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
-
-
 def _rows(path: Path, dtype: tf.DType, dim: int) -> np.ndarray:
-    try:
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    with open(path, "rb") as file:
+        header = files.read_header(file, "folder")
+    shape, order = header.shape, "C" if header.c_order else "F"
+    if header.dtype != dtype.as_numpy_dtype or len(shape) != 2 or shape[1] != dim or not shape[0]:
         raise ValueError(
-            f"folder: expected a complete file {os.fspath(path)!r}: {error}"
-        ) from error
-    if rows.dtype != dtype.as_numpy_dtype or rows.ndim != 2 or rows.shape[1] != dim:
-        raise ValueError(
-            f"folder: expected {dtype.name} [rows, {dim}], got {rows.dtype} {rows.shape} in "
+            f"folder: expected {dtype.name} [rows, {dim}], got {header.dtype} {shape} in "
             f"{os.fspath(path)!r}"
         )
-    return rows
+    return np.memmap(path, header.dtype, "r", header.offset, shape, order)

@@ -77,6 +77,11 @@ def distance_to_center(
         return tf.ensure_shape(tf.reshape(distances, tf.shape(labels)), labels.shape)
 
 
+def width(rows: tf.Tensor) -> int | tf.Tensor:
+    """D of the rows [n, D], as an int where it is known while tracing."""
+    return tf.shape(rows)[1] if rows.shape[1] is None else rows.shape[1]
+
+
 def pair_distances(
     x: tf.Tensor, take: Callable[[tf.Tensor], tf.Tensor], sample: tf.Tensor, label: tf.Tensor
 ) -> tf.Tensor:
@@ -88,13 +93,13 @@ def pair_distances(
         difference -= tf.cast(rows, tf.float64)
         return [tf.cast(tf.norm(difference, axis=1), x.dtype)]
 
-    size = max(1, TEMPORARY_SIZE // 4 // x.shape[1])
+    size = tf.maximum(1, TEMPORARY_SIZE // 4 // width(x))
     return by_blocks(tf.size(label), size, distances_of_block, [(x.dtype, [None])])[0]
 
 
 def by_blocks(
     count: tf.Tensor,
-    size: int,
+    size: int | tf.Tensor,
     function: Callable[[tf.Tensor, tf.Tensor], Sequence[tf.Tensor]],
     specs: Sequence[tuple[tf.DType, list[int | None]]],
 ) -> Sequence[tf.Tensor]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from tf_center_loss_op._core.variables import StatelessCenters, unwrap
+from tf_center_loss_op._core.variables import StatelessCenters, TableLike, unwrap
 from tf_center_loss_op._core.xla import in_xla
 from tf_center_loss_op.distribute.sharded import ShardedCenters
 
@@ -18,67 +20,117 @@ NO_LABEL = -1
 _FLOATS = (tf.float32, tf.float64, tf.float16, tf.bfloat16)
 
 
+class VariableByHandle(TableLike):
+    """A tf.Variable whose handle is an argument of a traced function: one trace serves them all."""
+
+    shape = tf.TensorShape([None, None])
+
+    def __init__(self, handle: tf.Tensor, dtype: tf.DType):
+        self.handle, self.dtype = handle, dtype
+
+    def sparse_read(self, indices: tf.Tensor, name: str | None = None) -> tf.Tensor:
+        """Called by `tf.gather`."""
+        rows = tf.raw_ops.ResourceGather(
+            resource=self.handle, indices=indices, dtype=self.dtype, name=name
+        )
+        return tf.ensure_shape(rows, self.shape)
+
+
+class ArrayByKey(TableLike):
+    """A NumPy array whose key is an argument of a traced function: one trace serves them all."""
+
+    shape = tf.TensorShape([None, None])
+    _arrays: dict[int, np.ndarray] = {}  # those of the calls that are running
+    _keys = itertools.count()
+
+    def __init__(self, key: tf.Tensor, dtype: tf.DType):
+        self.key, self.dtype = key, dtype
+
+    @classmethod
+    @contextlib.contextmanager
+    def keyed(cls, array: np.ndarray) -> Iterator[int]:
+        """A key by which the array can be read until the context ends."""
+        key = next(cls._keys)
+        cls._arrays[key] = array
+        try:
+            yield key
+        finally:
+            del cls._arrays[key]
+
+    @classmethod
+    def find(cls, key: np.ndarray) -> np.ndarray:
+        """The array of this key."""
+        return cls._arrays[int(key)]
+
+
+# What stands for a variable or an array in one piece.
+_STANDING_FOR_ONE = (StatelessCenters, VariableByHandle, ArrayByKey)
+
+
 class CenterRows:
     """Rows of the centers, read from a variable, a tensor or a NumPy array.
 
     Attributes:
       shape: ``[C, D]``.
       static_rows: C, or None where it is not known while tracing.
-      width: D.
+      width: D; None only in a traced function that takes the centers as an argument.
+      source, source_dtype: the variable, tensor or array, and its dtype.
       dtype: the dtype of the distances, float32 or float64. Rows are read in this dtype.
     """
 
-    def __init__(self, centers: Any):
+    def __init__(self, centers: Any, *, any_width: bool = False):
         centers = unwrap(centers)
         if isinstance(centers, ShardedCenters):
             raise TypeError(
                 "centers: expected one table, got ShardedCenters: load its save() into one of a "
                 "single replica, and give the variable in its shards"
             )
-        if not (
-            isinstance(centers, (tf.Variable, np.ndarray, StatelessCenters))
-            or tf.is_tensor(centers)
-        ):
+        if not (isinstance(centers, (tf.Variable, np.ndarray, TableLike)) or tf.is_tensor(centers)):
             centers = tf.convert_to_tensor(centers)
         if isinstance(centers, np.ndarray) and in_xla():
             centers = tf.convert_to_tensor(centers)
-        self._centers = centers
-        self._source_dtype = tf.as_dtype(centers.dtype)
-        if self._source_dtype not in _FLOATS:
-            raise TypeError(f"centers: expected dtype {_names()}, got {self._source_dtype.name}")
+        self.source = centers
+        self.source_dtype = tf.as_dtype(centers.dtype)
+        if self.source_dtype not in _FLOATS:
+            raise TypeError(f"centers: expected dtype {_names()}, got {self.source_dtype.name}")
         shape = tf.TensorShape(centers.shape)
-        if shape.rank != 2 or not shape[1]:
+        if shape.rank != 2 or not (shape[1] or any_width):
             raise ValueError(f"centers: expected shape [C, D] with D known and > 0, got {shape}")
         self.shape, self.static_rows, self.width = shape, shape[0], shape[1]
-        self.dtype = tf.float64 if self._source_dtype == tf.float64 else tf.float32
+        self.dtype = tf.float64 if self.source_dtype == tf.float64 else tf.float32
 
     def count(self) -> tf.Tensor:
         """C, int64."""
         if self.static_rows is not None:
             return tf.constant(self.static_rows, tf.int64)
-        if isinstance(self._centers, tf.Variable):
-            return tf.raw_ops.VariableShape(input=self._centers.handle, out_type=tf.int64)[0]
-        return tf.shape(self._centers, tf.int64)[0]
+        if isinstance(self.source, ArrayByKey):
+            count = tf.numpy_function(_rows, [self.source.key], tf.int64)
+            return tf.ensure_shape(count, [])
+        if isinstance(self.source, (tf.Variable, VariableByHandle)):
+            return tf.raw_ops.VariableShape(input=self.source.handle, out_type=tf.int64)[0]
+        return tf.shape(self.source, tf.int64)[0]
 
     def block(self, start: tf.Tensor, stop: tf.Tensor) -> tf.Tensor:
         """The rows [start, stop)."""
-        if isinstance(self._centers, np.ndarray):
-            return self._from_numpy(lambda a, b: self._centers[a:b], start, stop)
-        if tf.is_tensor(self._centers) and not isinstance(self._centers, tf.Variable):
-            return tf.cast(self._centers[start:stop], self.dtype)
+        if isinstance(self.source, np.ndarray):
+            return self._from_numpy(lambda a, b: self.source[a:b], start, stop)
+        if isinstance(self.source, ArrayByKey):
+            return self._from_numpy(_slice, self.source.key, start, stop)
+        if tf.is_tensor(self.source) and not isinstance(self.source, tf.Variable):
+            return tf.cast(self.source[start:stop], self.dtype)
         # A slice of a variable would read the whole table, and copy it in copy-on-read mode.
         return self.take(tf.range(start, stop))
 
     def take(self, labels: tf.Tensor) -> tf.Tensor:
         """The rows of these labels."""
-        if isinstance(self._centers, np.ndarray):
-            return self._from_numpy(lambda y: self._centers[y], labels)
+        if isinstance(self.source, np.ndarray):
+            return self._from_numpy(lambda y: self.source[y], labels)
         # Without stop_gradient a tape would keep every block of a trainable variable.
-        return tf.stop_gradient(tf.cast(tf.gather(self._centers, labels), self.dtype))
+        return tf.stop_gradient(tf.cast(tf.gather(self.source, labels), self.dtype))
 
     def _from_numpy(self, read: Callable[..., np.ndarray], *places: tf.Tensor) -> tf.Tensor:
         # The array is read when the op runs: a conversion to a tensor would load all of it.
-        rows = tf.numpy_function(read, places, self._source_dtype)
+        rows = tf.numpy_function(read, places, self.source_dtype)
         return tf.cast(tf.ensure_shape(rows, [None, self.width]), self.dtype)
 
 
@@ -102,6 +154,14 @@ def checked(features: Any, centers: Any) -> tuple[tf.Tensor, CenterRows]:
             f"got {features.shape}"
         )
     return tf.stop_gradient(tf.cast(features, table.dtype)), table
+
+
+def _rows(key: np.ndarray) -> np.int64:
+    return np.int64(len(ArrayByKey.find(key)))
+
+
+def _slice(key: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+    return ArrayByKey.find(key)[start:stop]
 
 
 def _names() -> str:

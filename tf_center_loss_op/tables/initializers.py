@@ -62,6 +62,12 @@ class RandomNormal(keras.initializers.Initializer):
         return {"stddev": self.stddev, "seed": self.seed}
 
 
+def makes_any_rows(initializer: keras.initializers.Initializer) -> bool:
+    """Whether `initial_rows` takes the initializer."""
+    constants = (keras.initializers.Zeros, keras.initializers.Ones, keras.initializers.Constant)
+    return isinstance(initializer, (*constants, RandomNormal))
+
+
 def initial_rows(
     initializer: keras.initializers.Initializer, shape: tf.TensorShape, dtype: tf.DType
 ) -> Callable[[int, int], tf.Tensor]:
@@ -70,17 +76,16 @@ def initial_rows(
     Raises:
       ValueError: the initializer makes whole tables only.
     """
-    constants = (keras.initializers.Zeros, keras.initializers.Ones, keras.initializers.Constant)
-    if isinstance(initializer, constants):
-        make = memory.in_place(initializer)
-        return lambda begin, end: make((end - begin, shape[1]), dtype.name)
-    if not isinstance(initializer, RandomNormal):
+    if not makes_any_rows(initializer):
         kind = type(initializer)
         raise ValueError(
             "initializer: expected zeros, ones, a constant or tf_center_loss_op.tables."
             "RandomNormal, which can make any range of rows, got "
             f"{kind.__module__}.{kind.__qualname__}"
         )
+    if not isinstance(initializer, RandomNormal):
+        make = memory.in_place(initializer)
+        return lambda begin, end: make((end - begin, shape[1]), dtype.name)
     block_of = initializer.blocks(tuple(shape), dtype)
     ranges = blocks.blocks(shape, dtype.size)
 

@@ -79,6 +79,11 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         os.close(folder)
 
 
+def is_scratch(name: str) -> bool:
+    """Whether it is the name of a scratch file."""
+    return name.startswith(_PREFIX) and name.endswith(_SUFFIX)
+
+
 def sync_to_disk(path: Path) -> None:
     """Waits until a file or folder that has been written is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -133,10 +138,8 @@ def _scratch(folder: int, mode: int) -> Iterator[tuple[str, BinaryIO]]:
 def _remove_abandoned(folder: int) -> None:
     """Removes the scratch files of processes that were killed."""
     with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if entry.name.startswith(_PREFIX)]
+        names = [entry.name for entry in entries if is_scratch(entry.name)]
     for name in names:
-        if not name.endswith(_SUFFIX):
-            continue
         with contextlib.suppress(OSError):
             _remove_if_abandoned(folder, name)
 

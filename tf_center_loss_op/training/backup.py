@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,8 +12,10 @@ import keras
 import tensorflow as tf
 
 from tf_center_loss_op._core import arguments, private_apis
+from tf_center_loss_op._core.keras_backend import require_keras_on_tensorflow
 from tf_center_loss_op._core.variables import unwrap
 from tf_center_loss_op.layer import CenterLoss
+from tf_center_loss_op.tables import whole_files
 from tf_center_loss_op.training import backup_files
 
 
@@ -50,7 +51,8 @@ class AtomicBackup(keras.callbacks.BackupAndRestore):
         False, to resume only and write no backup.
       double_checkpoint: whether to keep the backup before the last one, too. `fit` resumes from it
         if the last one has been damaged on the disk since.
-      delete_checkpoint: whether to remove the backups when `fit` has ended without an interruption.
+      delete_checkpoint: whether to remove the backups when `fit` has ended without an interruption,
+        and their folder if nothing else is in it. Other files stay.
 
     Raises:
       TypeError, ValueError: an argument is wrong.
@@ -66,14 +68,16 @@ class AtomicBackup(keras.callbacks.BackupAndRestore):
 
     def __init__(
         self,
-        backup_dir: str | os.PathLike,
+        backup_dir: str | bytes | os.PathLike,
         save_freq: str | int = "epoch",
         double_checkpoint: bool = False,
         delete_checkpoint: bool = True,
     ):
-        super().__init__(os.fspath(backup_dir), save_freq, double_checkpoint, delete_checkpoint)
-        if save_freq != "epoch" and save_freq is not False:
-            arguments.positive("save_freq", save_freq)
+        require_keras_on_tensorflow("AtomicBackup")
+        backup_dir = whole_files.checked_path("backup_dir", backup_dir)
+        if save_freq is not False and not (isinstance(save_freq, str) and save_freq == "epoch"):
+            save_freq = arguments.positive("save_freq", save_freq)
+        super().__init__(backup_dir, save_freq, double_checkpoint, delete_checkpoint)
         self.backup_dir = Path(backup_dir)
 
     def on_train_begin(self, logs: dict | None = None) -> None:
@@ -87,7 +91,7 @@ class AtomicBackup(keras.callbacks.BackupAndRestore):
         for folder in reversed(backup_files.complete_backups(self.backup_dir)):
             try:
                 state = backup_files.checked_state(folder)
-            except (OSError, ValueError, EOFError) as error:
+            except (OSError, ValueError) as error:
                 damages.append(f"{os.fspath(folder)!r}: {error}")
                 continue
             for damage in damages:
@@ -121,10 +125,8 @@ class AtomicBackup(keras.callbacks.BackupAndRestore):
 
     def on_train_end(self, logs: dict | None = None) -> None:
         """Removes the backups if `delete_checkpoint` is set."""
-        if self.delete_checkpoint and self.backup_dir.exists():
-            for folder in backup_files.complete_backups(self.backup_dir):
-                backup_files.remove(folder)
-            shutil.rmtree(self.backup_dir)
+        if self.delete_checkpoint:
+            backup_files.remove_all(self.backup_dir)
 
     def _save(self, epoch: int, batch: int) -> None:
         """Writes a backup after `batch` batches of the epoch, then removes the older ones."""
@@ -164,8 +166,17 @@ class AtomicBackup(keras.callbacks.BackupAndRestore):
         private_apis.start_at_epoch(self.model, state["epoch"])
         if state["batch"]:
             self._resumed = state["epoch"], state["batch"]
-            first = len(variables)
-            self._skip(state["batch"], lambda: read(first, self.model.metrics_variables))
+
+            def read_metrics() -> None:
+                metrics = self.model.metrics_variables
+                if state["metrics"] != backup_files.description(metrics):
+                    raise ValueError(
+                        f"backup_dir: expected a backup with the metrics of this model, got one "
+                        f"with others in {os.fspath(folder)!r}"
+                    )
+                read(len(variables), metrics)
+
+            self._skip(state["batch"], read_metrics)
 
     def _skip(self, batches: int, read_metrics: Callable[[], None]) -> None:
         """Lets `fit` take this number of batches without training on them, then train again."""

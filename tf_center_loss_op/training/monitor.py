@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import warnings
@@ -12,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_center_loss_op._core import arguments, private_apis
+from tf_center_loss_op._core.keras_backend import require_keras_on_tensorflow
 from tf_center_loss_op.layer import CenterLoss
 from tf_center_loss_op.training.measurements import (
     DISTANCES,
@@ -102,6 +104,7 @@ class CentersMonitor(keras.callbacks.Callback):
         max_samples: int = 10_000,
         max_classes: int = 4096,
     ):
+        require_keras_on_tensorflow("CentersMonitor")
         super().__init__()
         if dataset is not None and (
             isinstance(dataset, tuple)
@@ -252,6 +255,8 @@ class CentersMonitor(keras.callbacks.Callback):
             return "it is not a layer of the model that is trained"
         if self.watched is None:
             return "it has not been called yet"
+        if not layer.trainable:
+            return "it is frozen (trainable=False on the layer or on a model around it)"
         alpha = float(layer.factor_now(layer.alpha))
         if alpha == 0:
             return "alpha = 0"
@@ -275,10 +280,23 @@ class CentersMonitor(keras.callbacks.Callback):
             )
         if distance == 0:
             return "all features equal their centers, as those of a network that outputs zeros do"
-        cause = "the training step calls the layer with training=False"
+        if not _takes_training(self.model):
+            return (
+                "the model's call() has no argument `training`, so Keras does not tell its layers "
+                "that it trains: call(self, inputs, training=None)"
+            )
+        cause = (
+            "the training step calls the layer with training=False, or inside a call() without "
+            "the argument `training`"
+        )
         if len(self.watched.labels) < layer.num_classes:
             cause += (
                 f", or trained on none of the {len(self.watched.labels)} classes that are looked "
                 f"at, of {layer.num_classes}"
             )
         return cause
+
+
+def _takes_training(model: keras.Model) -> bool:
+    """Whether `fit` can tell the model that it trains."""
+    return "training" in inspect.signature(model.call).parameters
