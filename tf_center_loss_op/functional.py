@@ -147,7 +147,6 @@ def loss_and_squared_distance(
     impl: str,
     mask: Any = None,
     name: str | None = None,
-    mask: Any = None,
 ) -> Result:
     """`center_loss` times loss_weight (multiplied inside the op), with the squared distances."""
     require_supported_strategy()
