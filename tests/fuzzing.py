@@ -205,16 +205,15 @@ def make(case):
 
 def first_bad(case, arrays):
     """(position, words of the error) of the first label that is wrong; None if all are right."""
-    counted = arrays.ids != (NO_CLASS + 0.5 if arrays.ignore_class is None else arrays.ignore_class)
-    if arrays.ignore_class is None:
-        counted = np.ones_like(counted)
+    counted = np.ones(len(arrays.ids), bool)
+    if arrays.ignore_class is not None:
+        counted = arrays.ids != arrays.ignore_class
     bad = np.flatnonzero(counted & ((arrays.ids < 0) | (arrays.ids >= case.classes)))
     if not len(bad):
         return None
     i, label = bad[0], arrays.ids[bad[0]]
-    if label == NO_CLASS:
-        return bad, f"labels[{i}]: expected a one-hot row"
-    return bad, f"labels[{i}] = {label} is outside [0, {case.classes})"
+    hint = ": the label of a one-hot row" if label == NO_CLASS else ""
+    return bad, f"labels[{i}] = {label} is outside [0, {case.classes}){hint}"
 
 
 class Expected(NamedTuple):

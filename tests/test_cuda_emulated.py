@@ -104,6 +104,17 @@ def test_rows_that_are_not_finite(dim, distinct, atomic):
         check(emulated.Emulator(seed=2), problem._replace(features=features), atomic=atomic)
 
 
+@pytest.mark.parametrize("bad", [0, 1], ids=["first", "second"])
+@pytest.mark.parametrize("pairs", [20, 600], ids=["scanned", "hashed"])
+@pytest.mark.parametrize("dim", [7, 513])
+def test_one_sample_of_a_pair_is_not_finite(dim, pairs, bad):
+    problem = batch_of([2] * pairs, dim)
+    features = problem.features.copy()
+    for label in np.unique(problem.labels)[::2]:
+        features[np.flatnonzero(problem.labels == label)[bad], dim // 2] = np.nan
+    check(emulated.Emulator(seed=2), problem._replace(features=features))
+
+
 @pytest.mark.parametrize("batch", [70, SCANNED + 10])
 @pytest.mark.parametrize("numbers_in_memory", [False, True])
 @pytest.mark.parametrize("alpha", [-1.0, np.nan, np.inf])

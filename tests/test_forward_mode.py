@@ -136,3 +136,23 @@ def test_around_a_function(impl, update_centers):
     with p.along() as accumulator:
         loss = function(p.features)
     np.testing.assert_allclose(accumulator.jvp(loss), jvp(p)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("ignored", [-1, 2**31 - 1])
+def test_an_ignored_label_that_is_no_row_of_the_table(impl, ignored):
+    x, centers = tf.constant([[3.0], [5.0]]), tf.Variable([[1.0], [0.0]])
+    with tf.autodiff.ForwardAccumulator(x, tf.constant([[1.0], [10.0]])) as forward:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tcl.center_loss(
+                x,
+                [0, ignored],
+                centers,
+                reduction="sum",
+                ignore_class=ignored,
+                update_centers=False,
+                impl=impl,
+            )
+        gradient = tape.gradient(loss, x)
+    assert forward.jvp(loss) == 2
+    assert forward.jvp(gradient).numpy().tolist() == [[1], [0]]

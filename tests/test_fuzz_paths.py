@@ -36,7 +36,7 @@ def outcome(case, arrays, impl, jit=None):
     alpha = case.alpha
     if case.alpha_kind != "number":
         kind = tf.Variable if case.alpha_kind == "variable" else tf.constant
-        alpha = kind(alpha, tf.float64)
+        alpha = kind(alpha, dtype=tf.float64)
     weights = None if arrays.sample_weight is None else tf.constant(arrays.sample_weight)
 
     def call(features, labels):

@@ -87,6 +87,24 @@ def test_the_upstream_gradient_is_applied(impl, features, centers, reduction, up
     )
 
 
+@pytest.mark.parametrize("upstream", [[1.0, 3.0], [1.0, 1.0], [2.0, 2.0]], ids=str)
+@pytest.mark.parametrize("update", [True, False])
+def test_an_upstream_gradient_that_tracing_knows(impl, update, upstream):
+    centers = tf.Variable(tf.zeros([2, 2]))
+
+    @tf.function
+    def gradient(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tcl.center_loss(
+                x, [0, 1], centers, reduction="none", update_centers=update, impl=impl
+            )
+        return tape.gradient(loss, x, tf.constant(upstream))
+
+    x = tf.constant([[1.0, 2.0], [4.0, 5.0]])
+    np.testing.assert_allclose(gradient(x), x.numpy() * np.array(upstream)[:, np.newaxis])
+
+
 @pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16])
 def test_loss_scaling_reaches_half_precision_gradients(impl, dtype):
     # A loss-scaling optimizer does this: 1/3 and 1/7 of a small residual would round to zero.

@@ -60,6 +60,15 @@ def test_position_is_counted_over_the_flattened_labels(impl, centers):
     refused(lambda: tcl.center_loss(tf.ones([2, 3, 3]), labels, centers, impl=impl), centers, 4, -7)
 
 
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "function"])
+def test_the_first_of_several_is_named(impl, centers, traced):
+    def call(labels):
+        return tcl.center_loss(tf.ones([5, 3]), labels, centers, impl=impl)
+
+    step = tf.function(call) if traced else call
+    refused(lambda: step(tf.constant([0, 12, -3, 1, 11])), centers, 1, 12)
+
+
 @pytest.mark.parametrize("position", [0, 4321, 4999])
 def test_a_large_batch_names_the_position(impl, centers, position):
     labels = np.arange(5000) % 10
