@@ -72,9 +72,9 @@ def test_fit_moves_nothing_of_a_frozen_layer(batch, how, deferred, sharded):
         assert np.array_equal(now.numpy(), then)
     # The loss is still there, and it moves again when it is not frozen any more.
     assert float(layer.distance.count) == B
-    model.trainable = layer.trainable = True
-    model.compile("sgd")
-    model.fit([*batch], verbose=0)
+    frozen.trainable = layer.trainable = True
+    frozen.compile("sgd", "mse")
+    frozen.fit([*batch], np.zeros([B, D]), verbose=0)
     for now, then in zip(layer.weights, before, strict=True):
         assert not np.array_equal(now.numpy(), then)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from child import PROGRAMS, TESTS
+from long_files import LONG_FILES
 
 # Their sources are arguments of checks, not programs.
 SOURCES = {"test_house.py", "test_private_apis.py"}
@@ -84,8 +85,6 @@ def test_an_error_of_any_message_is_found(source):
 
 
 def test_the_long_files_exist():
-    from conftest import LONG_FILES
-
     assert [name for name in LONG_FILES if not (TESTS / name).exists()] == []
 
 
